@@ -1,0 +1,343 @@
+//! Keys and values of the maps. Map names are the names of their statics in `ebpf`.
+
+/// An IPv6 address, or an IPv4 address as `::ffff:a.b.c.d`, in network byte order.
+pub type Address = [u8; 16];
+
+/// The first 12 bytes of every IPv4-mapped address.
+pub const IPV4_MAPPED_PREFIX: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+
+/// Turns an IPv4 address, in network byte order, into its mapped form.
+#[inline(always)]
+#[must_use]
+pub const fn ipv4_mapped(ip: [u8; 4]) -> Address {
+    [
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, ip[0], ip[1], ip[2], ip[3],
+    ]
+}
+
+/// Which end of a connection the judged workload is.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// The workload opened the connection.
+    Egress = 0,
+    /// The workload was connected to.
+    Ingress = 1,
+}
+
+/// `SETTINGS`: array of one. Written by the daemon, read by every program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// [`crate::LAYOUT_VERSION`] of the writer.
+    pub layout_version: u32,
+    /// Raised at each change of policy, peers or workloads: what a socket remembers of its
+    /// verdict counts only while the generation is the same.
+    pub generation: u32,
+    /// Bit `n` is set when some key of `WORKLOADS` lies at depth `n` of the cgroup tree (the
+    /// root is depth 0). Only these ancestors are looked up, so a process that is not enrolled
+    /// pays for the depths in use and not for its own depth. Zero: nothing is enrolled.
+    pub cgroup_depths: u32,
+    /// Outbound listener's port, host byte order.
+    pub outbound_port: u16,
+    /// Tunnel port, host byte order.
+    pub tunnel_port: u16,
+}
+
+/// Deepest cgroup that may be enrolled (depth of the root is 0).
+pub const MAX_CGROUP_DEPTH: u32 = 15;
+
+/// Number of a workload, unique for the life of the pinned maps. 0 is no workload.
+pub type WorkloadId = u32;
+
+/// No workload.
+pub const NO_WORKLOAD: WorkloadId = 0;
+
+/// `WORKLOADS`: hash from cgroup id (`u64`, inode number of the cgroup's folder) to this.
+/// Written by the daemon at enrolment; read by every program for the caller's or the socket's
+/// ancestors, deepest first, so that an inner entry wins over an outer one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkloadEntry {
+    /// The workload, or [`NO_WORKLOAD`] where `flags` says what the cgroup is instead.
+    pub workload: WorkloadId,
+    /// `WORKLOAD_*` bits.
+    pub flags: u32,
+}
+
+/// The cgroup is reeve's own: its sockets are not judged and may use reeve's ports.
+pub const WORKLOAD_IS_REEVE: u32 = 1 << 0;
+/// An enforced parent: what is below and not enrolled by itself is denied everything but
+/// loopback ([`crate::Reason::UnknownWorkload`]).
+pub const WORKLOAD_UNKNOWN: u32 = 1 << 1;
+
+/// `NAMESPACES`: hash from network namespace cookie (`u64`, `SO_NETNS_COOKIE`) to this. Written by
+/// the daemon for each namespace in which an enrolled workload runs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NamespaceEntry {
+    /// The one workload that owns the namespace, or [`NO_WORKLOAD`] when several share it or it
+    /// is the host's.
+    pub workload: WorkloadId,
+    /// `NAMESPACE_*` bits.
+    pub flags: u32,
+}
+
+/// The daemon's listeners stand in this namespace. Without it nothing is redirected and
+/// tunnelled destinations are refused ([`crate::Reason::NoListener`]).
+pub const NAMESPACE_LISTENING: u32 = 1 << 0;
+
+/// `LOCAL_ADDRESSES`: hash from [`Address`] to [`WorkloadId`], for addresses of namespaces that one
+/// workload owns. Written by the daemon; read by `sk_lookup`, which sees no cgroup.
+pub type LocalAddressEntry = WorkloadId;
+
+/// `PEERS`: longest prefix match from an address to what is known of the far end. aya's LPM key
+/// carries the prefix length; this is its data. IPv4 prefixes are 96 bits longer than written.
+pub type PeerKey = Address;
+
+/// Value of `PEERS` and `PEER_PORTS`.
+///
+/// A *class* stands for all far ends that no policy tells apart: the set of selectors that match
+/// them. The compiler numbers classes; class 0 is an address of which nothing is known.
+///
+/// A number is made from what the class stands for and never means anything else later: the maps
+/// are brought from one policy to the next entry by entry, and what is answered meanwhile shall be
+/// what one of the two policies says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerEntry {
+    /// Class, the middle part of a [`VerdictKey`].
+    pub class: u32,
+    /// The peer's number for events, 0 where the entry is only a CIDR of some policy.
+    pub peer: u32,
+    /// `PEER_*` bits.
+    pub flags: u32,
+}
+
+/// A tunnel reaches this peer: allowed TCP goes through it and never as plaintext.
+pub const PEER_TUNNEL: u32 = 1 << 0;
+/// Several peers share the address: `PEER_PORTS` is asked with the port first, and only a port
+/// that it does not hold is judged by this entry.
+pub const PEER_BY_PORT: u32 = 1 << 1;
+
+/// `PEER_PORTS`: hash from this to [`PeerEntry`], for peers that share an address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PeerPortKey {
+    /// The shared address.
+    pub address: Address,
+    /// Port of the far end, host byte order.
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// `VERDICTS`: longest prefix match from this to [`VerdictEntry`]. Written by the daemon from the
+/// compiled policy; read by every program.
+///
+/// The order of the fields is the order of the prefix. A program asks at most twice, whatever
+/// the number of rules: first with the far end's class, then with class 0, and the first answer
+/// is final. The compiler makes that right: wherever a class has an entry of its own, the entry
+/// already holds what the rules for everybody say about the same ports. No answer is a deny.
+///
+/// The direction's far port is judged: for [`Direction::Egress`] the destination's, for
+/// [`Direction::Ingress`] the workload's own. Protocols without ports have port 0.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct VerdictKey {
+    /// The judged workload.
+    pub workload: WorkloadId,
+    /// Class of the far end, see [`PeerEntry`].
+    pub class: u32,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// IP protocol number; [`crate::protocol::ICMP`] for both ICMPs.
+    pub protocol: u8,
+    /// Port in network byte order, so that a port range is a handful of prefixes.
+    pub port: [u8; 2],
+}
+
+/// Bits of a [`VerdictKey`] prefix that ends before the protocol: any protocol, any port.
+pub const VERDICT_PREFIX_ANY_PROTOCOL: u32 = 72;
+/// Bits of a [`VerdictKey`] prefix that ends before the port: any port of the protocol.
+pub const VERDICT_PREFIX_ANY_PORT: u32 = 80;
+/// Bits of a whole [`VerdictKey`].
+pub const VERDICT_PREFIX_FULL: u32 = 96;
+
+/// What the policy says of a connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VerdictEntry {
+    /// An [`Action`] as a number; any other number is a deny.
+    pub action: u32,
+    /// Number of the rule that said so, for events; 0 is the default deny.
+    pub rule: u32,
+}
+
+/// The actions of a [`VerdictEntry`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Refuse.
+    Deny = 0,
+    /// Let pass; through a tunnel where the far end has [`PEER_TUNNEL`].
+    Allow = 1,
+    /// Ingress TCP that is allowed to an authenticated identity: plaintext from the address is
+    /// refused ([`crate::Reason::PlaintextRefused`]), the tunnel judges again.
+    TunnelOnly = 2,
+}
+
+/// `ORIGINAL_DESTINATIONS`: LRU hash. Key: where an accepted connection of the outbound listener
+/// came from. Written by `sock_ops` when the redirected connection is established; taken by the
+/// daemon at accept. An entry that was pushed out makes the daemon close the connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct OriginKey {
+    /// Cookie of the network namespace.
+    pub netns_cookie: u64,
+    /// The client socket's local address, which the daemon sees as its peer address.
+    pub address: Address,
+    /// The client socket's local port, host byte order.
+    pub port: u16,
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+/// Value of `ORIGINAL_DESTINATIONS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Address that the application asked for.
+    pub address: Address,
+    /// Port that the application asked for, host byte order.
+    pub port: u16,
+    /// Zero.
+    pub reserved: u16,
+    /// Workload that connected.
+    pub workload: WorkloadId,
+    /// Peer number of the destination.
+    pub peer: u32,
+    /// Rule that allowed it.
+    pub rule: u32,
+}
+
+/// `FLOWS` and `ONWARD`: LRU hashes keyed by a connection as its workload sees it.
+///
+/// `FLOWS` remembers the direction in which a connection without a handshake (UDP, ICMP, SCTP)
+/// was allowed, so that its replies pass. `local` is all zero there: a socket that is bound to no
+/// address is asked about before the kernel has chosen one.
+///
+/// `ONWARD` holds the daemon's own connections to local applications, written by `sock_ops` for
+/// sockets with [`crate::ONWARD_MARK`] in reeve's cgroup, and removed when the application's end
+/// is established or the daemon's is closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Address of the workload, all zero in `FLOWS`.
+    pub local: Address,
+    /// Address of the far end.
+    pub remote: Address,
+    /// Port of the workload, host byte order; the identifier of an ICMP echo.
+    pub local_port: u16,
+    /// Port of the far end, host byte order.
+    pub remote_port: u16,
+    /// Workload, or [`NO_WORKLOAD`] in `ONWARD`.
+    pub workload: WorkloadId,
+    /// IP protocol number, [`crate::protocol::ICMP`] for both ICMPs.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+}
+
+/// Value of `FLOWS` and `ONWARD`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowEntry {
+    /// `CLOCK_MONOTONIC` nanoseconds of the last packet in the direction that was judged.
+    pub last_seen: u64,
+    /// [`Settings::generation`] of the verdict.
+    pub generation: u32,
+    /// [`Direction`] in which it was allowed.
+    pub direction: u32,
+}
+
+/// `SOCKETS`: socket storage. What a socket remembers of its last verdict, so that a packet of an
+/// established connection costs one look-up. Written and read by the programs only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketTag {
+    /// The far end that the application asked for, or that was judged.
+    pub remote: Address,
+    /// `CLOCK_MONOTONIC` nanoseconds at which the connection was established.
+    pub since: u64,
+    /// The judged workload.
+    pub workload: WorkloadId,
+    /// Number of the peer for events.
+    pub peer: u32,
+    /// Rule for events.
+    pub rule: u32,
+    /// [`Settings::generation`] of the verdict; 0 is no verdict, only a workload.
+    pub generation: u32,
+    /// Port of the far end, host byte order.
+    pub remote_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// [`Direction`] of the verdict, where `flags` has [`TAG_DIRECTION`].
+    pub direction: u8,
+    /// `TAG_*` bits.
+    pub flags: u32,
+}
+
+/// The verdict of this generation is allow; without it, deny.
+pub const TAG_ALLOWED: u32 = 1 << 0;
+/// The direction is known.
+pub const TAG_DIRECTION: u32 = 1 << 1;
+/// The socket was sent to the outbound listener instead of the far end that it asked for.
+pub const TAG_REDIRECTED: u32 = 1 << 2;
+/// The application's end of a connection that came through a tunnel: the tunnel judges it.
+pub const TAG_TUNNELLED: u32 = 1 << 3;
+/// One of reeve's own sockets on its way to a local application.
+pub const TAG_ONWARD: u32 = 1 << 4;
+/// The connection stays in the workload: never in question, and not reported.
+pub const TAG_LOCAL: u32 = 1 << 5;
+
+/// `ARRIVING`: per-CPU array of one. A packet that was let in to a listening socket leaves its
+/// connection here for `sock_ops`, which runs next on the same CPU where the packet completes
+/// the handshake and cannot find out the workload by itself.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arriving {
+    /// The connection, with its workload.
+    pub key: FlowKey,
+    /// Number of the peer for events.
+    pub peer: u32,
+    /// Rule that allowed it.
+    pub rule: u32,
+    /// [`Settings::generation`] of the verdict; 0 where there is none.
+    pub generation: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// A flow without packets for longer than this is forgotten: its next packet is judged anew.
+pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
+
+/// The same bytes on both sides: no type may hold padding, and none is larger than it was.
+const _: () = {
+    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<WorkloadEntry>() == 8);
+    assert!(size_of::<NamespaceEntry>() == 8);
+    assert!(size_of::<PeerEntry>() == 12);
+    assert!(size_of::<PeerPortKey>() == 20);
+    assert!(size_of::<VerdictKey>() == 12);
+    assert!(size_of::<VerdictEntry>() == 8);
+    assert!(size_of::<OriginKey>() == 32);
+    assert!(size_of::<Origin>() == 32);
+    assert!(size_of::<FlowKey>() == 48);
+    assert!(size_of::<FlowEntry>() == 16);
+    assert!(size_of::<SocketTag>() == 48);
+    assert!(size_of::<Arriving>() == 64);
+    assert!(size_of::<crate::Event>() == 96);
+};

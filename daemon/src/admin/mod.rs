@@ -1,0 +1,17 @@
+//! The admin socket: one request, one answer, for those who run the daemon.
+//!
+//! In: a line of JSON over a Unix socket that only root and the daemon's own user may use. Out: a
+//! line of JSON. The daemon's side is [`AdminSocket`], the command line's is [`ask`].
+
+mod client;
+mod protocol;
+mod server;
+mod status;
+
+pub use client::{AskError, ask};
+pub use protocol::{Answer, Command, PROTOCOL_VERSION, Request};
+pub use server::{AdminError, AdminSocket, Responder};
+pub use status::{
+    BundleStatus, CertificateStatus, MapUsage, PolicyStatus, Status, TunnelStatus, TunnelsStatus,
+    WorkloadState, WorkloadStatus,
+};

@@ -1,0 +1,39 @@
+//! What is said over the admin socket.
+
+use serde::{Deserialize, Serialize};
+
+use super::Status;
+
+/// Version of requests and answers. A field that is added does not raise it.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Longest request in bytes, line feed included.
+pub(super) const MAX_REQUEST: usize = 4096;
+
+/// One line to the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Request {
+    /// [`PROTOCOL_VERSION`] of whoever asks.
+    pub version: u32,
+    /// What is asked for.
+    pub command: Command,
+}
+
+/// What can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Command {
+    /// How the daemon is.
+    Status,
+}
+
+/// One line from the daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Answer {
+    /// To [`Command::Status`].
+    Status(Box<Status>),
+    /// The request was refused, and why.
+    Error(String),
+}

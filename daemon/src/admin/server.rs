@@ -1,0 +1,305 @@
+//! The daemon's side of the admin socket.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+    time::timeout,
+};
+
+use super::protocol::{Answer, Command, MAX_REQUEST, PROTOCOL_VERSION, Request};
+
+/// Mode of the socket: its owner alone may connect.
+const SOCKET_MODE: u32 = 0o600;
+/// Mode of its folder, where the daemon has to make it.
+const FOLDER_MODE: u32 = 0o755;
+/// Connections served at the same time.
+const MAX_CONNECTIONS: usize = 16;
+/// From the connection to the last byte of the answer.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// After `accept` failed, as for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Answers the commands.
+pub trait Responder: Send + Sync + 'static {
+    /// The answer to a command.
+    fn respond(&self, command: Command) -> impl Future<Output = Answer> + Send;
+}
+
+/// The socket, bound. Its file goes with the value.
+#[derive(Debug)]
+pub struct AdminSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+}
+
+/// Why there can be no admin socket.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// Another daemon answers there.
+    #[error(
+        "another daemon answers on the admin socket {}: stop it, or give this one another `admin.socket`", .0.display()
+    )]
+    InUse(PathBuf),
+    /// The path is something else.
+    #[error(
+        "{} is there and is no socket: move it away, or set another `admin.socket`", .0.display()
+    )]
+    NotASocket(PathBuf),
+    /// From the kernel.
+    #[error("the admin socket {} cannot be made", .path.display())]
+    Io {
+        /// Where it should be.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+}
+
+// === impl AdminSocket ===
+
+impl AdminSocket {
+    /// Binds the socket at `path`, in place of one that nobody serves any more.
+    ///
+    /// # Errors
+    /// When another daemon serves it, the path is something else, or from the kernel.
+    pub fn bind(path: &Path) -> Result<Self, AdminError> {
+        let failed = |source| AdminError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(FOLDER_MODE)
+                .create(folder)
+                .map_err(failed)?;
+        }
+        if path.exists() {
+            use std::os::unix::fs::FileTypeExt;
+            let metadata = fs::symlink_metadata(path).map_err(failed)?;
+            if !metadata.file_type().is_socket() {
+                return Err(AdminError::NotASocket(path.to_owned()));
+            }
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                return Err(AdminError::InUse(path.to_owned()));
+            }
+        }
+        // Made under another name and moved: nobody ever finds it with a wider mode, and a left
+        // over socket is replaced in one step.
+        let mut new = path.as_os_str().to_owned();
+        new.push(format!(".{}", std::process::id()));
+        let new = PathBuf::from(new);
+        let _ = fs::remove_file(&new);
+        let listener = UnixListener::bind(&new).map_err(failed)?;
+        let inode = fs::set_permissions(&new, fs::Permissions::from_mode(SOCKET_MODE))
+            .and_then(|()| fs::rename(&new, path))
+            .and_then(|()| fs::symlink_metadata(path))
+            .map_err(|error| {
+                let _ = fs::remove_file(&new);
+                failed(error)
+            })?
+            .ino();
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            inode,
+        })
+    }
+
+    /// Serves for as long as the future is polled.
+    pub async fn serve(self, responder: Arc<impl Responder>) {
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else {
+                return;
+            };
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let responder = responder.clone();
+                    tokio::spawn(async move {
+                        match timeout(CONNECTION_TIMEOUT, connection(stream, &*responder)).await {
+                            Ok(Ok(())) => {}
+                            Ok(Err(error)) => {
+                                tracing::debug!(%error, "an admin request was not answered");
+                            }
+                            Err(_) => tracing::debug!("an admin request took too long"),
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the admin socket could not accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for AdminSocket {
+    fn drop(&mut self) {
+        let own = fs::symlink_metadata(&self.path).is_ok_and(|file| file.ino() == self.inode);
+        if own {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+async fn connection(mut stream: UnixStream, responder: &impl Responder) -> io::Result<()> {
+    // The mode already says so; it does not hold for a descriptor that was passed on.
+    let user = stream.peer_cred()?.uid();
+    let own = nix::unistd::geteuid().as_raw();
+    let answer = if user == 0 || user == own {
+        match read_request(&mut stream).await? {
+            Ok(request) => responder.respond(request.command).await,
+            Err(refusal) => Answer::Error(refusal),
+        }
+    } else {
+        Answer::Error(format!("user {user} may not use the admin socket"))
+    };
+    let mut line = serde_json::to_vec(&answer)?;
+    line.push(b'\n');
+    stream.write_all(&line).await?;
+    stream.shutdown().await
+}
+
+async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
+    let mut line = Vec::new();
+    BufReader::new(stream)
+        .take(MAX_REQUEST as u64)
+        .read_until(b'\n', &mut line)
+        .await?;
+    if !line.ends_with(b"\n") {
+        return Ok(Err(format!(
+            "a request is one line of at most {MAX_REQUEST} bytes"
+        )));
+    }
+    Ok(match serde_json::from_slice::<Request>(&line) {
+        Ok(request) if request.version == PROTOCOL_VERSION => Ok(request),
+        Ok(request) => Err(format!(
+            "this daemon speaks version {PROTOCOL_VERSION} of the admin protocol, not {}: use the `reeve` that belongs to it",
+            request.version
+        )),
+        Err(error) => Err(format!("the request is not understood: {error}")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::{super::*, *};
+
+    struct Fixed;
+
+    impl Responder for Fixed {
+        async fn respond(&self, command: Command) -> Answer {
+            match command {
+                Command::Status => Answer::Status(Box::new(Status {
+                    node: "here".into(),
+                    ..Status::default()
+                })),
+            }
+        }
+    }
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new() -> Self {
+            static NUMBER: AtomicU32 = AtomicU32::new(0);
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!("reeve-admin-{}-{number}", std::process::id());
+            let folder = std::env::temp_dir().join(name);
+            fs::create_dir(&folder).unwrap();
+            Self(folder)
+        }
+
+        fn socket(&self) -> PathBuf {
+            self.0.join("run/admin.sock")
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    async fn raw(path: &Path, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(path).await.unwrap();
+        let _ = stream.write_all(request).await;
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_status_is_asked_for_and_answered() {
+        let folder = Folder::new();
+        let path = folder.socket();
+        let socket = AdminSocket::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+        let server = tokio::spawn(socket.serve(Arc::new(Fixed)));
+
+        let asked = path.clone();
+        let answer = tokio::task::spawn_blocking(move || ask(&asked, Command::Status))
+            .await
+            .unwrap();
+        assert!(matches!(answer, Ok(Answer::Status(status)) if status.node == "here"));
+
+        server.abort();
+        let _ = server.await;
+        assert!(!path.exists(), "the file goes with the socket");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_request_is_refused_with_the_reason() {
+        let folder = Folder::new();
+        let path = folder.socket();
+        tokio::spawn(AdminSocket::bind(&path).unwrap().serve(Arc::new(Fixed)));
+        for (request, reason) in [
+            (&b"status\n"[..], "not understood"),
+            (br#"{"version":1,"command":"stop"}"#, "one line"),
+            (b"{\"version\":1,\"command\":\"stop\"}\n", "unknown variant"),
+            (b"{\"version\":9,\"command\":\"status\"}\n", "version 1"),
+            (&[b'x'; 2 * MAX_REQUEST], "at most 4096 bytes"),
+        ] {
+            let answer = raw(&path, request).await;
+            assert!(answer.contains(reason), "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_second_daemon_does_not_take_the_socket_and_a_dead_ones_is_replaced() {
+        let folder = Folder::new();
+        let path = folder.socket();
+        let first = AdminSocket::bind(&path).unwrap();
+        assert!(matches!(
+            AdminSocket::bind(&path),
+            Err(AdminError::InUse(_))
+        ));
+        drop(first);
+
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        drop(AdminSocket::bind(&path).unwrap());
+
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(
+            AdminSocket::bind(&path),
+            Err(AdminError::NotASocket(_))
+        ));
+    }
+}

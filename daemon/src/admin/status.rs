@@ -1,0 +1,199 @@
+//! How the daemon is, as `reeve status --json` prints it.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{datapath, workload::CgroupSelector};
+
+/// The whole of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Version of the daemon.
+    pub version: String,
+    /// Name of the node.
+    pub node: String,
+    /// Trust domain of the workloads here.
+    pub trust_domain: String,
+    /// The daemon's process.
+    pub process: u32,
+    /// Seconds since the daemon started.
+    pub uptime_seconds: u64,
+    /// Whether nothing is missing.
+    pub ready: bool,
+    /// What is missing, one sentence each.
+    pub not_ready: Vec<String>,
+    /// Number of the state that the kernel holds; raised at each change.
+    pub generation: u32,
+    /// Workloads of this node, in the order of their declaration.
+    pub workloads: Vec<WorkloadStatus>,
+    /// Certificates, by SPIFFE ID.
+    pub certificates: Vec<CertificateStatus>,
+    /// Trust bundles, by trust domain.
+    pub bundles: Vec<BundleStatus>,
+    /// Tunnels.
+    pub tunnels: TunnelsStatus,
+    /// Policies.
+    pub policies: PolicyStatus,
+    /// The kernel's maps.
+    pub maps: Vec<MapUsage>,
+    /// Events that found the kernel's ring buffer full.
+    pub lost_events: u64,
+}
+
+/// What a workload does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum WorkloadState {
+    /// It has a process, and so a network namespace.
+    Running,
+    /// Its cgroup is there and empty: enforced, and nobody to enforce it on.
+    Empty,
+    /// It has no cgroup.
+    Absent,
+}
+
+/// One workload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadStatus {
+    /// Its name.
+    pub name: String,
+    /// Its number in maps and events.
+    pub id: u32,
+    /// Its identity.
+    pub spiffe_id: String,
+    /// How it is found.
+    pub selector: CgroupSelector,
+    /// What it does.
+    pub state: WorkloadState,
+    /// Ids of its cgroups.
+    pub cgroups: Vec<u64>,
+    /// Inode of its network namespace.
+    pub netns: Option<u64>,
+    /// Whether it is alone in that namespace.
+    pub owns_netns: bool,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether the tunnel's listeners stand in its namespace.
+    pub listening: bool,
+    /// Whether it has a certificate that is valid now.
+    pub certificate: bool,
+}
+
+/// One identity and its certificate. Times are RFC 3339.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CertificateStatus {
+    /// Whose.
+    pub spiffe_id: String,
+    /// Where it comes from.
+    pub source: String,
+    /// Serial number, lower case hexadecimal; none without a valid certificate.
+    pub serial: Option<String>,
+    /// Start of validity.
+    pub not_before: Option<String>,
+    /// End of validity.
+    pub not_after: Option<String>,
+    /// Seconds until then.
+    pub seconds_left: Option<u64>,
+    /// When the source is asked next.
+    pub next_attempt: Option<String>,
+    /// Why the last attempt failed; none where it did not.
+    pub last_error: Option<String>,
+}
+
+/// One trust domain's bundle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BundleStatus {
+    /// Whose.
+    pub trust_domain: String,
+    /// Signing certificates in it.
+    pub certificates: usize,
+    /// When the first of them expires, RFC 3339.
+    pub earliest_not_after: Option<String>,
+}
+
+/// The data path.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelsStatus {
+    /// Application connections open now.
+    pub connections: usize,
+    /// Tunnels open now.
+    pub open: usize,
+    /// The first of them: a bounded number.
+    pub tunnels: Vec<TunnelStatus>,
+}
+
+/// One tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelStatus {
+    /// `client` where this node opened it, `server` where the peer did.
+    pub role: String,
+    /// Own identity.
+    pub local: String,
+    /// The far end's authenticated identity.
+    pub peer: String,
+    /// The far end's address.
+    pub address: String,
+    /// Application connections in it now.
+    pub streams: usize,
+    /// Seconds since it was opened.
+    pub age_seconds: u64,
+    /// Takes no new streams.
+    pub retired: bool,
+}
+
+/// The policies.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyStatus {
+    /// Where they come from.
+    pub sources: Vec<String>,
+    /// Policies in force.
+    pub policies: usize,
+    /// Why the newest files were refused; the policies before them are in force.
+    pub refused: Option<String>,
+}
+
+/// How full a map is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MapUsage {
+    /// Its name.
+    pub map: String,
+    /// Entries in it.
+    pub entries: u64,
+    /// Entries that fit.
+    pub capacity: u64,
+}
+
+// === impl WorkloadState ===
+
+impl WorkloadState {
+    /// Name in metrics and tables.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Empty => "empty",
+            Self::Absent => "absent",
+        }
+    }
+}
+
+// === impl MapUsage ===
+
+impl From<datapath::MapUsage> for MapUsage {
+    fn from(usage: datapath::MapUsage) -> Self {
+        Self {
+            map: usage.name.to_owned(),
+            entries: usage.entries,
+            capacity: usage.capacity,
+        }
+    }
+}

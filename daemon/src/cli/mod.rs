@@ -1,0 +1,123 @@
+//! The command line: what can be asked of `reeve`, and how the answers look.
+//!
+//! In: words. Out: a [`Command`]; the ones that need no daemon of their own run here.
+
+mod args;
+mod status;
+mod table;
+
+use std::{
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+use clap::CommandFactory;
+
+pub use args::{Cli, Command};
+
+use crate::{
+    admin::{self, Answer},
+    config::{self, Config},
+    datapath,
+};
+
+/// The command line or a file is wrong: the same again will fail again.
+pub const EXIT_USAGE: u8 = 2;
+
+/// Prints an error with what caused it, one line each.
+pub fn print_error(error: &dyn std::error::Error) {
+    let mut text = format!("reeve: {error}\n");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!("  because: {cause}\n"));
+        source = cause.source();
+    }
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// `reeve status`.
+#[must_use]
+pub fn status(socket: &Path, json: bool) -> ExitCode {
+    match admin::ask(socket, admin::Command::Status) {
+        Ok(Answer::Status(answer)) if json => match serde_json::to_string_pretty(&answer) {
+            Ok(text) => print(&(text + "\n")),
+            Err(error) => failed(&error),
+        },
+        Ok(Answer::Status(answer)) => print(&status::render(&answer)),
+        Ok(Answer::Error(refusal)) => {
+            let _ = writeln!(io::stderr(), "reeve: the daemon refused: {refusal}");
+            ExitCode::FAILURE
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+/// `reeve check`.
+#[must_use]
+pub fn check(config: &Path) -> ExitCode {
+    match config::check(config) {
+        Ok(summary) => print(&format!("{}: {summary}\n", config.display())),
+        Err(mistakes) => {
+            let _ = writeln!(io::stderr(), "{mistakes}");
+            ExitCode::from(EXIT_USAGE)
+        }
+    }
+}
+
+/// `reeve detach`.
+#[must_use]
+pub fn detach(file: &Path) -> ExitCode {
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(mistakes) => {
+            let _ = writeln!(io::stderr(), "{mistakes}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    let socket = &config.admin.socket;
+    if admin::ask(socket, admin::Command::Status).is_ok() {
+        let _ = writeln!(
+            io::stderr(),
+            "reeve: a daemon answers on {}: stop it first, or it would go on without a kernel side",
+            socket.display()
+        );
+        return ExitCode::FAILURE;
+    }
+    match datapath::detach(&config.node.bpffs) {
+        Ok(removed) if removed.is_empty() => print(&format!(
+            "nothing of reeve is pinned in {}\n",
+            config.node.bpffs.display()
+        )),
+        Ok(removed) => {
+            let mut text = String::new();
+            for pin in removed {
+                text.push_str(&format!("removed {}\n", pin.display()));
+            }
+            text.push_str("nothing is enforced on this node any more\n");
+            print(&text)
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+/// `reeve completions`.
+#[must_use]
+pub fn completions(shell: clap_complete::Shell) -> ExitCode {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "reeve", &mut script);
+    print(&String::from_utf8_lossy(&script))
+}
+
+fn failed(error: &dyn std::error::Error) -> ExitCode {
+    print_error(error);
+    ExitCode::FAILURE
+}
+
+/// Prints to standard output. A reader that has gone away, as `head` does, is no failure.
+fn print(text: &str) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => failed(&error),
+        _ => ExitCode::SUCCESS,
+    }
+}

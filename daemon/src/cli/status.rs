@@ -1,0 +1,245 @@
+//! `reeve status` for people.
+
+use std::{
+    fmt::{self, Write},
+    time::Duration,
+};
+
+use super::table::Table;
+use crate::{admin::Status, workload::CgroupSelector};
+
+/// The whole page.
+pub(super) fn render(status: &Status) -> String {
+    let mut page = String::new();
+    // Writing to a string does not fail.
+    let _ = write(&mut page, status);
+    page
+}
+
+fn write(page: &mut String, status: &Status) -> fmt::Result {
+    writeln!(
+        page,
+        "reeve {} on {}, trust domain {}, up {}",
+        status.version,
+        status.node,
+        status.trust_domain,
+        duration(status.uptime_seconds)
+    )?;
+    if status.ready {
+        writeln!(page, "ready")?;
+    } else {
+        writeln!(page, "NOT READY")?;
+        for missing in &status.not_ready {
+            writeln!(page, "  - {missing}")?;
+        }
+    }
+    writeln!(page)?;
+    workloads(page, status)?;
+    certificates(page, status)?;
+    tunnels(page, status)?;
+    policies(page, status)?;
+    kernel(page, status)
+}
+
+fn workloads(page: &mut String, status: &Status) -> fmt::Result {
+    writeln!(page, "Workloads")?;
+    let mut table = Table::new([
+        "NAME",
+        "STATE",
+        "LISTENING",
+        "CERTIFICATE",
+        "NETNS",
+        "ADDRESSES",
+        "FOUND BY",
+        "IDENTITY",
+    ]);
+    for workload in &status.workloads {
+        let yes = |is: bool| if is { "yes" } else { "no" }.to_owned();
+        table.push([
+            workload.name.clone(),
+            workload.state.as_str().to_owned(),
+            yes(workload.listening),
+            yes(workload.certificate),
+            workload.netns.map_or_else(dash, |inode| {
+                let shared = if workload.owns_netns { "" } else { " shared" };
+                format!("{inode}{shared}")
+            }),
+            list(workload.addresses.iter().map(ToString::to_string)),
+            match &workload.selector {
+                CgroupSelector::Cgroup(path) => path.clone(),
+                CgroupSelector::Unit(name) => name.clone(),
+            },
+            workload.spiffe_id.clone(),
+        ]);
+    }
+    writeln!(page, "{table}")
+}
+
+fn certificates(page: &mut String, status: &Status) -> fmt::Result {
+    writeln!(page, "Certificates")?;
+    let mut table = Table::new(["IDENTITY", "VALID FOR", "UNTIL", "SOURCE", "LAST ERROR"]);
+    for certificate in &status.certificates {
+        table.push([
+            certificate.spiffe_id.clone(),
+            certificate.seconds_left.map_or_else(dash, duration),
+            certificate.not_after.clone().unwrap_or_else(dash),
+            certificate.source.clone(),
+            certificate.last_error.clone().unwrap_or_else(dash),
+        ]);
+    }
+    writeln!(page, "{table}")?;
+    writeln!(page, "Trust bundles")?;
+    let mut table = Table::new(["TRUST DOMAIN", "CERTIFICATES", "FIRST EXPIRES"]);
+    for bundle in &status.bundles {
+        table.push([
+            bundle.trust_domain.clone(),
+            bundle.certificates.to_string(),
+            bundle.earliest_not_after.clone().unwrap_or_else(dash),
+        ]);
+    }
+    writeln!(page, "{table}")
+}
+
+fn tunnels(page: &mut String, status: &Status) -> fmt::Result {
+    let tunnels = &status.tunnels;
+    writeln!(
+        page,
+        "Tunnels: {} open, {} connections",
+        tunnels.open, tunnels.connections
+    )?;
+    if !tunnels.tunnels.is_empty() {
+        let mut table = Table::new(["ROLE", "OWN", "PEER", "ADDRESS", "STREAMS", "AGE", ""]);
+        for tunnel in &tunnels.tunnels {
+            table.push([
+                tunnel.role.clone(),
+                tunnel.local.clone(),
+                tunnel.peer.clone(),
+                tunnel.address.clone(),
+                tunnel.streams.to_string(),
+                duration(tunnel.age_seconds),
+                if tunnel.retired { "retired" } else { "" }.to_owned(),
+            ]);
+        }
+        write!(page, "{table}")?;
+        if tunnels.open > tunnels.tunnels.len() {
+            writeln!(page, "  and {} more", tunnels.open - tunnels.tunnels.len())?;
+        }
+    }
+    writeln!(page)
+}
+
+fn policies(page: &mut String, status: &Status) -> fmt::Result {
+    let policies = &status.policies;
+    writeln!(
+        page,
+        "Policies: {} in force, from {}",
+        policies.policies,
+        list(policies.sources.iter().cloned())
+    )?;
+    if let Some(reason) = &policies.refused {
+        writeln!(
+            page,
+            "  THE NEWEST FILES WERE REFUSED, the ones before are in force:"
+        )?;
+        for line in reason.lines() {
+            writeln!(page, "  {line}")?;
+        }
+    }
+    writeln!(page)
+}
+
+fn kernel(page: &mut String, status: &Status) -> fmt::Result {
+    writeln!(
+        page,
+        "Kernel: generation {}, {} events lost",
+        status.generation, status.lost_events
+    )?;
+    let mut table = Table::new(["MAP", "ENTRIES", "CAPACITY", "USED"]);
+    for map in &status.maps {
+        let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
+        table.push([
+            map.map.clone(),
+            map.entries.to_string(),
+            map.capacity.to_string(),
+            format!("{percent} %"),
+        ]);
+    }
+    write!(page, "{table}")
+}
+
+fn duration(seconds: u64) -> String {
+    humantime::format_duration(Duration::from_secs(seconds)).to_string()
+}
+
+fn dash() -> String {
+    "-".to_owned()
+}
+
+fn list(items: impl Iterator<Item = String>) -> String {
+    let items: Vec<String> = items.collect();
+    if items.is_empty() {
+        dash()
+    } else {
+        items.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::{CertificateStatus, MapUsage, PolicyStatus, WorkloadState, WorkloadStatus};
+
+    #[test]
+    fn the_page_says_what_is_missing_and_what_is_there() {
+        let page = render(&Status {
+            version: "0.1.0".into(),
+            node: "node1".into(),
+            trust_domain: "example.org".into(),
+            uptime_seconds: 75,
+            not_ready: vec!["workload web has no certificate".into()],
+            workloads: vec![WorkloadStatus {
+                name: "web".into(),
+                id: 1,
+                spiffe_id: "spiffe://example.org/ns/default/sa/web".into(),
+                selector: CgroupSelector::Unit("nginx.service".into()),
+                state: WorkloadState::Running,
+                cgroups: vec![4711],
+                netns: Some(4_026_531_840),
+                owns_netns: false,
+                addresses: vec!["192.0.2.1".parse().unwrap()],
+                listening: true,
+                certificate: false,
+            }],
+            certificates: vec![CertificateStatus {
+                spiffe_id: "spiffe://example.org/ns/default/sa/web".into(),
+                source: "embedded_ca".into(),
+                serial: None,
+                not_before: None,
+                not_after: None,
+                seconds_left: None,
+                next_attempt: None,
+                last_error: Some("the disk is full".into()),
+            }],
+            policies: PolicyStatus {
+                refused: Some("web.yaml:1:1: is not a policy".into()),
+                ..PolicyStatus::default()
+            },
+            maps: vec![MapUsage {
+                map: "VERDICTS".into(),
+                entries: 512,
+                capacity: 1024,
+            }],
+            ..Status::default()
+        });
+        for text in [
+            "reeve 0.1.0 on node1, trust domain example.org, up 1m 15s",
+            "NOT READY\n  - workload web has no certificate",
+            "web   running  yes        no           4026531840 shared  192.0.2.1  nginx.service",
+            "the disk is full",
+            "  web.yaml:1:1: is not a policy",
+            "VERDICTS  512      1024      50 %",
+        ] {
+            assert!(page.contains(text), "{text}\nis not in\n{page}");
+        }
+    }
+}

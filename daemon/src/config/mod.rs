@@ -1,0 +1,153 @@
+//! The configuration file: YAML, checked as a whole, every mistake reported with its place.
+//!
+//! In: files. Out: an immutable [`Config`]. Reading is pure: nothing is opened but the file, and
+//! what was in force before stays so until the caller replaces it.
+//!
+//! Every field is described in `docs/configuration.md`; a test compares the two.
+
+mod check;
+mod file;
+mod settings;
+mod settle;
+mod tunnel;
+
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+pub use check::{Summary, check};
+pub use settings::{
+    Admin, Certificates, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel, Maps, Metrics, Node,
+};
+pub use tunnel::{Limits, Ports, Timeouts};
+
+pub use crate::yaml::{Mistake, Mistakes as ConfigErrors};
+use crate::{
+    identity::TrustDomain,
+    policy::PolicySources,
+    workload::{Peer, Workload},
+    yaml,
+};
+
+/// Number of the first configured peer; numbers below are those of local workloads, which are
+/// peers of each other.
+pub const FIRST_PEER_ID: u32 = 0x1_0000;
+
+/// The configuration, whole and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The file that it was read from.
+    pub file: PathBuf,
+    /// Trust domain of the workloads here.
+    pub trust_domain: TrustDomain,
+    /// This node.
+    pub node: Node,
+    /// Where reeve keeps what must outlive it. Default `/var/lib/reeve`.
+    pub state_dir: PathBuf,
+    /// The workloads of this node, in the order of their declaration.
+    pub workloads: Vec<Arc<Workload>>,
+    /// Cgroups, as paths below the cgroup root with a leading slash, below which everything that
+    /// is not enrolled is denied.
+    pub enforced_parents: Vec<String>,
+    /// The peers, in the order of their declaration.
+    pub peers: Vec<Arc<Peer>>,
+    /// Where the policies are.
+    pub policies: PolicySources,
+    /// Where certificates come from.
+    pub certificates: Certificates,
+    /// Ports that reeve takes.
+    pub ports: Ports,
+    /// Bounds of the tunnel.
+    pub limits: Limits,
+    /// Time-outs of the tunnel.
+    pub timeouts: Timeouts,
+    /// Capacities of the kernel's maps.
+    pub maps: Maps,
+    /// The metrics endpoint.
+    pub metrics: Metrics,
+    /// The admin socket.
+    pub admin: Admin,
+    /// What is logged.
+    pub log: Log,
+}
+
+// === impl Config ===
+
+impl Config {
+    /// Reads and checks a configuration file. Relative paths in it start at its own folder.
+    ///
+    /// # Errors
+    /// Every mistake in the file.
+    pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
+        Self::parse(path, &yaml::read_file(path)?)
+    }
+
+    /// As [`Config::load`], for a text that was read from `path`.
+    ///
+    /// # Errors
+    /// Every mistake in the text.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigErrors> {
+        let (config, mistakes) = Self::read(path, text);
+        mistakes.into_result()?;
+        config.ok_or_else(|| {
+            let mut mistakes = ConfigErrors::default();
+            mistakes.file(path, "could not be read as a configuration");
+            mistakes
+        })
+    }
+
+    /// What could be read, and the mistakes. Beside mistakes, the configuration is good for
+    /// finding more of them only.
+    fn read(path: &Path, text: &str) -> (Option<Self>, ConfigErrors) {
+        let (documents, mut mistakes) = yaml::parse(path, text);
+        let config = match &documents[..] {
+            [document] => {
+                let raw = yaml::read(document, &mut mistakes);
+                raw.and_then(|raw| settle::settle(document, raw, &mut mistakes))
+            }
+            [] => {
+                if mistakes.is_empty() {
+                    mistakes.file(path, "is empty; `trustDomain` at least is needed");
+                }
+                None
+            }
+            [_, second, ..] => {
+                mistakes.push(second.mistake(
+                    second.root(),
+                    "is a second document; the configuration is one document, policies have \
+                     files of their own (`policies.folder`)",
+                ));
+                None
+            }
+        };
+        (config, mistakes)
+    }
+
+    /// The configuration with the numbers that `previous` gave to the same names, so that numbers
+    /// in maps and events keep their meaning over a reload. Names that are new get numbers that
+    /// `previous` did not use, unless all are taken.
+    #[must_use]
+    pub fn keep_numbers(mut self, previous: &Self) -> Self {
+        settle::keep_numbers(
+            &mut self.workloads,
+            &previous.workloads,
+            1..FIRST_PEER_ID,
+            |workload| (&workload.name, workload.id),
+            |workload, id| workload.id = id,
+        );
+        settle::keep_numbers(
+            &mut self.peers,
+            &previous.peers,
+            FIRST_PEER_ID..u32::MAX,
+            |peer| (&peer.name, peer.id),
+            |peer, id| peer.id = id,
+        );
+        self
+    }
+}

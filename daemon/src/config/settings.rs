@@ -1,0 +1,184 @@
+//! The parts of the configuration that are settings of one module each.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+use crate::identity::TrustDomain;
+use crate::yaml::values::{number, size};
+
+/// This node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name in logs and metrics. Default: the host's name.
+    pub name: String,
+    /// Its addresses: plaintext from these is let in to every workload, as the probes of the
+    /// node's own agent need. Default none.
+    pub addresses: Vec<IpAddr>,
+    /// Cgroup at which the programs are attached. None, the default: the mount point of the
+    /// cgroup2 hierarchy.
+    pub cgroup_root: Option<PathBuf>,
+    /// Folder in a bpf file system in which programs and maps are pinned. Default
+    /// `/sys/fs/bpf/reeve`.
+    pub bpffs: PathBuf,
+}
+
+/// Where certificates come from: one source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Certificates {
+    /// reeve's own certificate authority.
+    Embedded(EmbeddedCa),
+}
+
+/// reeve's own certificate authority.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EmbeddedCa {
+    /// Folder of the authority's key and certificate. Default `ca` in the state folder.
+    pub ca_dir: PathBuf,
+    /// Lifetime of a leaf; it is renewed at half of that. Default 1 h.
+    pub leaf_lifetime: Duration,
+    /// PEM files with the certificates of other trust domains' authorities. Default none.
+    pub trust_bundles: BTreeMap<TrustDomain, PathBuf>,
+}
+
+/// Capacities of the kernel's maps, in entries. A change takes effect when reeve starts anew
+/// without pinned maps. A full map is a deny, a metric and a daemon that is not ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Maps {
+    /// Cgroups of workloads. Default 4096.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub workloads: u32,
+    /// Network namespaces of workloads. Default 4096.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub namespaces: u32,
+    /// Addresses of workloads. Default 16384.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub local_addresses: u32,
+    /// Addresses and networks of peers and policies. Default 131072.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub peers: u32,
+    /// Ports of peers that share an address. Default 65536.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub peer_ports: u32,
+    /// Verdicts. Default 524288.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub verdicts: u32,
+    /// Redirected connections that the daemon has not accepted yet. Default 65536.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub original_destinations: u32,
+    /// Flows of protocols without connections. Default 131072.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub flows: u32,
+    /// The daemon's connections to local applications. Default 65536.
+    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
+    pub onward: u32,
+    /// Ring buffer of events in bytes, rounded up to a power of two. Default 1 MiB.
+    #[serde(deserialize_with = "size::<_, _, 4096, 268_435_456>")]
+    pub events: u32,
+}
+
+/// The metrics endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Where it listens; none where it is off. Default `127.0.0.1:15020`.
+    pub address: Option<SocketAddr>,
+}
+
+/// The admin socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// Path of the socket. Default `/run/reeve/admin.sock`.
+    pub socket: PathBuf,
+}
+
+/// What is logged, on standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Log {
+    /// Form of a line. Default text.
+    pub format: LogFormat,
+    /// Least severity. Default info.
+    pub level: LogLevel,
+    /// What the kernel programs log of themselves. Default off.
+    pub ebpf: EbpfLog,
+}
+
+/// Form of a log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object on each line.
+    Json,
+}
+
+/// Least severity of a log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// What needs somebody.
+    Error,
+    /// What may need somebody.
+    Warn,
+    /// What happens.
+    #[default]
+    Info,
+    /// What a developer of reeve asks for.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// What the kernel programs log of themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EbpfLog {
+    /// Nothing; the programs hold no code for it.
+    #[default]
+    Off,
+    /// Every verdict: only for finding a fault, it is slow.
+    Debug,
+}
+
+// === impl LogLevel ===
+
+impl LogLevel {
+    /// The name, which is also a directive of `tracing_subscriber`'s filter.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+// === impl Default ===
+
+impl Default for Maps {
+    fn default() -> Self {
+        Self {
+            workloads: 4096,
+            namespaces: 4096,
+            local_addresses: 16_384,
+            peers: 131_072,
+            peer_ports: 65_536,
+            verdicts: 524_288,
+            original_destinations: 65_536,
+            flows: 131_072,
+            onward: 65_536,
+            events: 1 << 20,
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! From what is written to what is meant: defaults that depend on other fields, names that must be
+//! unique, and fields that must fit each other.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    Admin, Certificates, Config, EmbeddedCa, FIRST_PEER_ID, Metrics, Node, Ports,
+    file::{RawCertificates, RawConfig, RawEmbeddedCa, RawNode, RawPolicies, RawWorkload},
+};
+use crate::{
+    identity::{SpiffeId, TrustDomain},
+    policy::PolicySources,
+    workload::{Attributes, CgroupSelector, Workload},
+    yaml::{
+        Document, Located, Mistakes, NodeId,
+        values::{Labels, Name},
+    },
+};
+
+mod peers;
+
+const STATE_DIR: &str = "/var/lib/reeve";
+const BPFFS: &str = "/sys/fs/bpf/reeve";
+const ADMIN_SOCKET: &str = "/run/reeve/admin.sock";
+const LEAF_LIFETIME: Duration = Duration::from_secs(3600);
+const DEFAULT_NAMESPACE: &str = "default";
+/// Name of a node whose host has none.
+const NAMELESS_NODE: &str = "localhost";
+
+/// Where mistakes about one document go.
+struct Report<'a> {
+    document: &'a Document,
+    mistakes: &'a mut Mistakes,
+    /// What each name was given to first: workloads and peers share them.
+    names: HashMap<String, NodeId>,
+}
+
+/// The fields that make an identity, for workloads and peers alike.
+struct Identity<'a> {
+    name: &'a str,
+    namespace: Option<&'a Name>,
+    service_account: Option<&'a Name>,
+    labels: Labels,
+    spiffe_id: Option<&'a Located<SpiffeId>>,
+}
+
+/// Checks the document as a whole. What is returned beside mistakes is good for finding more of
+/// them only.
+pub(super) fn settle(
+    document: &Document,
+    raw: RawConfig,
+    mistakes: &mut Mistakes,
+) -> Option<Config> {
+    let mut report = Report {
+        document,
+        mistakes,
+        names: HashMap::new(),
+    };
+    let trust_domain = report.require(document.root(), "trustDomain", raw.trust_domain);
+    // Stands in for the one that is missing, so that the rest is checked all the same.
+    let stand_in = TrustDomain::parse("missing").ok()?;
+    let domain = trust_domain.unwrap_or(stand_in);
+    let ports = report.ports(raw.ports);
+    let workloads = report.workloads(raw.workloads, &domain);
+    let peers = report.peers(raw.peers, &domain, ports.tunnel);
+
+    let file = document.file().to_path_buf();
+    let folder = file.parent().unwrap_or(Path::new("")).to_owned();
+    let state_dir = raw
+        .state_dir
+        .map_or_else(|| PathBuf::from(STATE_DIR), |path| folder.join(path.0));
+    Some(Config {
+        trust_domain: domain,
+        node: node(raw.node, &folder),
+        certificates: certificates(raw.certificates, &folder, &state_dir),
+        state_dir,
+        workloads,
+        enforced_parents: raw
+            .enforced_parents
+            .into_iter()
+            .map(|path| path.value.0)
+            .collect(),
+        peers,
+        policies: policies(raw.policies, &folder),
+        ports,
+        limits: raw.limits,
+        timeouts: raw.timeouts,
+        maps: raw.maps,
+        metrics: Metrics {
+            address: raw.metrics.address.map(|address| address.0),
+        },
+        admin: Admin {
+            socket: raw
+                .admin
+                .socket
+                .map_or_else(|| PathBuf::from(ADMIN_SOCKET), |path| folder.join(path.0)),
+        },
+        log: raw.log,
+        file,
+    })
+}
+
+fn node(raw: RawNode, folder: &Path) -> Node {
+    Node {
+        name: raw.name.map_or_else(host_name, String::from),
+        addresses: raw.addresses.into_iter().map(|ip| ip.0).collect(),
+        cgroup_root: raw.cgroup_root.map(|path| folder.join(path.0)),
+        bpffs: raw
+            .bpffs
+            .map_or_else(|| PathBuf::from(BPFFS), |path| folder.join(path.0)),
+    }
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .and_then(|name| Name::try_from(name.trim().to_owned()).ok())
+        .map_or_else(|| NAMELESS_NODE.to_owned(), String::from)
+}
+
+fn policies(raw: RawPolicies, folder: &Path) -> PolicySources {
+    PolicySources {
+        folder: raw.folder.map(|path| folder.join(path.0)),
+        files: raw
+            .files
+            .into_iter()
+            .map(|path| folder.join(path.0))
+            .collect(),
+    }
+}
+
+fn certificates(raw: RawCertificates, folder: &Path, state_dir: &Path) -> Certificates {
+    let RawCertificates::Embedded(RawEmbeddedCa {
+        ca_dir,
+        leaf_lifetime,
+        trust_bundles,
+    }) = raw;
+    Certificates::Embedded(EmbeddedCa {
+        ca_dir: ca_dir.map_or_else(|| state_dir.join("ca"), |path| folder.join(path.0)),
+        leaf_lifetime: leaf_lifetime.map_or(LEAF_LIFETIME, |lifetime| lifetime.0),
+        trust_bundles: trust_bundles
+            .into_iter()
+            .map(|(domain, path)| (domain, folder.join(path.0)))
+            .collect(),
+    })
+}
+
+/// Gives `items` the numbers that `previous` gave to the same names.
+pub(super) fn keep_numbers<T: Clone>(
+    items: &mut [Arc<T>],
+    previous: &[Arc<T>],
+    range: Range<u32>,
+    key: fn(&T) -> (&str, u32),
+    set: fn(&mut T, u32),
+) {
+    let old: HashMap<&str, u32> = previous.iter().map(|item| key(item)).collect();
+    let mut used: std::collections::HashSet<u32> = old.values().copied().collect();
+    let mut next = used.iter().max().map_or(range.start, |last| last + 1);
+    for item in items {
+        let (name, own) = key(item);
+        let number = old.get(name).copied().unwrap_or_else(|| {
+            let free = (next..range.end)
+                .chain(range.clone())
+                .find(|number| !used.contains(number))
+                .unwrap_or(own);
+            used.insert(free);
+            next = free + 1;
+            free
+        });
+        if number != own {
+            set(Arc::make_mut(item), number);
+        }
+    }
+}
+
+// === impl Report ===
+
+impl Report<'_> {
+    fn mistake(&mut self, node: NodeId, what: impl Into<String>) {
+        self.mistakes.push(self.document.mistake(node, what));
+    }
+
+    /// Notes that a field is missing, unless it is there and was mistaken by itself.
+    fn require<T>(&mut self, mapping: NodeId, field: &str, value: Option<T>) -> Option<T> {
+        if value.is_none() && !self.has(mapping, field) {
+            self.mistake(mapping, format!("`{field}` is missing; add it"));
+        }
+        value
+    }
+
+    /// Whether a field is written and not `null`, readable or not.
+    fn has(&self, mapping: NodeId, field: &str) -> bool {
+        self.document
+            .child(mapping, field)
+            .is_some_and(|value| !self.document.is_null(value))
+    }
+
+    /// Notes a name; each may be given once.
+    fn unique_name(&mut self, name: &Located<Name>) {
+        match self.names.get(name.as_str()) {
+            None => {
+                self.names.insert(name.as_str().to_owned(), name.node);
+            }
+            Some(first) => {
+                let line = self.document.line(*first);
+                self.mistake(
+                    name.node,
+                    format!(
+                        "`{}` is given already on line {line}; workloads and peers need \
+                         different names",
+                        name.as_str()
+                    ),
+                );
+            }
+        }
+    }
+
+    fn ports(&mut self, raw: Option<Located<Ports>>) -> Ports {
+        let Some(ports) = raw else {
+            return Ports::default();
+        };
+        if ports.outbound == ports.tunnel {
+            self.mistake(
+                ports.node,
+                format!(
+                    "both ports are {}; expected two different ones",
+                    ports.tunnel
+                ),
+            );
+        }
+        ports.value
+    }
+
+    fn workloads(
+        &mut self,
+        raw: Vec<Located<RawWorkload>>,
+        domain: &TrustDomain,
+    ) -> Vec<Arc<Workload>> {
+        let mut selectors: HashMap<String, NodeId> = HashMap::new();
+        let mut workloads = Vec::with_capacity(raw.len());
+        for (workload, id) in raw.into_iter().zip(1..) {
+            if id >= FIRST_PEER_ID {
+                self.mistake(
+                    workload.node,
+                    format!("is workload {id}; at most {} fit", FIRST_PEER_ID - 1),
+                );
+                break;
+            }
+            let Some(settled) = self.workload(&workload, id, domain) else {
+                continue;
+            };
+            let (CgroupSelector::Cgroup(place) | CgroupSelector::Unit(place)) = &settled.selector;
+            if let Some(first) = selectors.get(place) {
+                let line = self.document.line(*first);
+                self.mistake(
+                    workload.node,
+                    format!(
+                        "runs in `{place}`, as the workload on line {line} does; give each \
+                         workload a cgroup of its own"
+                    ),
+                );
+            } else {
+                selectors.insert(place.clone(), workload.node);
+            }
+            workloads.push(Arc::new(settled));
+        }
+        workloads
+    }
+
+    fn workload(
+        &mut self,
+        raw: &Located<RawWorkload>,
+        id: u32,
+        domain: &TrustDomain,
+    ) -> Option<Workload> {
+        let name = self.require(raw.node, "name", raw.name.as_ref());
+        if let Some(name) = name {
+            self.unique_name(name);
+        }
+        match (self.has(raw.node, "cgroup"), self.has(raw.node, "unit")) {
+            (true, true) => {
+                self.mistake(raw.node, "has `cgroup` and `unit`; keep one of them");
+            }
+            (false, false) => {
+                self.mistake(
+                    raw.node,
+                    "has neither `cgroup` nor `unit`; add the one that tells where it runs",
+                );
+            }
+            _ => {}
+        }
+        let selector = match (&raw.cgroup, &raw.unit) {
+            (Some(path), None) => Some(CgroupSelector::Cgroup(path.0.clone())),
+            (None, Some(unit)) => Some(CgroupSelector::Unit(unit.0.clone())),
+            _ => None,
+        };
+        if let Some(id) = &raw.spiffe_id
+            && id.trust_domain() != domain
+        {
+            self.mistake(
+                id.node,
+                format!(
+                    "`{}` is of another trust domain; workloads of this node are of `{domain}`",
+                    id.value
+                ),
+            );
+        }
+        let name = name?.as_str();
+        let attributes = self.attributes(
+            &Identity {
+                name,
+                namespace: raw.namespace.as_ref(),
+                service_account: raw.service_account.as_ref(),
+                labels: raw.labels.clone(),
+                spiffe_id: raw.spiffe_id.as_ref(),
+            },
+            domain,
+            raw.node,
+        );
+        Some(Workload {
+            id,
+            name: name.to_owned(),
+            attributes: attributes?,
+            selector: selector?,
+            ports: raw.ports.iter().map(|port| port.0).collect(),
+            addresses: raw.addresses.iter().map(|ip| ip.0).collect(),
+        })
+    }
+
+    /// Fills in what is not given. A SPIFFE ID of the usual form says the namespace and the
+    /// service account; where they are written too, they must say the same.
+    fn attributes(
+        &mut self,
+        identity: &Identity<'_>,
+        domain: &TrustDomain,
+        node: NodeId,
+    ) -> Option<Attributes> {
+        let from_id = identity.spiffe_id.and_then(|id| id.service_account());
+        if let (Some((namespace, account)), Some(id)) = (from_id, identity.spiffe_id) {
+            for (field, written, said) in [
+                ("namespace", identity.namespace, namespace),
+                ("serviceAccount", identity.service_account, account),
+            ] {
+                if let Some(written) = written.filter(|written| written.as_str() != said) {
+                    self.mistake(
+                        id.node,
+                        format!(
+                            "says `{said}` where `{field}` says `{}`; make them the same, or \
+                             leave `{field}` out",
+                            written.as_str()
+                        ),
+                    );
+                }
+            }
+        }
+        let namespace = identity
+            .namespace
+            .map(Name::as_str)
+            .or(from_id.map(|(namespace, _)| namespace))
+            .unwrap_or(DEFAULT_NAMESPACE);
+        let service_account = identity
+            .service_account
+            .map(Name::as_str)
+            .or(from_id.map(|(_, account)| account))
+            .unwrap_or(identity.name);
+        let spiffe_id = match identity.spiffe_id {
+            Some(id) => id.value.clone(),
+            None => match SpiffeId::for_service_account(domain, namespace, service_account) {
+                Ok(id) => id,
+                Err(error) => {
+                    self.mistake(
+                        node,
+                        format!("no SPIFFE ID can be made of its names: {error}; give `spiffeId`"),
+                    );
+                    return None;
+                }
+            },
+        };
+        Some(Attributes {
+            namespace: namespace.to_owned(),
+            service_account: service_account.to_owned(),
+            labels: identity.labels.0.clone(),
+            spiffe_id,
+        })
+    }
+}

@@ -1,0 +1,132 @@
+//! What bounds the tunnel: ports, limits and time-outs, with their defaults.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::yaml::values::{duration, number, port, positive_duration, size};
+
+/// TCP ports that reeve takes in each workload's network namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Ports {
+    /// Where redirected connections of workloads arrive, on loopback. Default 15001.
+    #[serde(deserialize_with = "port")]
+    pub outbound: u16,
+    /// Where tunnels arrive (HBONE). Default 15008.
+    #[serde(deserialize_with = "port")]
+    pub tunnel: u16,
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self {
+            outbound: reeve_common::DEFAULT_OUTBOUND_PORT,
+            tunnel: reeve_common::DEFAULT_TUNNEL_PORT,
+        }
+    }
+}
+
+/// Bounds. Beyond one, the newcomer is refused and counted; what is open goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Limits {
+    /// Threads that carry tunnels; 0 is one for each two cores, at least one. Default 0.
+    #[serde(deserialize_with = "number::<_, _, 0, 1024>")]
+    pub workers: usize,
+    /// Open connections of workloads, in both directions, in all. Default 100000.
+    #[serde(deserialize_with = "number::<_, _, 1, 10_000_000>")]
+    pub connections: usize,
+    /// TLS handshakes under way, in all. Default 512.
+    #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
+    pub handshakes: usize,
+    /// Streams of one tunnel. Default 200.
+    #[serde(deserialize_with = "number::<_, _, 1, 100_000>")]
+    pub streams_per_tunnel: u32,
+    /// Tunnels from one identity to one peer, per worker. Default 16.
+    #[serde(deserialize_with = "number::<_, _, 1, 1024>")]
+    pub tunnels_per_peer: usize,
+    /// Bytes that a stream's receiver may have outstanding. Default 1 MiB.
+    #[serde(deserialize_with = "size::<_, _, 65_535, 0x7fff_ffff>")]
+    pub stream_window: u32,
+    /// Bytes that a tunnel's receiver may have outstanding. Default 4 MiB.
+    #[serde(deserialize_with = "size::<_, _, 65_535, 0x7fff_ffff>")]
+    pub tunnel_window: u32,
+    /// Largest header list of a CONNECT request in bytes. Default 16 KiB.
+    #[serde(deserialize_with = "size::<_, _, 1024, 1_048_576>")]
+    pub header_list: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            workers: 0,
+            connections: 100_000,
+            handshakes: 512,
+            streams_per_tunnel: 200,
+            tunnels_per_peer: 16,
+            stream_window: 1 << 20,
+            tunnel_window: 4 << 20,
+            header_list: 16 << 10,
+        }
+    }
+}
+
+/// Time-outs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Timeouts {
+    /// TCP connection to a peer's tunnel port or to an application. Default 10 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub connect: Duration,
+    /// TLS handshake, from the first byte to the last. Default 5 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub handshake: Duration,
+    /// From a CONNECT request to its answer; also from the end of the handshake to the first
+    /// request. Default 15 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub request: Duration,
+    /// A connection whose one direction is closed and whose other carries nothing. Default 5 min.
+    #[serde(deserialize_with = "positive_duration")]
+    pub half_closed: Duration,
+    /// A connection that carries nothing in either direction; zero is never. Default zero.
+    #[serde(deserialize_with = "duration")]
+    pub idle: Duration,
+    /// A tunnel without streams. Default 60 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub tunnel_idle: Duration,
+    /// Age at which a tunnel takes no new streams. Default 1 h.
+    #[serde(deserialize_with = "positive_duration")]
+    pub tunnel_age: Duration,
+    /// For streams of a retired tunnel to end by themselves, and for a shutdown. Default 30 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub drain: Duration,
+    /// Between PINGs on a tunnel. Default 10 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub ping: Duration,
+    /// For the answer to a PING. Default 20 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub ping_answer: Duration,
+    /// `TCP_USER_TIMEOUT` of every connection: sent bytes that nobody acknowledges. Default 30 s.
+    #[serde(deserialize_with = "positive_duration")]
+    pub user: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            connect: seconds(10),
+            handshake: seconds(5),
+            request: seconds(15),
+            half_closed: seconds(300),
+            idle: Duration::ZERO,
+            tunnel_idle: seconds(60),
+            tunnel_age: seconds(3600),
+            drain: seconds(30),
+            ping: seconds(10),
+            ping_answer: seconds(20),
+            user: seconds(30),
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The daemon as others see it: what `reeve status`, `/readyz` and the metrics are told.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+
+use crate::{
+    admin::{self, Answer, Responder, Status, WorkloadState, WorkloadStatus},
+    config::Config,
+    datapath::Datapath,
+    identity::IdentityStore,
+    telemetry::{CertificateTimes, Metrics, Readiness, Readings},
+    tunnel::Tunnels,
+    workload::{Discovery, RunningWorkload},
+};
+
+/// The parts that are told, and the newest view of what control did with them.
+#[derive(Debug)]
+pub struct Daemon {
+    /// The configuration in force.
+    pub(super) config: ArcSwap<Config>,
+    pub(super) datapath: Arc<Datapath>,
+    pub(super) identities: Arc<IdentityStore>,
+    pub(super) tunnels: Tunnels,
+    pub(super) metrics: Metrics,
+    pub(super) view: ArcSwap<View>,
+    started: Instant,
+}
+
+/// What control last brought about.
+#[derive(Clone, Debug, Default)]
+pub(super) struct View {
+    pub(super) discovery: Arc<Discovery>,
+    /// Cookies of the namespaces in which listeners stand.
+    pub(super) listening: HashSet<u64>,
+    /// What could not be done, one sentence each.
+    pub(super) problems: Vec<String>,
+    pub(super) policies: admin::PolicyStatus,
+    pub(super) stopping: bool,
+}
+
+// === impl Daemon ===
+
+impl Daemon {
+    /// Puts the parts together; nothing has been brought about yet.
+    #[must_use]
+    pub fn new(
+        config: Arc<Config>,
+        datapath: Arc<Datapath>,
+        identities: Arc<IdentityStore>,
+        tunnels: Tunnels,
+        metrics: Metrics,
+    ) -> Self {
+        let starting = View {
+            problems: Readiness::starting().missing,
+            ..View::default()
+        };
+        Self {
+            config: ArcSwap::new(config),
+            datapath,
+            identities,
+            tunnels,
+            metrics,
+            view: ArcSwap::from_pointee(starting),
+            started: Instant::now(),
+        }
+    }
+
+    /// What is missing now.
+    pub(super) fn readiness(&self) -> Readiness {
+        let view = self.view.load();
+        let mut missing = view.problems.clone();
+        if view.stopping {
+            missing.push("the daemon is shutting down".to_owned());
+        }
+        for running in &view.discovery.workloads {
+            let name = &running.workload.name;
+            if running.netns.is_some() && !view.is_listening(running) {
+                missing.push(format!(
+                    "workload {name}: no listener stands in its network namespace"
+                ));
+            }
+            if running.netns.is_some() && !self.has_certificate(running) {
+                missing.push(format!(
+                    "workload {name}: no valid certificate for {}; `reeve status` says why",
+                    running.workload.attributes.spiffe_id
+                ));
+            }
+        }
+        Readiness { missing }
+    }
+
+    /// What the metrics read at each scrape.
+    #[must_use]
+    pub fn readings(&self) -> Readings {
+        let view = self.view.load();
+        let counters = self.datapath.counters().inspect_err(|error| {
+            tracing::warn!(%error, "the kernel's counters are missing from the metrics");
+        });
+        let certificates = self.identities.status();
+        let certificates = certificates.into_iter().filter_map(|identity| {
+            let certificate = identity.certificate?;
+            Some(CertificateTimes {
+                identity: identity.spiffe_id,
+                not_before: certificate.not_before,
+                not_after: certificate.not_after,
+            })
+        });
+        let bundles = self.identities.bundles();
+        let bundles = bundles
+            .into_iter()
+            .filter_map(|bundle| Some((bundle.trust_domain, bundle.earliest_not_after?)));
+        let mut workloads: BTreeMap<&'static str, u64> =
+            BTreeMap::from([("running", 0), ("empty", 0), ("absent", 0)]);
+        for running in &view.discovery.workloads {
+            *workloads.entry(state(running).as_str()).or_default() += 1;
+        }
+        Readings {
+            counters: counters.ok(),
+            maps: self.datapath.map_usage(),
+            certificates: certificates.collect(),
+            bundles: bundles.collect(),
+            workloads,
+            ready: self.readiness().is_ready(),
+        }
+    }
+
+    /// The answer to `reeve status`.
+    pub async fn status(&self) -> Status {
+        let config = self.config.load_full();
+        let view = self.view.load_full();
+        let readiness = self.readiness();
+        let workloads = view.discovery.workloads.iter();
+        let counters = self.datapath.counters();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: config.node.name.clone(),
+            trust_domain: config.trust_domain.to_string(),
+            process: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            ready: readiness.is_ready(),
+            not_ready: readiness.missing,
+            generation: self.datapath.generation(),
+            workloads: workloads
+                .map(|running| self.workload(&view, running))
+                .collect(),
+            certificates: self.certificates(),
+            bundles: self.bundles(),
+            tunnels: self.tunnels_status().await,
+            policies: view.policies.clone(),
+            maps: self
+                .datapath
+                .map_usage()
+                .into_iter()
+                .map(Into::into)
+                .collect(),
+            lost_events: counters.map_or(0, |counters| counters.lost_events()),
+        }
+    }
+
+    fn workload(&self, view: &View, running: &RunningWorkload) -> WorkloadStatus {
+        let mut cgroups: Vec<u64> = running.cgroups.iter().map(|(id, _)| *id).collect();
+        cgroups.dedup();
+        WorkloadStatus {
+            name: running.workload.name.clone(),
+            id: running.workload.id,
+            spiffe_id: running.workload.attributes.spiffe_id.to_string(),
+            selector: running.workload.selector.clone(),
+            state: state(running),
+            cgroups,
+            netns: running.netns.as_ref().map(|netns| netns.inode),
+            owns_netns: running.owns_netns,
+            addresses: running.addresses.clone(),
+            listening: view.is_listening(running),
+            certificate: self.has_certificate(running),
+        }
+    }
+
+    fn certificates(&self) -> Vec<admin::CertificateStatus> {
+        let identities = self.identities.status().into_iter();
+        let entry = |identity: crate::identity::IdentityStatus| {
+            let certificate = identity.certificate;
+            admin::CertificateStatus {
+                spiffe_id: identity.spiffe_id.to_string(),
+                source: identity.source.to_owned(),
+                serial: certificate.as_ref().map(|found| found.serial.clone()),
+                not_before: certificate.as_ref().map(|found| rfc3339(found.not_before)),
+                not_after: certificate.as_ref().map(|found| rfc3339(found.not_after)),
+                seconds_left: certificate.as_ref().and_then(|found| {
+                    let left = found.not_after.duration_since(SystemTime::now());
+                    left.ok().map(|left| left.as_secs())
+                }),
+                next_attempt: identity.next_attempt.map(rfc3339),
+                last_error: identity.last_error.map(|error| error.to_string()),
+            }
+        };
+        identities.map(entry).collect()
+    }
+
+    fn bundles(&self) -> Vec<admin::BundleStatus> {
+        let bundles = self.identities.bundles().into_iter();
+        let entry = |bundle: crate::identity::BundleStatus| admin::BundleStatus {
+            trust_domain: bundle.trust_domain.to_string(),
+            certificates: bundle.certificates,
+            earliest_not_after: bundle.earliest_not_after.map(rfc3339),
+        };
+        bundles.map(entry).collect()
+    }
+
+    async fn tunnels_status(&self) -> admin::TunnelsStatus {
+        let status = self.tunnels.status().await;
+        let entry = |tunnel: crate::tunnel::TunnelStatus| admin::TunnelStatus {
+            role: tunnel.role.to_owned(),
+            local: tunnel.local.to_string(),
+            peer: tunnel.peer.to_string(),
+            address: tunnel.address.to_string(),
+            streams: tunnel.streams,
+            age_seconds: tunnel.age.as_secs(),
+            retired: tunnel.retired,
+        };
+        admin::TunnelsStatus {
+            connections: status.connections,
+            open: status.tunnels_open,
+            tunnels: status.tunnels.into_iter().map(entry).collect(),
+        }
+    }
+
+    fn has_certificate(&self, running: &RunningWorkload) -> bool {
+        let id = &running.workload.attributes.spiffe_id;
+        self.identities.current(id).is_some()
+    }
+}
+
+impl Responder for Daemon {
+    async fn respond(&self, command: admin::Command) -> Answer {
+        match command {
+            admin::Command::Status => Answer::Status(Box::new(self.status().await)),
+        }
+    }
+}
+
+// === impl View ===
+
+impl View {
+    fn is_listening(&self, running: &RunningWorkload) -> bool {
+        let netns = running.netns.as_ref();
+        netns.is_some_and(|netns| self.listening.contains(&netns.cookie))
+    }
+}
+
+fn state(running: &RunningWorkload) -> WorkloadState {
+    if running.cgroups.is_empty() {
+        WorkloadState::Absent
+    } else if running.netns.is_none() {
+        WorkloadState::Empty
+    } else {
+        WorkloadState::Running
+    }
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
+}

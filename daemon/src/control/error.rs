@@ -1,0 +1,79 @@
+//! Why the daemon cannot run.
+
+use std::{io, net::SocketAddr};
+
+use crate::{
+    admin::AdminError,
+    cli::EXIT_USAGE,
+    config::ConfigErrors,
+    datapath,
+    telemetry::LogError,
+    tunnel::StartError,
+    workload::{RegistryError, cgroup::CgroupError},
+};
+
+use super::certificates::CertificatesError;
+
+/// What keeps the daemon from running, or ended it.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration or a policy is wrong.
+    #[error("the configuration is wrong:\n{0}")]
+    Config(ConfigErrors),
+    /// Logging.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The event loop of the control work.
+    #[error("the event loop cannot be started")]
+    Runtime(#[source] io::Error),
+    /// The metrics endpoint.
+    #[error("`metrics.address` {address} cannot be listened on: is another reeve running?")]
+    Http {
+        /// Where it should listen.
+        address: SocketAddr,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// The admin socket.
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    /// The cgroup tree.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The kernel programs.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The certificate source.
+    #[error(transparent)]
+    Certificates(#[from] CertificatesError),
+    /// The tunnels' threads.
+    #[error(transparent)]
+    Tunnels(#[from] StartError),
+    /// The registry of workloads.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Signals.
+    #[error("signals cannot be waited for")]
+    Signals(#[source] io::Error),
+    /// The registry's thread has ended.
+    #[error("the thread that follows workloads has ended; what is enforced stays so")]
+    RegistryEnded,
+}
+
+// Not by `#[from]`, which would make the mistakes a cause too, and have them told twice.
+impl From<ConfigErrors> for RunError {
+    fn from(mistakes: ConfigErrors) -> Self {
+        Self::Config(mistakes)
+    }
+}
+
+impl RunError {
+    /// Exit code of the process.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => EXIT_USAGE,
+            _ => 1,
+        }
+    }
+}

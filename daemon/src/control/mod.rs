@@ -1,0 +1,257 @@
+//! What holds the daemon together: turns changes of configuration, policies and workloads into
+//! one snapshot after another, kernel first.
+//!
+//! In: the configuration, the policies' files, the registry of workloads, signals. Out: what the
+//! kernel's maps hold, the snapshot that the tunnels judge by, listeners, identities.
+//!
+//! [`Control::run`] waits for changes; `reconcile` is the step that each of them causes, and
+//! `desired` what that step wants of the kernel. [`Daemon`] is what is told to others.
+
+mod certificates;
+mod daemon;
+mod desired;
+mod error;
+mod files;
+mod own_cgroup;
+mod process;
+mod reconcile;
+mod reload;
+mod signals;
+
+use std::{sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use tokio::{sync::watch, time::sleep};
+
+use crate::{
+    admin::PolicyStatus,
+    config::Config,
+    datapath,
+    policy::{PolicySet, Snapshot},
+    telemetry::{Events, Readiness},
+    workload::{Discovery, Registry, cgroup::CgroupTree},
+};
+
+pub use certificates::{CertificatesError, identity_store};
+pub use daemon::Daemon;
+pub use error::RunError;
+pub use own_cgroup::settle_in;
+pub use process::prepare as prepare_process;
+pub use reload::{declaration, policies};
+
+use files::Files;
+use reconcile::Namespaces;
+use signals::{Signal, Signals};
+
+/// Certificates expire without a change; their validity is looked at this often.
+const LOOK: Duration = Duration::from_secs(5);
+/// First wait before what failed is tried again; doubled at each further one.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+/// Longest wait before what failed is tried again.
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+
+/// The one who decides what is in force.
+pub struct Control {
+    daemon: Arc<Daemon>,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    cgroups: CgroupTree,
+    own_cgroups: Vec<(u64, u32)>,
+    registry: Registry,
+    discovery: watch::Receiver<Arc<Discovery>>,
+    policies: PolicySet,
+    policy_status: PolicyStatus,
+    policy_files: Files,
+    bundle_files: Files,
+    namespaces: Namespaces,
+    readiness: watch::Sender<Readiness>,
+    events: Option<(datapath::Events, Events)>,
+    /// The kernel has held all that is declared at least once.
+    is_enforced: bool,
+}
+
+/// What control is made of, besides the [`Daemon`].
+pub struct Parts {
+    /// What the tunnels judge by.
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// The cgroup tree.
+    pub cgroups: CgroupTree,
+    /// The daemon's own cgroups, from [`settle_in`].
+    pub own_cgroups: Vec<(u64, u32)>,
+    /// Who runs here.
+    pub registry: Registry,
+    /// The policies to begin with.
+    pub policies: PolicySet,
+    /// Where readiness is told.
+    pub readiness: watch::Sender<Readiness>,
+    /// What the kernel tells, and who counts it.
+    pub events: (datapath::Events, Events),
+}
+
+/// What happened.
+enum Change {
+    Workloads,
+    Policies,
+    Bundles,
+    Certificates,
+    Retry,
+    Look,
+    Signal(Signal),
+    RegistryEnded,
+}
+
+/// What the datapath needs to know of the configuration.
+#[must_use]
+pub fn datapath_settings(config: &Config, cgroups: &CgroupTree) -> datapath::Settings {
+    datapath::Settings {
+        cgroup_root: cgroups.root().to_owned(),
+        pins: config.node.bpffs.clone(),
+        ports: config.ports,
+        maps: config.maps,
+        log: config.log.ebpf,
+    }
+}
+
+// === impl Control ===
+
+impl Control {
+    /// Puts the parts together. Needs a tokio runtime.
+    #[must_use]
+    pub fn new(daemon: Arc<Daemon>, parts: Parts) -> Self {
+        let config = daemon.config.load_full();
+        Self {
+            snapshot: parts.snapshot,
+            cgroups: parts.cgroups,
+            own_cgroups: parts.own_cgroups,
+            discovery: parts.registry.discovery(),
+            registry: parts.registry,
+            policy_status: reload::policy_status(&config, &parts.policies),
+            policies: parts.policies,
+            policy_files: reload::watch_policies(&config.policies),
+            bundle_files: reload::watch_bundles(&config),
+            namespaces: Namespaces::default(),
+            readiness: parts.readiness,
+            events: Some(parts.events),
+            is_enforced: false,
+            daemon,
+        }
+    }
+
+    /// Keeps everything as it is declared, until a signal asks for the end. Then connections may
+    /// end by themselves for a while; what is pinned in the kernel stays.
+    ///
+    /// # Errors
+    /// When signals or the registry fail.
+    pub async fn run(mut self) -> Result<(), RunError> {
+        let mut signals = Signals::new().map_err(RunError::Signals)?;
+        let mut certificates = self.daemon.identities.changes();
+        let file = self.daemon.config.load().file.clone();
+        let mut retry = FIRST_RETRY;
+        let mut told = false;
+
+        self.reconcile().await;
+        // Only now do the numbers in events have names, those left from before included.
+        if let Some((kernel, events)) = self.events.take() {
+            tokio::spawn(follow_events(kernel, events, self.snapshot.clone()));
+        }
+        loop {
+            self.tell_readiness();
+            if self.is_enforced && !told {
+                // What must start behind reeve may start. Whether all of it is served, `/readyz`
+                // says: systemd would end a daemon that is not up in time.
+                process::notify_ready();
+                told = true;
+            }
+            let failed = !self.daemon.view.load().problems.is_empty();
+            if !failed {
+                retry = FIRST_RETRY;
+            }
+            let change = tokio::select! {
+                changed = self.discovery.changed() => match changed {
+                    Ok(()) => Change::Workloads,
+                    Err(_) => Change::RegistryEnded,
+                },
+                () = self.policy_files.changed() => Change::Policies,
+                () = self.bundle_files.changed() => Change::Bundles,
+                Ok(()) = certificates.changed() => Change::Certificates,
+                signal = signals.next() => Change::Signal(signal),
+                () = sleep(retry), if failed => Change::Retry,
+                () = sleep(LOOK) => Change::Look,
+            };
+            match change {
+                Change::Workloads => self.reconcile().await,
+                Change::Policies => {
+                    self.reload_policies();
+                    self.reconcile().await;
+                }
+                Change::Bundles => self.reload_bundles(),
+                Change::Certificates => self.daemon.tunnels.judge_again(),
+                Change::Look => {}
+                Change::Retry => {
+                    retry = (retry * 2).min(LONGEST_RETRY);
+                    self.reconcile().await;
+                }
+                Change::Signal(Signal::Reload) => {
+                    self.reload_config(&file);
+                    self.reconcile().await;
+                }
+                Change::Signal(Signal::Stop) => break,
+                Change::RegistryEnded => return Err(RunError::RegistryEnded),
+            }
+        }
+        self.stop(&mut signals).await;
+        Ok(())
+    }
+
+    async fn stop(&mut self, signals: &mut Signals) {
+        let patience = self.daemon.config.load().timeouts.drain;
+        tracing::info!(
+            patience = %humantime::format_duration(patience),
+            "shutting down: connections may end by themselves; what is enforced stays so"
+        );
+        process::notify_stopping();
+        self.stop_redirecting();
+        self.tell_readiness();
+        tokio::select! {
+            () = self.daemon.tunnels.drain(patience) => {}
+            () = signals.stop() => tracing::warn!("asked again: connections are ended"),
+        }
+        tracing::info!("stopped");
+    }
+
+    fn tell_readiness(&self) {
+        let now = self.daemon.readiness();
+        self.readiness.send_if_modified(|before| {
+            let different = *before != now;
+            if different {
+                match (before.is_ready(), now.is_ready()) {
+                    (false, true) => tracing::info!("ready"),
+                    (true, false) => {
+                        tracing::warn!(missing = now.missing.join("; "), "not ready any more");
+                    }
+                    _ => {}
+                }
+                *before = now;
+            }
+            different
+        });
+    }
+}
+
+/// Takes the kernel's events for as long as the future is polled.
+async fn follow_events(
+    mut kernel: datapath::Events,
+    events: Events,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+) {
+    let mut batch = Vec::new();
+    loop {
+        if let Err(error) = kernel.next(&mut batch).await {
+            tracing::error!(%error, "the kernel's events are no longer read");
+            return;
+        }
+        let snapshot = snapshot.load();
+        for event in &batch {
+            events.record(event, &snapshot);
+        }
+    }
+}

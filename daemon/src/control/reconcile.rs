@@ -1,0 +1,226 @@
+//! One step: from what is declared and what runs to what is enforced.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
+
+use tokio::task::block_in_place;
+
+use super::{
+    Control,
+    daemon::View,
+    desired::{kernel_state, running_namespaces},
+};
+use crate::{
+    datapath::{Datapath, netns::Netns},
+    policy::{Inputs, Snapshot},
+    workload::Discovery,
+};
+
+/// What was done to a namespace, by its cookie.
+#[derive(Debug, Default)]
+pub(super) struct Namespaces {
+    known: BTreeMap<u64, Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    inode: u64,
+    /// Replies of local applications are routed back to the daemon.
+    prepared: bool,
+    /// Arriving connections are judged before a listener is looked up.
+    attached: bool,
+}
+
+impl Control {
+    /// Brings kernel and tunnels to what is declared and what runs now. What cannot be done is
+    /// left for the next call, logged, and keeps the daemon from being ready.
+    ///
+    /// The kernel comes first: from then on it refuses what the new snapshot does not allow. The
+    /// tunnels get the snapshot even where the kernel did not take all of it, since a connection
+    /// needs both: an allowance that only one of them has is none.
+    pub(super) async fn reconcile(&mut self) {
+        let discovery = self.discovery.borrow_and_update().clone();
+        let config = self.daemon.config.load_full();
+        let mut problems = discovery.problems.clone();
+
+        let snapshot = Arc::new(block_in_place(|| {
+            Snapshot::compile(&Inputs {
+                workloads: &discovery.workloads,
+                peers: &config.peers,
+                policies: &self.policies,
+                node_addresses: &config.node.addresses,
+                tunnel_port: config.ports.tunnel,
+            })
+        }));
+        let namespaces = running_namespaces(&discovery);
+        let datapath = self.daemon.datapath.clone();
+        let ready = self
+            .namespaces
+            .prepare(&datapath, &discovery, &namespaces, &mut problems)
+            .await;
+
+        let before = self.daemon.view.load_full();
+        let mut listening = before.listening.clone();
+        listening.retain(|cookie| ready.iter().any(|netns| netns.cookie == *cookie));
+        self.apply(&discovery, &listening, &snapshot, &mut problems);
+
+        self.snapshot.store(snapshot.clone());
+        self.daemon.tunnels.judge_again();
+        let identities: Vec<_> = discovery
+            .workloads
+            .iter()
+            .map(|running| running.workload.attributes.spiffe_id.clone())
+            .collect();
+        self.daemon.identities.ensure(&identities);
+
+        let flagged = listening;
+        let results = block_in_place(|| self.daemon.tunnels.serve(&ready));
+        let mut listening = HashSet::new();
+        for (cookie, result) in results {
+            match result {
+                Ok(()) => {
+                    listening.insert(cookie);
+                }
+                Err(error) => problems.push(describe(&error)),
+            }
+        }
+        if listening != flagged {
+            self.apply(&discovery, &listening, &snapshot, &mut problems);
+        }
+        self.namespaces.forget(&datapath, &namespaces);
+
+        for problem in problems
+            .iter()
+            .filter(|problem| !before.problems.contains(problem))
+        {
+            tracing::error!("{problem}");
+        }
+        self.daemon.view.store(Arc::new(View {
+            discovery,
+            listening,
+            problems,
+            policies: self.policy_status.clone(),
+            stopping: before.stopping,
+        }));
+    }
+
+    /// Tells the kernel that nobody listens any more: what needs a tunnel is refused at once.
+    pub(super) fn stop_redirecting(&mut self) {
+        let view = self.daemon.view.load_full();
+        let snapshot = self.snapshot.load_full();
+        let mut problems = Vec::new();
+        self.apply(&view.discovery, &HashSet::new(), &snapshot, &mut problems);
+        for problem in &problems {
+            tracing::error!("{problem}");
+        }
+        let mut view = View::clone(&view);
+        view.stopping = true;
+        self.daemon.view.store(Arc::new(view));
+    }
+
+    fn apply(
+        &mut self,
+        discovery: &Discovery,
+        listening: &HashSet<u64>,
+        snapshot: &Snapshot,
+        problems: &mut Vec<String>,
+    ) {
+        let tables = snapshot.kernel_tables().clone();
+        let state = kernel_state(&self.own_cgroups, discovery, listening, tables);
+        match block_in_place(|| self.daemon.datapath.apply(&state)) {
+            Ok(()) => self.is_enforced = true,
+            Err(error) => problems.push(describe(&error)),
+        }
+    }
+}
+
+// === impl Namespaces ===
+
+impl Namespaces {
+    /// Makes namespaces ready for listeners, and gives those that are.
+    async fn prepare(
+        &mut self,
+        datapath: &Datapath,
+        discovery: &Discovery,
+        namespaces: &[Arc<Netns>],
+        problems: &mut Vec<String>,
+    ) -> Vec<Arc<Netns>> {
+        let mut ready = Vec::new();
+        for netns in namespaces {
+            let owned = discovery.workloads.iter().any(|running| {
+                let here = running.netns.as_ref();
+                running.owns_netns && here.is_some_and(|here| here.cookie == netns.cookie)
+            });
+            let known = self.known.entry(netns.cookie).or_insert(Known {
+                inode: netns.inode,
+                prepared: false,
+                attached: false,
+            });
+            match known.prepare(datapath, netns, owned).await {
+                Ok(()) => ready.push(netns.clone()),
+                Err(error) => problems.push(describe(&error)),
+            }
+        }
+        ready
+    }
+
+    /// Lets go of the namespaces that are not among `namespaces`.
+    fn forget(&mut self, datapath: &Datapath, namespaces: &[Arc<Netns>]) {
+        self.known.retain(|cookie, known| {
+            if namespaces.iter().any(|netns| netns.cookie == *cookie) {
+                return true;
+            }
+            // The inode may have been given to a newer namespace, whose link has that name now.
+            let reused = namespaces.iter().any(|netns| netns.inode == known.inode);
+            if known.attached
+                && !reused
+                && let Err(error) = datapath.detach_namespace(known.inode)
+            {
+                tracing::warn!(
+                    error = describe(&error),
+                    "a link to a namespace that is gone stays"
+                );
+            }
+            false
+        });
+    }
+}
+
+impl Known {
+    async fn prepare(
+        &mut self,
+        datapath: &Datapath,
+        netns: &Netns,
+        owned: bool,
+    ) -> Result<(), crate::datapath::Error> {
+        if !self.prepared {
+            datapath.prepare_namespace(netns).await?;
+            self.prepared = true;
+        }
+        if owned && !self.attached {
+            datapath.attach_namespace(netns)?;
+            self.attached = true;
+        } else if !owned && self.attached {
+            datapath.detach_namespace(netns.inode)?;
+            self.attached = false;
+        }
+        Ok(())
+    }
+}
+
+/// An error with what caused it, in one line.
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,207 @@
+//! Reading configuration and policies again: all of it, or nothing.
+
+use std::{path::Path, sync::Arc};
+
+use tokio::task::block_in_place;
+
+use super::{
+    Control, certificates, files::Files, own_cgroup::settle_in, process, reconcile::describe,
+};
+use crate::{
+    admin::PolicyStatus,
+    config::{Config, ConfigErrors},
+    policy::{Known, PolicySet, PolicySources},
+    workload::Declaration,
+};
+
+/// Whom the registry shall look for.
+#[must_use]
+pub fn declaration(config: &Config) -> Declaration {
+    Declaration {
+        workloads: config.workloads.clone(),
+        enforced_parents: config.enforced_parents.clone(),
+    }
+}
+
+/// Reads the policies that the configuration names.
+///
+/// # Errors
+/// Every mistake in any of them.
+pub fn policies(config: &Config) -> Result<PolicySet, ConfigErrors> {
+    let known = Known {
+        workloads: &config.workloads,
+        peers: &config.peers,
+    };
+    let policies = PolicySet::load(&config.policies, &known)?;
+    for warning in policies.warnings() {
+        tracing::warn!("{warning}");
+    }
+    Ok(policies)
+}
+
+pub(super) fn watch_policies(sources: &PolicySources) -> Files {
+    Files::watch(
+        sources.folder.clone().into_iter().collect(),
+        sources.files.clone(),
+    )
+}
+
+pub(super) fn watch_bundles(config: &Config) -> Files {
+    Files::watch(Vec::new(), certificates::trust_bundle_files(config))
+}
+
+pub(super) fn policy_status(config: &Config, policies: &PolicySet) -> PolicyStatus {
+    let sources = config.policies.folder.iter().chain(&config.policies.files);
+    PolicyStatus {
+        sources: sources.map(|path| path.display().to_string()).collect(),
+        policies: policies.len(),
+        refused: None,
+    }
+}
+
+impl Control {
+    /// Reads the policies again. Mistakes leave the old ones in force.
+    pub(super) fn reload_policies(&mut self) {
+        let config = self.daemon.config.load_full();
+        match block_in_place(|| policies(&config)) {
+            Ok(policies) => self.take_policies(&config, policies),
+            Err(mistakes) => self.refuse("policy", &mistakes),
+        }
+    }
+
+    /// Reads the configuration and the policies again. Mistakes in any leave all as it was.
+    pub(super) fn reload_config(&mut self, file: &Path) {
+        process::notify_reloading();
+        let before = self.daemon.config.load_full();
+        let read = block_in_place(|| {
+            let config = Config::load(file)?.keep_numbers(&before);
+            let policies = policies(&config)?;
+            Ok::<_, ConfigErrors>((config, policies))
+        });
+        match read {
+            Ok((new, policies)) => self.take_config(&before, new, policies),
+            Err(mistakes) => self.refuse("config", &mistakes),
+        }
+        process::notify_ready();
+    }
+
+    /// Reads the trust bundles of other trust domains again.
+    pub(super) fn reload_bundles(&mut self) {
+        let config = self.daemon.config.load_full();
+        match block_in_place(|| certificates::trust_bundles(&config)) {
+            Ok(bundles) => {
+                self.daemon.identities.replace_bundles(&bundles);
+                self.daemon.metrics.reload("trust_bundle", true);
+                tracing::info!("trust bundles were read again");
+            }
+            Err(error) => {
+                self.daemon.metrics.reload("trust_bundle", false);
+                tracing::error!(
+                    "trust bundles were refused, the ones before stay in force: {}",
+                    describe(&error)
+                );
+            }
+        }
+    }
+
+    fn take_config(&mut self, before: &Arc<Config>, new: Config, policies: PolicySet) {
+        let (config, fixed) = merged(before, new);
+        if !fixed.is_empty() {
+            tracing::warn!(
+                settings = fixed.join(", "),
+                "these settings have changed and need a restart; the old ones stay in force"
+            );
+        }
+        let config = Arc::new(config);
+        match block_in_place(|| settle_in(&self.cgroups, &config)) {
+            Ok(own) => self.own_cgroups = own,
+            Err(error) => {
+                self.daemon.metrics.reload("config", false);
+                tracing::error!(
+                    "the new configuration was refused, the one before stays in force: {}",
+                    describe(&error)
+                );
+                return;
+            }
+        }
+        block_in_place(|| self.registry.declare(declaration(&config)));
+        self.policy_files = watch_policies(&config.policies);
+        self.daemon.config.store(config.clone());
+        self.daemon.metrics.reload("config", true);
+        tracing::info!(
+            workloads = config.workloads.len(),
+            peers = config.peers.len(),
+            "the configuration was read again"
+        );
+        self.take_policies(&config, policies);
+    }
+
+    fn take_policies(&mut self, config: &Config, policies: PolicySet) {
+        self.policy_status = policy_status(config, &policies);
+        self.policies = policies;
+        self.daemon.metrics.reload("policy", true);
+        tracing::info!(
+            policies = self.policies.len(),
+            rules = self.policies.rules(),
+            "policies in force"
+        );
+    }
+
+    fn refuse(&mut self, what: &'static str, mistakes: &ConfigErrors) {
+        self.daemon.metrics.reload(what, false);
+        for mistake in mistakes.iter() {
+            tracing::error!("{mistake}");
+        }
+        tracing::error!(
+            what,
+            mistakes = mistakes.len(),
+            "what was read was refused, what was before stays in force"
+        );
+        self.policy_status.refused = Some(mistakes.to_string());
+    }
+}
+
+/// The old configuration with what may change of the new one, and the names of the settings that
+/// have changed and may not.
+fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
+    let fixed = [
+        ("trustDomain", before.trust_domain != new.trust_domain),
+        ("node", before.node != new.node),
+        ("stateDir", before.state_dir != new.state_dir),
+        ("certificates", before.certificates != new.certificates),
+        ("ports", before.ports != new.ports),
+        ("limits", before.limits != new.limits),
+        ("timeouts", before.timeouts != new.timeouts),
+        ("maps", before.maps != new.maps),
+        ("metrics", before.metrics != new.metrics),
+        ("admin", before.admin != new.admin),
+        ("log", before.log != new.log),
+    ];
+    let merged = Config {
+        workloads: new.workloads,
+        enforced_parents: new.enforced_parents,
+        peers: new.peers,
+        policies: new.policies,
+        ..before.clone()
+    };
+    let fixed = fixed.iter().filter(|(_, changed)| *changed);
+    (merged, fixed.map(|(name, _)| *name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workloads_change_at_a_reload_and_ports_do_not() {
+        let file = Path::new("reeve.yaml");
+        let before = Config::parse(file, "trustDomain: example.org\n").unwrap();
+        let new = "trustDomain: example.org\nports: {tunnel: 15009}\n\
+            workloads: [{name: web, cgroup: /web}]\n";
+        let new = Config::parse(file, new).unwrap();
+        let (merged, fixed) = merged(&before, new);
+        assert_eq!(merged.workloads.len(), 1);
+        assert_eq!(merged.ports, before.ports);
+        assert_eq!(fixed, ["ports"]);
+    }
+}

@@ -1,0 +1,136 @@
+//! What can go wrong between the daemon and the kernel.
+
+use std::{io, path::PathBuf};
+
+use aya::{EbpfError, maps::MapError, programs::ProgramError};
+
+/// Why the datapath could not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No bpf file system, and none could be mounted.
+    #[error(
+        "there is no bpf file system at {path} and it cannot be mounted: {source}; run \
+         `mount -t bpf bpf {path}` as root, or name a folder in one with node.bpffs"
+    )]
+    Bpffs {
+        /// Where it is looked for.
+        path: PathBuf,
+        /// From `mount`.
+        source: io::Error,
+    },
+    /// The folder of pinned programs and maps.
+    #[error("cannot {doing} {path}: {source}")]
+    Pin {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file or folder.
+        path: PathBuf,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// What is pinned was made by a reeve with other maps.
+    #[error(
+        "what is pinned in {path} has layout {found} and this reeve has layout {expected}: stop \
+         the workloads or accept that nothing is enforced for a moment, remove {path}, and start \
+         reeve again"
+    )]
+    Layout {
+        /// The folder.
+        path: PathBuf,
+        /// Layout of what is pinned.
+        found: u32,
+        /// Layout of this program.
+        expected: u32,
+    },
+    /// A pinned map whose shape is not that of its layout.
+    #[error(
+        "the map pinned at {path} is not one of reeve's (keys of {found_key} bytes and values of \
+         {found_value}, not {key} and {value}): remove it, and start reeve again"
+    )]
+    Shape {
+        /// The map's file.
+        path: PathBuf,
+        /// Its keys' size.
+        found_key: u32,
+        /// Its values' size.
+        found_value: u32,
+        /// The size that keys have.
+        key: u32,
+        /// The size that values have.
+        value: u32,
+    },
+    /// The cgroup at which programs are attached.
+    #[error("cannot open the cgroup {path}: {source}; node.cgroupRoot names another")]
+    Cgroup {
+        /// The cgroup's folder.
+        path: PathBuf,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// The object as a whole was refused: its maps, or its type information.
+    #[error("the kernel does not take reeve's maps: {0}; reeve needs Linux 5.15 and CAP_BPF")]
+    Object(#[from] EbpfError),
+    /// A program was refused.
+    #[error("the kernel does not take the program {name}: {source}; reeve needs Linux 5.15")]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// From the verifier.
+        source: Box<ProgramError>,
+    },
+    /// The object lacks a program or a map: the build is broken.
+    #[error("the embedded eBPF object has no {0}: build reeve again")]
+    Missing(&'static str),
+    /// A program could not be attached.
+    #[error("cannot attach {name} to {target}: {source}")]
+    Attach {
+        /// The program.
+        name: &'static str,
+        /// What to.
+        target: String,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// A map could not be read or written.
+    #[error("cannot {doing} the map {map}: {source}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// What was being done.
+        doing: &'static str,
+        /// From the kernel.
+        source: Box<MapError>,
+    },
+    /// A map has no room left. What did not fit is not allowed.
+    #[error(
+        "the map {map} is full ({capacity} entries), and what does not fit is refused: raise its \
+         capacity under maps in the configuration, remove the pinned maps and start reeve again"
+    )]
+    Full {
+        /// The map.
+        map: &'static str,
+        /// Its capacity in entries.
+        capacity: u32,
+    },
+    /// A network namespace could not be prepared.
+    #[error("cannot {doing} in the network namespace {inode}: {source}")]
+    Namespace {
+        /// The namespace's inode.
+        inode: u64,
+        /// What was being done.
+        doing: &'static str,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// Only one reader can have the events.
+    #[error("the kernel's {0} are being read already")]
+    Taken(&'static str),
+    /// The ring buffer could not be polled.
+    #[error("cannot wait for the kernel's {what}: {source}")]
+    Wait {
+        /// What is waited for.
+        what: &'static str,
+        /// From the runtime.
+        source: io::Error,
+    },
+}

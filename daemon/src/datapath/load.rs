@@ -1,0 +1,288 @@
+//! From the embedded object to programs in force: maps are adopted or made, programs verified,
+//! links replaced or made.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::Path,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, MapData},
+    programs::{Program, ProgramType},
+    sys::is_helper_supported,
+};
+use reeve_common::{
+    Address, Arriving, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey,
+    PeerEntry, PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey,
+    WorkloadEntry, WorkloadId,
+};
+
+use super::{
+    Error, Settings,
+    links::{self, Target},
+    sys::AttachType,
+};
+use crate::config::{EbpfLog, Maps};
+
+/// The object that `build.rs` made of `ebpf/`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/reeve-ebpf"));
+
+/// The programs that are attached to the cgroup, and where.
+///
+/// The order is that of their use in a connection's life; the sockets' hooks come before the
+/// packets', which is what a connection that is opened meanwhile needs.
+const CGROUP_PROGRAMS: [(&str, AttachType); 11] = [
+    ("reeve_sock_ops", AttachType::CgroupSockOps),
+    ("reeve_peername4", AttachType::CgroupGetpeername4),
+    ("reeve_peername6", AttachType::CgroupGetpeername6),
+    ("reeve_connect4", AttachType::CgroupConnect4),
+    ("reeve_connect6", AttachType::CgroupConnect6),
+    ("reeve_sendmsg4", AttachType::CgroupSendmsg4),
+    ("reeve_sendmsg6", AttachType::CgroupSendmsg6),
+    ("reeve_bind4", AttachType::CgroupBind4),
+    ("reeve_bind6", AttachType::CgroupBind6),
+    ("reeve_egress", AttachType::CgroupEgress),
+    ("reeve_ingress", AttachType::CgroupIngress),
+];
+
+/// The program that is attached to network namespaces.
+pub(super) const LOOKUP_PROGRAM: &str = "reeve_lookup";
+
+/// The map whose layout version stands for all.
+const SETTINGS: &str = "SETTINGS";
+
+/// Bits that say how an LPM key is as long as it is, in front of each.
+const PREFIX: usize = size_of::<u32>();
+
+/// A pinned map: its name, and the sizes of a key and a value.
+type Shape = (&'static str, usize, usize);
+
+/// The pinned maps. The others belong to one load: constants, and the log.
+const PINNED_MAPS: [Shape; 14] = [
+    shape::<u32, KernelSettings>(SETTINGS),
+    shape::<u64, WorkloadEntry>("WORKLOADS"),
+    shape::<u64, NamespaceEntry>("NAMESPACES"),
+    shape::<Address, WorkloadId>("LOCAL_ADDRESSES"),
+    (
+        "PEERS",
+        PREFIX + size_of::<Address>(),
+        size_of::<PeerEntry>(),
+    ),
+    shape::<PeerPortKey, PeerEntry>("PEER_PORTS"),
+    (
+        "VERDICTS",
+        PREFIX + size_of::<VerdictKey>(),
+        size_of::<VerdictEntry>(),
+    ),
+    shape::<OriginKey, Origin>("ORIGINAL_DESTINATIONS"),
+    shape::<FlowKey, FlowEntry>("FLOWS"),
+    shape::<FlowKey, FlowEntry>("ONWARD"),
+    shape::<u32, SocketTag>("SOCKETS"),
+    shape::<u32, Arriving>("ARRIVING"),
+    shape::<u32, u64>("COUNTERS"),
+    // A ring buffer has neither.
+    ("EVENTS", 0, 0),
+];
+
+const fn shape<K, V>(name: &'static str) -> Shape {
+    (name, size_of::<K>(), size_of::<V>())
+}
+
+/// Capacity of a map in the configuration; none where it has one of its own.
+fn capacity(maps: &Maps, name: &str) -> Option<u32> {
+    match name {
+        "WORKLOADS" => Some(maps.workloads),
+        "NAMESPACES" => Some(maps.namespaces),
+        "LOCAL_ADDRESSES" => Some(maps.local_addresses),
+        "PEERS" => Some(maps.peers),
+        "PEER_PORTS" => Some(maps.peer_ports),
+        "VERDICTS" => Some(maps.verdicts),
+        "ORIGINAL_DESTINATIONS" => Some(maps.original_destinations),
+        "FLOWS" => Some(maps.flows),
+        "ONWARD" => Some(maps.onward),
+        "EVENTS" => Some(maps.events),
+        _ => None,
+    }
+}
+
+/// Makes or adopts the maps, and has the kernel verify the programs.
+pub(super) fn load(settings: &Settings) -> Result<Ebpf, Error> {
+    require_layout(&settings.pins)?;
+    let mut loader = EbpfLoader::new();
+    for (name, key, value) in PINNED_MAPS {
+        let path = settings.pins.join(name);
+        let adopted = adoptable(&path, key, value)?;
+        let wanted = capacity(&settings.maps, name);
+        if let (Some(adopted), Some(wanted)) = (adopted, wanted)
+            && name != "EVENTS"
+            && adopted != wanted
+        {
+            tracing::warn!(
+                map = name,
+                capacity = adopted,
+                configured = wanted,
+                "a pinned map keeps its capacity until what is pinned is removed"
+            );
+        }
+        if let Some(capacity) = adopted.or(wanted) {
+            loader.map_max_entries(name, capacity);
+        }
+        loader.map_pin_path(name, path);
+    }
+    let log_level: u8 = match settings.log {
+        EbpfLog::Off => 0,
+        EbpfLog::Debug => aya_log::Level::Debug as u8,
+    };
+    loader.override_global(aya_log::LEVEL, &log_level, true);
+    let knows_namespace = u8::from(packets_know_namespace());
+    loader.override_global("PACKETS_KNOW_NAMESPACE", &knows_namespace, true);
+    let mut ebpf = loader.load(OBJECT)?;
+
+    for (name, _) in CGROUP_PROGRAMS {
+        verify(&mut ebpf, name)?;
+    }
+    verify(&mut ebpf, LOOKUP_PROGRAM)?;
+    drop(loader);
+    give_back_memory();
+    Ok(ebpf)
+}
+
+/// Reading the kernel's type information takes megabytes for a moment, in small pieces that the
+/// allocator would keep for good.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it touches only what is not in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Whether `bpf_get_netns_cookie` may be called for packets, as newer kernels allow.
+fn packets_know_namespace() -> bool {
+    is_helper_supported(
+        ProgramType::CgroupSkb,
+        aya::sys::BpfHelper::BPF_FUNC_get_netns_cookie,
+    )
+    .unwrap_or(false)
+}
+
+/// Refuses what was pinned by a reeve whose maps have another meaning.
+fn require_layout(pins: &Path) -> Result<(), Error> {
+    let path = pins.join(SETTINGS);
+    if !path.exists() {
+        return Ok(());
+    }
+    let failed = |source| map_error(SETTINGS, "read", source);
+    let data = MapData::from_pin(&path).map_err(failed)?;
+    let info = data.info().map_err(failed)?;
+    let found = if info.value_size() as usize == size_of::<KernelSettings>() {
+        Array::<_, KernelSettings>::try_from(aya::maps::Map::Array(data))
+            .and_then(|map| map.get(&0, 0))
+            .map_err(failed)?
+            .layout_version
+    } else {
+        // The version stands first in every layout, but not in a map that is not reeve's.
+        0
+    };
+    // Zero: the daemon that made the maps ended before it wrote anything.
+    let untouched = found == 0 && info.value_size() as usize == size_of::<KernelSettings>();
+    if found == LAYOUT_VERSION || untouched {
+        return Ok(());
+    }
+    Err(Error::Layout {
+        path: pins.to_owned(),
+        found,
+        expected: LAYOUT_VERSION,
+    })
+}
+
+/// Capacity of the map pinned at `path`, if there is one, and it has this shape.
+fn adoptable(path: &Path, key: usize, value: usize) -> Result<Option<u32>, Error> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let info = MapData::from_pin(path)
+        .and_then(|data| data.info())
+        .map_err(|error| Error::Pin {
+            doing: "open the map",
+            path: path.to_owned(),
+            source: io::Error::other(error),
+        })?;
+    if (info.key_size() as usize, info.value_size() as usize) == (key, value) {
+        return Ok(Some(info.max_entries()));
+    }
+    Err(Error::Shape {
+        path: path.to_owned(),
+        found_key: info.key_size(),
+        found_value: info.value_size(),
+        key: key as u32,
+        value: value as u32,
+    })
+}
+
+fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
+    let program = ebpf.program_mut(name).ok_or(Error::Missing(name))?;
+    let loaded = match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        _ => return Err(Error::Missing(name)),
+    };
+    loaded.map_err(|source| Error::Program {
+        name,
+        source: Box::new(source),
+    })
+}
+
+/// Puts the programs in force: at the cgroup, and in the namespaces of an earlier daemon.
+pub(super) fn attach(ebpf: &Ebpf, settings: &Settings) -> Result<(), Error> {
+    let failed = |source| Error::Cgroup {
+        path: settings.cgroup_root.clone(),
+        source,
+    };
+    let cgroup = File::open(&settings.cgroup_root).map_err(failed)?;
+    let number = cgroup.metadata().map_err(failed)?.ino();
+    let target = Target {
+        fd: cgroup.as_fd(),
+        number,
+        name: format!("the cgroup {}", settings.cgroup_root.display()),
+    };
+    for (name, attach_type) in CGROUP_PROGRAMS {
+        let path = links::of_program(&settings.pins, name);
+        let program = program(ebpf, name)?;
+        links::attach(&path, name, program.as_fd(), &target, attach_type)?;
+    }
+    let lookup = program(ebpf, LOOKUP_PROGRAM)?;
+    links::adopt_namespaces(&settings.pins, LOOKUP_PROGRAM, lookup.as_fd())
+}
+
+/// The file descriptor of a verified program.
+pub(super) fn program<'a>(
+    ebpf: &'a Ebpf,
+    name: &'static str,
+) -> Result<&'a aya::programs::ProgramFd, Error> {
+    ebpf.program(name)
+        .ok_or(Error::Missing(name))?
+        .fd()
+        .map_err(|source| Error::Program {
+            name,
+            source: Box::new(source),
+        })
+}
+
+/// An error of a map.
+pub(super) fn map_error(
+    map: &'static str,
+    doing: &'static str,
+    source: aya::maps::MapError,
+) -> Error {
+    Error::Map {
+        map,
+        doing,
+        source: Box::new(source),
+    }
+}

@@ -1,0 +1,297 @@
+//! The kernel's side, seen from the daemon: loads and pins the eBPF programs, keeps their maps
+//! equal to the desired state, and opens sockets inside network namespaces.
+//!
+//! In: [`KernelState`], whole. Out: verdict events, counters, original destinations.
+//!
+//! Programs, links and maps are pinned, so what is enforced stays enforced while no daemon runs.
+//! The next one adopts it, see [`Datapath::load`].
+
+mod bpffs;
+mod error;
+mod events;
+mod links;
+mod load;
+pub mod netns;
+mod route;
+mod socket;
+mod state;
+mod sys;
+mod table;
+mod usage;
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use aya::{
+    Ebpf,
+    maps::{self, MapData, PerCpuArray, RingBuf},
+};
+use reeve_common::{
+    Address, FlowEntry, FlowKey, NamespaceEntry, Origin, OriginKey, WorkloadEntry, WorkloadId,
+    ipv4_mapped,
+};
+
+pub use self::{
+    error::Error,
+    events::Events,
+    usage::{Counters, MapUsage},
+};
+use self::{
+    links::Target,
+    netns::Netns,
+    state::{State, take},
+    sys::AttachType,
+};
+use crate::{
+    config::{EbpfLog, Maps, Ports},
+    policy::KernelTables,
+};
+
+/// What the datapath needs to know before it loads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Cgroup at which the programs are attached: what runs in it and below can be enrolled.
+    pub cgroup_root: PathBuf,
+    /// Folder in a bpf file system for programs and maps; made, and the file system mounted on
+    /// its parent, where they are missing.
+    pub pins: PathBuf,
+    /// The daemon's ports in the workloads' namespaces.
+    pub ports: Ports,
+    /// Capacities of maps that are not pinned yet.
+    pub maps: Maps,
+    /// Whether the programs log every verdict.
+    pub log: EbpfLog,
+}
+
+/// What the maps shall hold.
+#[derive(Clone, Debug, Default)]
+pub struct KernelState {
+    /// `WORKLOADS`: cgroup id, its depth, value. The depth counts from the root of the whole
+    /// hierarchy, also where the daemon sees a part of it only.
+    pub workloads: Vec<(u64, u32, WorkloadEntry)>,
+    /// `NAMESPACES`: cookie, value.
+    pub namespaces: Vec<(u64, NamespaceEntry)>,
+    /// `LOCAL_ADDRESSES`.
+    pub local_addresses: Vec<(Address, WorkloadId)>,
+    /// Policy.
+    pub tables: KernelTables,
+}
+
+/// The loaded programs and their maps. Shared by reference; every call may come from any thread.
+pub struct Datapath {
+    settings: Settings,
+    ebpf: Mutex<Ebpf>,
+    state: Mutex<State>,
+    events: Mutex<Option<RingBuf<MapData>>>,
+    counters: PerCpuArray<MapData, u64>,
+    /// `ORIGINAL_DESTINATIONS`, to take entries out of.
+    claims: OwnedFd,
+    /// Maps that only the programs fill, and their capacities.
+    origins: (maps::HashMap<MapData, OriginKey, Origin>, u32),
+    flows: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
+    onward: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
+}
+
+/// Removes everything that is pinned in `pins`: from then on nothing is enforced. Gives what was
+/// removed. For when no daemon runs.
+///
+/// # Errors
+///
+/// When a pin cannot be removed.
+pub fn detach(pins: &Path) -> Result<Vec<PathBuf>, Error> {
+    links::remove_all(pins)
+}
+
+// === impl Datapath ===
+
+impl Datapath {
+    /// Loads the programs and attaches them.
+    ///
+    /// Maps of this layout that are pinned already are adopted with what they hold, which stays
+    /// in force until [`Datapath::apply`] is called; a newer program takes the place of an older
+    /// one within its link. Programs of other owners are left alone.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses, or what is pinned has another layout. What was in force before
+    /// then stays so.
+    pub fn load(settings: Settings) -> Result<Self, Error> {
+        bpffs::prepare(&settings.pins)?;
+        let mut ebpf = load::load(&settings)?;
+        let state = State::adopt(&mut ebpf, settings.ports)?;
+        load::attach(&ebpf, &settings)?;
+        Ok(Self {
+            state: Mutex::new(state),
+            events: Mutex::new(Some(take(&mut ebpf, "EVENTS", |map| map.try_into())?.0)),
+            counters: take(&mut ebpf, "COUNTERS", |map| map.try_into())?.0,
+            origins: take(&mut ebpf, "ORIGINAL_DESTINATIONS", |map| map.try_into())?,
+            flows: take(&mut ebpf, "FLOWS", |map| map.try_into())?,
+            onward: take(&mut ebpf, "ONWARD", |map| map.try_into())?,
+            claims: pinned_map(&settings, "ORIGINAL_DESTINATIONS")?,
+            ebpf: Mutex::new(ebpf),
+            settings,
+        })
+    }
+
+    /// Makes the maps hold `state`: adds and changes first, deletes last. Every connection is
+    /// judged again afterwards if anything was different.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Full`] names the first map that had no room; everything that fits is in force
+    /// then, and what does not fit is refused. [`Error::Map`] is the kernel's.
+    pub fn apply(&self, state: &KernelState) -> Result<(), Error> {
+        lock(&self.state).apply(state)
+    }
+
+    /// How often what is enforced has changed since the maps were made.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        lock(&self.state).generation()
+    }
+
+    /// Takes the original destination of a connection that the outbound listener of a namespace
+    /// accepted from `client`. None: the connection was not redirected by reeve, or too long ago.
+    /// Takes no lock.
+    #[must_use]
+    pub fn claim_origin(&self, netns_cookie: u64, client: SocketAddr) -> Option<Origin> {
+        let key = OriginKey {
+            netns_cookie,
+            address: address(client.ip()),
+            port: client.port(),
+            reserved: [0; 6],
+        };
+        match sys::take(self.claims.as_fd(), &key) {
+            Ok(origin) => origin,
+            Err(error) => {
+                tracing::error!(%error, "cannot take an entry out of the map ORIGINAL_DESTINATIONS");
+                None
+            }
+        }
+    }
+
+    /// What the programs have counted.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn counters(&self) -> Result<Counters, Error> {
+        usage::counters(&self.counters)
+    }
+
+    /// Entries and capacity of every map. Walks the maps of connections: for metrics, not for
+    /// every packet.
+    #[must_use]
+    pub fn map_usage(&self) -> Vec<MapUsage> {
+        let mut usage = lock(&self.state).usage();
+        let (origins, flows, onward) = (&self.origins, &self.flows, &self.onward);
+        usage.push(usage::count("ORIGINAL_DESTINATIONS", origins.1, &origins.0));
+        usage.push(usage::count("FLOWS", flows.1, &flows.0));
+        usage.push(usage::count("ONWARD", onward.1, &onward.0));
+        usage
+    }
+
+    /// The reader of the programs' events, of which there is one. Called in a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Taken`] the second time.
+    pub fn events(&self) -> Result<Events, Error> {
+        let ring = lock(&self.events).take().ok_or(Error::Taken("events"))?;
+        Events::new(ring)
+    }
+
+    /// Passes the programs' debug lines on to the daemon's log for as long as the future is
+    /// polled. None where [`Settings::log`] is off. Called in a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Taken`] the second time.
+    pub fn debug_log(&self) -> Result<Option<impl Future<Output = ()> + Send + use<>>, Error> {
+        if self.settings.log == EbpfLog::Off {
+            return Ok(None);
+        }
+        events::forward_log(&mut lock(&self.ebpf)).map(Some)
+    }
+
+    /// Has arriving connections of a namespace judged before a listener is looked up, so that a
+    /// refused client gets its answer at once. Does nothing the second time.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn attach_namespace(&self, netns: &Netns) -> Result<(), Error> {
+        let ebpf = lock(&self.ebpf);
+        links::tidy_namespaces(&self.settings.pins)?;
+        let program = load::program(&ebpf, load::LOOKUP_PROGRAM)?;
+        let target = Target {
+            fd: netns.fd.as_fd(),
+            number: netns.inode,
+            name: format!("the network namespace {}", netns.inode),
+        };
+        let path = links::of_namespace(&self.settings.pins, netns.inode);
+        links::attach(
+            &path,
+            load::LOOKUP_PROGRAM,
+            program.as_fd(),
+            &target,
+            AttachType::SkLookup,
+        )
+    }
+
+    /// Ends what [`Datapath::attach_namespace`] began, for a namespace without workloads.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn detach_namespace(&self, inode: u64) -> Result<(), Error> {
+        links::remove_link(&links::of_namespace(&self.settings.pins, inode))
+    }
+
+    /// Has a namespace route the replies of local applications to [`Netns::onward_socket`]s back
+    /// to the daemon: a firewall mark that replies inherit, a rule for the mark, and a table
+    /// behind it that sends everything to the loopback device. What is there already stays.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel. A namespace without IPv6 is none.
+    pub async fn prepare_namespace(&self, netns: &Netns) -> Result<(), Error> {
+        route::prepare(netns).await
+    }
+}
+
+impl fmt::Debug for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Datapath")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+fn pinned_map(settings: &Settings, name: &str) -> Result<OwnedFd, Error> {
+    let path = settings.pins.join(name);
+    sys::get_pinned(&path).map_err(|source| Error::Pin {
+        doing: "open the map",
+        path,
+        source,
+    })
+}
+
+/// An address as the maps have it.
+#[must_use]
+pub fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => ipv4_mapped(ip.octets()),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+/// What a panicking thread left behind is whole: every step of an update is recorded when done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,130 @@
+//! Routes inside a workload's namespace, so that an application's replies to a client elsewhere
+//! come back to the daemon, which spoke to it with that client's address.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use reeve_common::{ONWARD_MARK, ONWARD_ROUTE_TABLE};
+use rtnetlink::{
+    Error as NetlinkError, Handle, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        route::{RouteMessage, RouteScope, RouteType},
+        rule::RuleAction,
+    },
+};
+
+use super::{Error, netns::Netns};
+
+/// Has replies on an accepted connection carry the mark that the connection's packets had, of
+/// either family; and the same for what the kernel answers where nobody accepts.
+const KEEP_MARK: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
+
+/// The loopback device's index, in every namespace.
+const LOOPBACK_DEVICE: u32 = 1;
+
+/// Makes the namespace ready for connections to local applications.
+pub(super) async fn prepare(netns: &Netns) -> Result<(), Error> {
+    let failed = |doing| {
+        move |source| Error::Namespace {
+            inode: netns.inode,
+            doing,
+            source,
+        }
+    };
+    netns
+        .run(|| KEEP_MARK.into_iter().try_for_each(switch_on))
+        .map_err(failed("set tcp_fwmark_accept and fwmark_reflect (sysctl)"))?;
+    // The socket stays in the namespace in which it was made.
+    let (connection, handle, _) = netns
+        .run(rtnetlink::new_connection)
+        .map_err(failed("open a netlink socket"))?;
+    let connection = tokio::spawn(connection);
+    let result = async {
+        route(&handle, AddressFamily::Inet).await?;
+        match route(&handle, AddressFamily::Inet6).await {
+            Err(error) if has_no_inet6(&error) => Ok(()),
+            result => result,
+        }
+    }
+    .await
+    .map_err(failed("route marked packets to the loopback device"));
+    connection.abort();
+    result
+}
+
+/// Switches a kernel setting on. One that is missing is IPv6's, where the kernel has none.
+fn switch_on(path: &str) -> io::Result<()> {
+    match fs::read_to_string(path) {
+        Ok(value) if value.trim() == "1" => Ok(()),
+        Ok(_) => fs::write(path, "1"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("ipv6") => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// `ip rule add fwmark MARK lookup TABLE` and `ip route add local default dev lo table TABLE`.
+async fn route(handle: &Handle, family: AddressFamily) -> io::Result<()> {
+    let rule = handle
+        .rule()
+        .add()
+        .fw_mark(ONWARD_MARK)
+        .table_id(ONWARD_ROUTE_TABLE)
+        .action(RuleAction::ToTable);
+    let rule = if family == AddressFamily::Inet {
+        rule.v4().execute().await
+    } else {
+        rule.v6().execute().await
+    };
+    unless_there(rule)?;
+    let route = if family == AddressFamily::Inet {
+        to_loopback(RouteMessageBuilder::<Ipv4Addr>::new())
+    } else {
+        to_loopback(RouteMessageBuilder::<Ipv6Addr>::new())
+    };
+    unless_there(handle.route().add(route).execute().await)
+}
+
+fn to_loopback<T>(route: RouteMessageBuilder<T>) -> RouteMessage {
+    route
+        .kind(RouteType::Local)
+        .scope(RouteScope::Host)
+        .output_interface(LOOPBACK_DEVICE)
+        .table_id(ONWARD_ROUTE_TABLE)
+        .build()
+}
+
+/// What is there already is what was wanted.
+fn unless_there(result: Result<(), NetlinkError>) -> io::Result<()> {
+    match result.map_err(io_error) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
+fn io_error(error: NetlinkError) -> io::Error {
+    match error {
+        NetlinkError::NetlinkError(message) => message.to_io(),
+        error => io::Error::other(error),
+    }
+}
+
+/// Whether an error says that the namespace has no IPv6: not built, switched off at boot, or
+/// switched off on the device.
+fn has_no_inet6(error: &io::Error) -> bool {
+    error.raw_os_error().is_some_and(|code| {
+        [
+            libc::EAFNOSUPPORT,
+            libc::EOPNOTSUPP,
+            libc::ENODEV,
+            libc::EACCES,
+        ]
+        .contains(&code)
+    })
+}

@@ -1,0 +1,108 @@
+//! The daemon's sockets inside network namespaces.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
+use reeve_common::ONWARD_MARK;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::netns::Netns;
+
+/// Connections that wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+impl Netns {
+    /// A non-blocking TCP socket in this namespace for the daemon's own connections to peers.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn tunnel_socket(&self, to: SocketAddr) -> io::Result<Socket> {
+        self.run(|| tcp(Domain::for_address(to)))
+    }
+
+    /// A non-blocking TCP socket in this namespace that speaks to a local application with the
+    /// client's own address: `IP_TRANSPARENT`, marked with `ONWARD_MARK`, bound to `client`. Its
+    /// port is chosen when it connects.
+    ///
+    /// # Errors
+    /// `InvalidInput` where `client` and `to` are of different families, else from the kernel.
+    pub fn onward_socket(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
+        if client.is_ipv4() != to.is_ipv4() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{client} cannot speak to {to}: the one is IPv4 and the other IPv6"),
+            ));
+        }
+        let socket = self.run(|| tcp(Domain::for_address(to)))?;
+        if client.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+        }
+        socket.set_mark(ONWARD_MARK)?;
+        // A port is taken for each pair of addresses, rather than for the client's address alone.
+        setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(client, 0).into())?;
+        Ok(socket)
+    }
+
+    /// Listening, non-blocking sockets for redirected connections: `127.0.0.1` and `::1`
+    /// (only the first where the namespace has no IPv6). `SO_REUSEPORT`, one set per worker.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn outbound_listeners(&self, port: u16) -> io::Result<Vec<Socket>> {
+        self.run(|| {
+            let v4 = listen((Ipv4Addr::LOCALHOST, port).into())?;
+            match listen((Ipv6Addr::LOCALHOST, port).into()) {
+                Ok(v6) => Ok(vec![v4, v6]),
+                Err(error) if has_no_inet6(&error) => Ok(vec![v4]),
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    /// Listening, non-blocking socket for tunnels on every address: IPv4 clients appear with
+    /// mapped addresses where the namespace has IPv6. `SO_REUSEPORT`.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn tunnel_listener(&self, port: u16) -> io::Result<Socket> {
+        self.run(|| match listen((Ipv6Addr::UNSPECIFIED, port).into()) {
+            Err(error) if has_no_inet6(&error) => listen((Ipv4Addr::UNSPECIFIED, port).into()),
+            result => result,
+        })
+    }
+}
+
+/// A non-blocking TCP socket that sends what it is given at once: a tunnel has gathered what
+/// belongs together.
+fn tcp(domain: Domain) -> io::Result<Socket> {
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+fn listen(address: SocketAddr) -> io::Result<Socket> {
+    let socket = tcp(Domain::for_address(address))?;
+    // Connections of an earlier daemon may still be in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    if let IpAddr::V6(ip) = address.ip() {
+        socket.set_only_v6(!ip.is_unspecified())?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+/// Whether an error says that the namespace has no IPv6: not built or switched off at boot, or no
+/// such address because it is switched off on the devices.
+fn has_no_inet6(error: &io::Error) -> bool {
+    error
+        .raw_os_error()
+        .is_some_and(|code| [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL].contains(&code))
+}

@@ -1,0 +1,368 @@
+//! Bringing the maps to a desired state while the programs read them.
+//!
+//! What is new or different is written first, what is surplus removed last, so that every
+//! verdict in between is one that the old or the new state gives. Verdicts come before the peers
+//! that point to them, and both before the workloads that they are about: a workload that is
+//! enrolled finds its policy there. A workload that gets another number is refused everything
+//! until all of that is done, since its old number may be another's new one. Where a map is full, the rest is applied all the same, since a
+//! workload must be enrolled even when its policy does not fit; what does not fit is not allowed.
+
+use std::collections::{HashMap, HashSet};
+
+use aya::{
+    Ebpf,
+    maps::{self, MapData},
+};
+use reeve_common::{
+    Action, Address, LAYOUT_VERSION, NO_WORKLOAD, NamespaceEntry, PeerEntry, PeerKey, PeerPortKey,
+    Settings as KernelSettings, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN,
+    WorkloadEntry, WorkloadId,
+};
+
+use super::{
+    Error, KernelState, MapUsage,
+    load::map_error,
+    table::{Table, Tracked},
+};
+use crate::config::Ports;
+
+type Hash<K, V> = maps::HashMap<MapData, K, V>;
+type Trie<K, V> = maps::LpmTrie<MapData, K, V>;
+
+/// The maps that the daemon writes.
+pub(super) struct State {
+    settings: maps::Array<MapData, KernelSettings>,
+    /// What is in `settings`.
+    current: KernelSettings,
+    workloads: Tracked<Hash<u64, WorkloadEntry>>,
+    namespaces: Tracked<Hash<u64, NamespaceEntry>>,
+    local_addresses: Tracked<Hash<Address, WorkloadId>>,
+    peers: Tracked<Trie<PeerKey, PeerEntry>>,
+    peer_ports: Tracked<Hash<PeerPortKey, PeerEntry>>,
+    verdicts: Tracked<Trie<VerdictKey, VerdictEntry>>,
+}
+
+/// A desired state, by key.
+struct Desired {
+    depths: u32,
+    workloads: HashMap<u64, WorkloadEntry>,
+    namespaces: HashMap<u64, NamespaceEntry>,
+    local_addresses: HashMap<Address, WorkloadId>,
+    peers: HashMap<(u32, PeerKey), PeerEntry>,
+    peer_ports: HashMap<PeerPortKey, PeerEntry>,
+    verdicts: HashMap<(u32, VerdictKey), VerdictEntry>,
+}
+
+// === impl State ===
+
+impl State {
+    /// Takes the maps out of the loaded object and reads what an earlier daemon left in them.
+    pub(super) fn adopt(ebpf: &mut Ebpf, ports: Ports) -> Result<Self, Error> {
+        let settings = "SETTINGS";
+        let mut map: maps::Array<MapData, KernelSettings> =
+            take(ebpf, settings, |map| map.try_into())?.0;
+        let mut current = map
+            .get(&0, 0)
+            .map_err(|source| map_error(settings, "read", source))?;
+        current.layout_version = LAYOUT_VERSION;
+        current.generation = current.generation.max(1);
+        current.outbound_port = ports.outbound;
+        current.tunnel_port = ports.tunnel;
+        map.set(0, current, 0)
+            .map_err(|source| map_error(settings, "write", source))?;
+        Ok(Self {
+            settings: map,
+            current,
+            workloads: tracked(ebpf, "WORKLOADS", Hash::try_from)?,
+            namespaces: tracked(ebpf, "NAMESPACES", Hash::try_from)?,
+            local_addresses: tracked(ebpf, "LOCAL_ADDRESSES", Hash::try_from)?,
+            peers: tracked(ebpf, "PEERS", Trie::try_from)?,
+            peer_ports: tracked(ebpf, "PEER_PORTS", Hash::try_from)?,
+            verdicts: tracked(ebpf, "VERDICTS", Trie::try_from)?,
+        })
+    }
+
+    /// Makes the maps hold `desired`. The first thing that did not fit is the error; everything
+    /// else is in force.
+    pub(super) fn apply(&mut self, desired: &KernelState) -> Result<(), Error> {
+        let desired = Desired::new(desired);
+        let mut changed = false;
+        self.suspend(&desired)?;
+        let fits = self.put(&desired, &mut changed);
+
+        // From here on the new workloads are enforced.
+        let depths = self.current.cgroup_depths | desired.depths;
+        if depths != self.current.cgroup_depths {
+            self.write(KernelSettings {
+                cgroup_depths: depths,
+                ..self.current
+            })?;
+        }
+
+        changed |= self.prune(&desired)?;
+        // What was removed may have made room.
+        let fits = fits.or_else(|_| self.put(&desired, &mut changed));
+        if changed || desired.depths != self.current.cgroup_depths {
+            self.write(KernelSettings {
+                cgroup_depths: desired.depths,
+                // 0 is "never" to a socket that remembers.
+                generation: self.current.generation.checked_add(1).unwrap_or(1),
+                ..self.current
+            })?;
+        }
+        fits
+    }
+
+    /// Entries and capacity of each map.
+    pub(super) fn usage(&self) -> Vec<MapUsage> {
+        vec![
+            usage(&self.workloads),
+            usage(&self.namespaces),
+            usage(&self.local_addresses),
+            usage(&self.peers),
+            usage(&self.peer_ports),
+            usage(&self.verdicts),
+        ]
+    }
+
+    /// The generation in force.
+    pub(super) fn generation(&self) -> u32 {
+        self.current.generation
+    }
+
+    /// Refuses everything to workloads whose numbers change hands.
+    fn suspend(&mut self, desired: &Desired) -> Result<(), Error> {
+        let unknown = WorkloadEntry {
+            workload: NO_WORKLOAD,
+            flags: WORKLOAD_UNKNOWN,
+        };
+        let suspended: Vec<_> = renumbered(self.workloads.content(), &desired.workloads)
+            .into_iter()
+            .map(|cgroup| (cgroup, unknown))
+            .collect();
+        self.workloads
+            .put(suspended.iter().map(|(cgroup, entry)| (cgroup, entry)))
+            .map(drop)
+    }
+
+    /// Writes everything that is new or different, whatever does not fit.
+    fn put(&mut self, desired: &Desired, changed: &mut bool) -> Result<(), Error> {
+        let steps = [
+            self.put_verdicts(desired),
+            self.put_peers(desired),
+            self.peer_ports.put(&desired.peer_ports),
+            self.local_addresses.put(&desired.local_addresses),
+            self.namespaces.put(&desired.namespaces),
+            self.workloads.put(&desired.workloads),
+        ];
+        let mut result = Ok(());
+        for step in steps {
+            match step {
+                Ok(different) => *changed |= different,
+                Err(error) => {
+                    // A part of it may have been written.
+                    *changed = true;
+                    result = result.and(Err(error));
+                }
+            }
+        }
+        result
+    }
+
+    /// What refuses comes first: a refusal without room must not leave the wider allowance alone.
+    fn put_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
+        let allows = |value: &VerdictEntry| value.action == Action::Allow as u32;
+        let (allowing, refusing): (Vec<_>, Vec<_>) = desired
+            .verdicts
+            .iter()
+            .partition(|(_, value)| allows(value));
+        Ok(self.verdicts.put(refusing)? | self.verdicts.put(allowing)?)
+    }
+
+    /// The longest prefix first: an address without room must not count as its neighbours.
+    fn put_peers(&mut self, desired: &Desired) -> Result<bool, Error> {
+        let mut peers: Vec<_> = desired.peers.iter().collect();
+        peers.sort_unstable_by_key(|((bits, _), _)| std::cmp::Reverse(*bits));
+        self.peers.put(peers)
+    }
+
+    fn prune(&mut self, desired: &Desired) -> Result<bool, Error> {
+        Ok(self.workloads.prune(&desired.workloads)?
+            | self.namespaces.prune(&desired.namespaces)?
+            | self.local_addresses.prune(&desired.local_addresses)?
+            | self.peer_ports.prune(&desired.peer_ports)?
+            | self.peers.prune(&desired.peers)?
+            | self.verdicts.prune(&desired.verdicts)?)
+    }
+
+    fn write(&mut self, settings: KernelSettings) -> Result<(), Error> {
+        self.settings
+            .set(0, settings, 0)
+            .map_err(|source| map_error("SETTINGS", "write", source))?;
+        self.current = settings;
+        Ok(())
+    }
+}
+
+// === impl Desired ===
+
+impl Desired {
+    fn new(state: &KernelState) -> Self {
+        Self {
+            depths: state.workloads.iter().fold(0, |depths, (_, depth, _)| {
+                depths | 1_u32.wrapping_shl(*depth)
+            }),
+            workloads: state
+                .workloads
+                .iter()
+                .map(|(id, _, entry)| (*id, *entry))
+                .collect(),
+            namespaces: state.namespaces.iter().copied().collect(),
+            local_addresses: state.local_addresses.iter().copied().collect(),
+            peers: state
+                .tables
+                .peers
+                .iter()
+                .map(|(bits, address, entry)| ((*bits, masked(*address, *bits)), *entry))
+                .collect(),
+            peer_ports: state.tables.peer_ports.iter().copied().collect(),
+            verdicts: state
+                .tables
+                .verdicts
+                .iter()
+                .map(|(bits, key, entry)| ((*bits, masked_verdict(*key, *bits)), *entry))
+                .collect(),
+        }
+    }
+}
+
+/// Clears what lies behind a prefix: the kernel takes such keys for the same, and so must we.
+fn masked(mut address: Address, bits: u32) -> Address {
+    for (byte, first) in address.iter_mut().zip((0_u32..).step_by(8)) {
+        let kept = bits.saturating_sub(first).min(8);
+        *byte &= !(0xff_u8.checked_shr(kept).unwrap_or(0));
+    }
+    address
+}
+
+/// The same for a verdict's key. Only what stands behind the class is ever left out.
+fn masked_verdict(mut key: VerdictKey, bits: u32) -> VerdictKey {
+    let [high, low] = key.port;
+    let tail = u32::from_be_bytes([key.direction, key.protocol, high, low]);
+    let left_out = VERDICT_PREFIX_FULL.saturating_sub(bits);
+    let kept = u32::MAX.checked_shl(left_out).unwrap_or(0);
+    let [direction, protocol, high, low] = (tail & kept).to_be_bytes();
+    key.direction = direction;
+    key.protocol = protocol;
+    key.port = [high, low];
+    key
+}
+
+/// The cgroups whose workload has a number that means another workload before or after.
+fn renumbered(
+    current: &HashMap<u64, WorkloadEntry>,
+    desired: &HashMap<u64, WorkloadEntry>,
+) -> Vec<u64> {
+    let moved: HashSet<WorkloadId> = current
+        .iter()
+        .filter_map(|(cgroup, before)| Some((before.workload, desired.get(cgroup)?.workload)))
+        .filter(|(before, after)| before != after)
+        .flat_map(|(before, after)| [before, after])
+        .filter(|workload| *workload != NO_WORKLOAD)
+        .collect();
+    current
+        .iter()
+        .filter(|(_, entry)| moved.contains(&entry.workload))
+        .map(|(cgroup, _)| *cgroup)
+        .collect()
+}
+
+fn usage<T: Table>(tracked: &Tracked<T>) -> MapUsage {
+    MapUsage {
+        name: tracked.name(),
+        entries: tracked.content().len() as u64,
+        capacity: u64::from(tracked.capacity()),
+    }
+}
+
+fn tracked<T: Table>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    typed: impl FnOnce(maps::Map) -> Result<T, maps::MapError>,
+) -> Result<Tracked<T>, Error> {
+    let (table, capacity) = take(ebpf, name, typed)?;
+    Tracked::adopt(name, capacity, table)
+}
+
+/// Takes a map out of the object, with its capacity.
+pub(super) fn take<T>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    typed: impl FnOnce(maps::Map) -> Result<T, maps::MapError>,
+) -> Result<(T, u32), Error> {
+    let map = ebpf.take_map(name).ok_or(Error::Missing(name))?;
+    let capacity =
+        super::usage::capacity(&map).map_err(|source| map_error(name, "read", source))?;
+    let map = typed(map).map_err(|source| map_error(name, "read", source))?;
+    Ok((map, capacity))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workloads(entries: &[(u64, WorkloadId)]) -> HashMap<u64, WorkloadEntry> {
+        let entry = |workload| WorkloadEntry { workload, flags: 0 };
+        entries
+            .iter()
+            .map(|(cgroup, workload)| (*cgroup, entry(*workload)))
+            .collect()
+    }
+
+    #[test]
+    fn workloads_are_suspended_when_their_numbers_change_hands() {
+        let suspended = |before: &[_], after: &[_]| {
+            let mut cgroups = renumbered(&workloads(before), &workloads(after));
+            cgroups.sort_unstable();
+            cgroups
+        };
+        let before = [(10, 1), (20, 2), (30, 3)];
+        assert!(suspended(&before, &before).is_empty());
+        // The second goes, and the third gets its number.
+        assert_eq!(suspended(&before, &[(10, 1), (30, 2)]), [20, 30]);
+        // A new first one.
+        let after = [(5, 1), (10, 2), (20, 3), (30, 4)];
+        assert_eq!(suspended(&before, &after), [10, 20, 30]);
+        // A restart is no change of numbers.
+        assert!(suspended(&before, &[(11, 1), (20, 2), (30, 3)]).is_empty());
+    }
+
+    #[test]
+    fn what_lies_behind_a_prefix_is_cleared() {
+        let ones = [0xff; 16];
+        assert_eq!(masked(ones, 128), ones);
+        assert_eq!(masked(ones, 0), [0; 16]);
+        let mut expected = [0; 16];
+        expected[0] = 0xff;
+        expected[1] = 0b1110_0000;
+        assert_eq!(masked(ones, 11), expected);
+    }
+
+    #[test]
+    fn a_port_range_is_the_beginning_of_a_verdicts_key() {
+        let key = VerdictKey {
+            workload: 7,
+            class: 9,
+            direction: 1,
+            protocol: 6,
+            port: [0x1f, 0x91],
+        };
+        assert_eq!(masked_verdict(key, VERDICT_PREFIX_FULL), key);
+        let range = masked_verdict(key, VERDICT_PREFIX_FULL - 4);
+        assert_eq!(range.port, [0x1f, 0x90]);
+        let any_port = masked_verdict(key, reeve_common::VERDICT_PREFIX_ANY_PORT);
+        assert_eq!((any_port.protocol, any_port.port), (6, [0, 0]));
+        let any = masked_verdict(key, reeve_common::VERDICT_PREFIX_ANY_PROTOCOL);
+        assert_eq!((any.direction, any.protocol, any.port), (1, 0, [0, 0]));
+    }
+}

@@ -1,0 +1,230 @@
+//! The `bpf(2)` commands that the eBPF library has no call for: pinned links and their programs,
+//! and taking an entry out of a map.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use aya::Pod;
+
+/// Commands of `bpf(2)`, from `linux/bpf.h`.
+mod command {
+    pub(super) const OBJ_PIN: u32 = 6;
+    pub(super) const OBJ_GET: u32 = 7;
+    pub(super) const OBJ_GET_INFO_BY_FD: u32 = 15;
+    pub(super) const MAP_LOOKUP_AND_DELETE_ELEM: u32 = 21;
+    pub(super) const LINK_CREATE: u32 = 28;
+    pub(super) const LINK_UPDATE: u32 = 29;
+    pub(super) const LINK_DETACH: u32 = 34;
+}
+
+/// Where a program can be attached: `enum bpf_attach_type` of `linux/bpf.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum AttachType {
+    CgroupIngress = 0,
+    CgroupEgress = 1,
+    CgroupSockOps = 3,
+    CgroupBind4 = 8,
+    CgroupBind6 = 9,
+    CgroupConnect4 = 10,
+    CgroupConnect6 = 11,
+    CgroupSendmsg4 = 14,
+    CgroupSendmsg6 = 15,
+    CgroupGetpeername4 = 29,
+    CgroupGetpeername6 = 30,
+    SkLookup = 36,
+}
+
+#[repr(C)]
+struct PinAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct InfoAttr {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+#[repr(C)]
+struct ElementAttr {
+    map: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+struct LinkCreateAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct LinkUpdateAttr {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+#[repr(C)]
+struct LinkDetachAttr {
+    link: u32,
+}
+
+/// What the kernel says of a link. The target is a cgroup id, or the inode of a network
+/// namespace; 0 when it is gone.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    target: [u32; 2],
+    rest: [u32; 10],
+}
+
+/// `BPF_LINK_TYPE_CGROUP`.
+const LINK_OF_CGROUP: u32 = 3;
+
+fn bpf<T>(command: u32, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: `attr` is a whole and writable value of the size given. The kernel takes bytes
+    // beyond the end for zero, and the callers' structs begin like the command's own.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(result).map_err(io::Error::other)
+}
+
+fn raw(fd: impl AsFd) -> u32 {
+    // File descriptors are not negative.
+    fd.as_fd().as_raw_fd().unsigned_abs()
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
+}
+
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: the kernel has just made this file descriptor for the caller.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Opens what is pinned at `path`.
+pub(super) fn get_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = PinAttr {
+        path: path.as_ptr().expose_provenance() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    bpf(command::OBJ_GET, &mut attr).map(owned)
+}
+
+/// Pins a link or a map at `path`, where nothing may be yet.
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = PinAttr {
+        path: path.as_ptr().expose_provenance() as u64,
+        fd: raw(object),
+        flags: 0,
+    };
+    bpf(command::OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Attaches a program beside those of others.
+pub(super) fn link_create(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: AttachType,
+) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: raw(target),
+        attach_type: attach_type as u32,
+        flags: 0,
+    };
+    bpf(command::LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Puts another program into a link, with no moment between the two.
+pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr {
+        link: raw(link),
+        program: raw(program),
+        flags: 0,
+        old_program: 0,
+    };
+    bpf(command::LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Ends what a link does at once; closing and unpinning it would do so a moment later.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkDetachAttr { link: raw(link) };
+    bpf(command::LINK_DETACH, &mut attr).map(drop)
+}
+
+/// What a link is attached to: a cgroup's id or a network namespace's inode. 0: it is gone.
+pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut info = RawLinkInfo::default();
+    let mut attr = InfoAttr {
+        fd: raw(link),
+        length: size_of::<RawLinkInfo>() as u32,
+        info: std::ptr::from_mut(&mut info).expose_provenance() as u64,
+    };
+    bpf(command::OBJ_GET_INFO_BY_FD, &mut attr)?;
+    let [low, high] = info.target;
+    Ok(if info.kind == LINK_OF_CGROUP {
+        if cfg!(target_endian = "big") {
+            u64::from(low) << 32 | u64::from(high)
+        } else {
+            u64::from(high) << 32 | u64::from(low)
+        }
+    } else {
+        u64::from(low)
+    })
+}
+
+/// Takes the entry of `key` out of a hash; none where there is no such entry. `K` and `V` are the
+/// types of the map.
+pub(super) fn take<K: Pod, V: Pod + Default>(
+    map: BorrowedFd<'_>,
+    key: &K,
+) -> io::Result<Option<V>> {
+    let mut value = V::default();
+    let mut attr = ElementAttr {
+        map: raw(map),
+        padding: 0,
+        key: std::ptr::from_ref(key).expose_provenance() as u64,
+        value: std::ptr::from_mut(&mut value).expose_provenance() as u64,
+        flags: 0,
+    };
+    match bpf(command::MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

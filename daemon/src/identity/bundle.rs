@@ -1,0 +1,244 @@
+//! Trust bundles: whose signature counts in which trust domain.
+
+use std::{collections::BTreeMap, fmt, sync::Arc, time::SystemTime};
+
+use arc_swap::ArcSwap;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
+use webpki::{CertRevocationList, OwnedCertRevocationList};
+use x509_parser::x509::X509Version;
+
+use super::{RejectReason, TrustDomain, clock, svid_rules};
+
+/// The certificates that sign for one trust domain, and the revocation lists that go with them.
+///
+/// An empty bundle revokes the trust domain. An expired certificate in a bundle is kept, so that a
+/// root can be replaced ahead of time, and signs for nothing.
+pub struct TrustBundle {
+    trust_domain: TrustDomain,
+    anchors: Vec<TrustAnchor<'static>>,
+    /// Validity of each anchor, in the order of `anchors`: webpki does not keep it.
+    validity: Vec<Validity>,
+    certificates: Vec<CertificateDer<'static>>,
+    crls: Vec<CertRevocationList<'static>>,
+    crl_ders: Vec<CertificateRevocationListDer<'static>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Validity {
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+/// Why a trust bundle cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BundleError {
+    /// A certificate may not be a trust anchor.
+    #[error("certificate {position} of the trust bundle of {trust_domain} is refused: {reason}")]
+    Certificate {
+        /// Whose bundle.
+        trust_domain: TrustDomain,
+        /// Which certificate, counted from 1.
+        position: usize,
+        /// Which rule it breaks.
+        reason: RejectReason,
+    },
+    /// A revocation list cannot be read.
+    #[error("revocation list {position} of the trust bundle of {trust_domain} is refused: {error}")]
+    RevocationList {
+        /// Whose bundle.
+        trust_domain: TrustDomain,
+        /// Which list, counted from 1.
+        position: usize,
+        /// What is wrong with it.
+        error: webpki::Error,
+    },
+}
+
+/// Bundles by trust domain. They are never merged: a trust domain's bundle says nothing of
+/// another's identities.
+pub type TrustBundles = BTreeMap<TrustDomain, Arc<TrustBundle>>;
+
+/// The bundles in force, replaced at runtime as whole values. Every verifier reads the newest.
+#[derive(Debug, Default)]
+pub struct TrustStore(ArcSwap<TrustBundles>);
+
+// === impl TrustBundle ===
+
+impl TrustBundle {
+    /// A bundle of these signing certificates. Without revocation lists revocation is not checked;
+    /// with at least one, what no list speaks of is refused.
+    ///
+    /// # Errors
+    /// The first certificate that may not sign by the X.509-SVID standard, or the first list that
+    /// cannot be read: a bundle is taken whole or not at all.
+    pub fn new(
+        trust_domain: TrustDomain,
+        certificates: Vec<CertificateDer<'static>>,
+        crl_ders: Vec<CertificateRevocationListDer<'static>>,
+    ) -> Result<Self, BundleError> {
+        let mut anchors = Vec::with_capacity(certificates.len());
+        let mut validity = Vec::with_capacity(certificates.len());
+        for (index, certificate) in certificates.iter().enumerate() {
+            let (anchor, valid) =
+                anchor(certificate).map_err(|reason| BundleError::Certificate {
+                    trust_domain: trust_domain.clone(),
+                    position: index + 1,
+                    reason,
+                })?;
+            anchors.push(anchor);
+            validity.push(valid);
+        }
+        let mut crls = Vec::with_capacity(crl_ders.len());
+        for (index, der) in crl_ders.iter().enumerate() {
+            let list = OwnedCertRevocationList::from_der(der);
+            crls.push(list.map(CertRevocationList::from).map_err(|error| {
+                BundleError::RevocationList {
+                    trust_domain: trust_domain.clone(),
+                    position: index + 1,
+                    error,
+                }
+            })?);
+        }
+        Ok(Self {
+            trust_domain,
+            anchors,
+            validity,
+            certificates,
+            crls,
+            crl_ders,
+        })
+    }
+
+    /// Whose bundle it is.
+    #[must_use]
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// Whether it revokes its trust domain.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.anchors.is_empty()
+    }
+
+    /// The signing certificates.
+    #[must_use]
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
+    }
+
+    /// Number of revocation lists; with none, revocation is not checked.
+    #[must_use]
+    pub fn revocation_lists(&self) -> usize {
+        self.crls.len()
+    }
+
+    /// When the first of its certificates expires; none for an empty bundle.
+    #[must_use]
+    pub fn earliest_not_after(&self) -> Option<SystemTime> {
+        self.validity.iter().map(|valid| valid.not_after).min()
+    }
+
+    /// Whether both were made from the same certificates and lists.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.trust_domain == other.trust_domain
+            && self.certificates == other.certificates
+            && self.crl_ders == other.crl_ders
+    }
+
+    pub(super) fn anchors(&self) -> &[TrustAnchor<'static>] {
+        &self.anchors
+    }
+
+    pub(super) fn crls(&self) -> &[CertRevocationList<'static>] {
+        &self.crls
+    }
+
+    /// Whether this very element of [`Self::anchors`] is valid at `now`.
+    pub(super) fn anchor_is_valid(&self, anchor: &TrustAnchor<'_>, now: UnixTime) -> bool {
+        let now = clock::from_unix(now);
+        self.anchors
+            .iter()
+            .zip(&self.validity)
+            .any(|(candidate, valid)| {
+                std::ptr::eq(candidate, anchor) && valid.not_before <= now && now <= valid.not_after
+            })
+    }
+}
+
+fn anchor(der: &CertificateDer<'_>) -> Result<(TrustAnchor<'static>, Validity), RejectReason> {
+    let certificate = svid_rules::parse(der)?;
+    if certificate.version() != X509Version::V3 {
+        return Err(RejectReason::SignerNotCa);
+    }
+    svid_rules::check_signer(&certificate)?;
+    let validity = Validity {
+        not_before: clock::from_asn1(certificate.validity().not_before),
+        not_after: clock::from_asn1(certificate.validity().not_after),
+    };
+    let anchor = webpki::anchor_from_trusted_cert(der)?.to_owned();
+    Ok((anchor, validity))
+}
+
+impl fmt::Debug for TrustBundle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrustBundle")
+            .field("trust_domain", &self.trust_domain)
+            .field("certificates", &self.certificates.len())
+            .field("revocation_lists", &self.crls.len())
+            .field("earliest_not_after", &self.earliest_not_after())
+            .finish()
+    }
+}
+
+// === impl TrustStore ===
+
+impl TrustStore {
+    /// A store that begins with these bundles.
+    #[must_use]
+    pub fn new(bundles: impl IntoIterator<Item = TrustBundle>) -> Self {
+        let by_domain = |bundle: TrustBundle| (bundle.trust_domain.clone(), Arc::new(bundle));
+        Self(ArcSwap::from_pointee(
+            bundles.into_iter().map(by_domain).collect(),
+        ))
+    }
+
+    /// The bundles in force now.
+    #[must_use]
+    pub fn current(&self) -> Arc<TrustBundles> {
+        self.0.load_full()
+    }
+
+    /// Replaces the bundles of these trust domains, all at once. Others stay. Returns whether
+    /// anything is different now.
+    pub(super) fn replace(&self, bundles: &[Arc<TrustBundle>]) -> bool {
+        let mut changed = false;
+        self.0.rcu(|current| {
+            let next = overlaid(current, bundles);
+            changed = next.is_some();
+            next.map_or_else(|| current.clone(), Arc::new)
+        });
+        changed
+    }
+}
+
+/// `current` with some bundles replaced; none where all of them are there already.
+pub(super) fn overlaid(
+    current: &TrustBundles,
+    bundles: &[Arc<TrustBundle>],
+) -> Option<TrustBundles> {
+    let is_there = |bundle: &Arc<TrustBundle>| {
+        current
+            .get(&bundle.trust_domain)
+            .is_some_and(|old| old.same_as(bundle))
+    };
+    if bundles.iter().all(is_there) {
+        return None;
+    }
+    let mut next = current.clone();
+    for bundle in bundles {
+        next.insert(bundle.trust_domain.clone(), bundle.clone());
+    }
+    Some(next)
+}

@@ -1,0 +1,40 @@
+//! Who a workload is: SPIFFE IDs, the X.509-SVID verifier, certificate sources and their reload.
+//!
+//! In: certificate material from a source. Out: whole, checked TLS configurations per identity.
+
+mod bundle;
+mod ca;
+mod clock;
+mod crypto;
+mod reject;
+mod renewal;
+mod server_name;
+mod source;
+mod spiffe_id;
+mod status;
+mod store;
+mod svid;
+mod svid_rules;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
+pub use ca::{CaError, EmbeddedCa};
+pub use crypto::{ALPN, provider};
+pub use reject::RejectReason;
+pub use server_name::{server_name_for, server_name_matches};
+pub use source::{CertificateSource, Material, SourceError};
+pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use status::{BundleStatus, IdentityStatus};
+pub use store::IdentityStore;
+pub use svid::{ReloadError, Svid};
+pub use verify::{SvidVerifier, peer_id, verify_chain};
+
+/// Lower case hexadecimal.
+fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {
+    bytes
+        .into_iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}

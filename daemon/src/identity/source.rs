@@ -1,0 +1,53 @@
+//! Where certificates come from: the trait that every source implements.
+
+use std::{fmt, sync::Arc};
+
+use futures_util::future::BoxFuture;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::watch;
+use zeroize::Zeroizing;
+
+use super::{BundleError, SpiffeId, TrustBundle};
+
+/// A source of certificates: the embedded CA, files, the SPIFFE Workload API.
+///
+/// A source hands over whole sets and judges nothing: [`IdentityStore`](super::IdentityStore)
+/// checks each set before it is used, keeps the old one when it is bad, and knows when to ask again.
+pub trait CertificateSource: Send + Sync + fmt::Debug {
+    /// Name in status and logs.
+    fn name(&self) -> &'static str;
+
+    /// The newest set for `id`. A source that issues makes a new one at each call; one that only
+    /// passes on gives what it has.
+    fn fetch<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Material, SourceError>>;
+
+    /// Changes when there may be something new for `id` before anybody asks. The number has no
+    /// meaning but to differ.
+    fn changes(&self, id: &SpiffeId) -> watch::Receiver<u64>;
+}
+
+/// One identity's certificate as a source gives it: unchecked, and always the whole set.
+#[derive(Debug)]
+pub struct Material {
+    /// The workload's certificate, then the intermediates.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The private key, wiped from memory once it is used.
+    pub key: Zeroizing<PrivateKeyDer<'static>>,
+    /// Bundles that come with it, put in force together with it. A source gives the same bundle of
+    /// a trust domain with every identity.
+    pub bundles: Vec<Arc<TrustBundle>>,
+}
+
+/// Why a source has nothing to give.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    /// The identity is gone: what was given before must not be used any longer.
+    #[error("the source has withdrawn the identity")]
+    Withdrawn,
+    /// The source cannot be reached or failed: what was given before is good until it expires.
+    #[error("the source failed: {0}")]
+    Unavailable(String),
+    /// A trust bundle that came along cannot be used.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+}

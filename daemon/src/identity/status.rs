@@ -1,0 +1,95 @@
+//! What there is to say about certificates: for the admin socket and the metrics.
+
+use std::time::SystemTime;
+
+use serde::{Serialize, Serializer};
+
+use super::{ReloadError, SpiffeId, TrustBundle, TrustDomain};
+
+/// One identity that the node is to have a certificate for.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IdentityStatus {
+    /// Who.
+    pub spiffe_id: SpiffeId,
+    /// Name of the source.
+    pub source: &'static str,
+    /// The certificate in force; none until there is one, or when it has expired.
+    pub certificate: Option<CertificateStatus>,
+    /// When the source is asked next.
+    #[serde(serialize_with = "rfc3339")]
+    pub next_attempt: Option<SystemTime>,
+    /// When the source was last asked.
+    #[serde(serialize_with = "rfc3339")]
+    pub last_attempt: Option<SystemTime>,
+    /// When that last gave a certificate that could be used.
+    #[serde(serialize_with = "rfc3339")]
+    pub last_success: Option<SystemTime>,
+    /// Why the last attempt failed; none where it did not.
+    #[serde(serialize_with = "text")]
+    pub last_error: Option<ReloadError>,
+}
+
+/// A certificate in force.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CertificateStatus {
+    /// Serial number, lower case hexadecimal.
+    pub serial: String,
+    /// Distinguished name of the issuer.
+    pub issuer: String,
+    /// Start of validity.
+    #[serde(serialize_with = "rfc3339_sure")]
+    pub not_before: SystemTime,
+    /// End of validity.
+    #[serde(serialize_with = "rfc3339_sure")]
+    pub not_after: SystemTime,
+    /// Counts the certificates of all identities since the daemon began.
+    pub generation: u64,
+}
+
+/// One trust domain's bundle.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BundleStatus {
+    /// Whose.
+    pub trust_domain: TrustDomain,
+    /// Signing certificates in it; with none, the trust domain is revoked.
+    pub certificates: usize,
+    /// When the first of them expires.
+    #[serde(serialize_with = "rfc3339")]
+    pub earliest_not_after: Option<SystemTime>,
+    /// Whether revocation is checked: there is at least one revocation list.
+    pub revocation_checked: bool,
+}
+
+impl From<&TrustBundle> for BundleStatus {
+    fn from(bundle: &TrustBundle) -> Self {
+        Self {
+            trust_domain: bundle.trust_domain().clone(),
+            certificates: bundle.certificates().len(),
+            earliest_not_after: bundle.earliest_not_after(),
+            revocation_checked: bundle.revocation_lists() > 0,
+        }
+    }
+}
+
+fn rfc3339_sure<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_rfc3339_seconds(*time))
+}
+
+#[expect(clippy::ref_option, reason = "serde gives a reference to the field")]
+fn rfc3339<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => rfc3339_sure(time, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
+#[expect(clippy::ref_option, reason = "serde gives a reference to the field")]
+fn text<S: Serializer>(error: &Option<ReloadError>, serializer: S) -> Result<S::Ok, S::Error> {
+    match error {
+        Some(error) => serializer.collect_str(error),
+        None => serializer.serialize_none(),
+    }
+}

@@ -1,0 +1,19 @@
+//! Real handshakes in memory, with right and wrong certificates.
+
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "shared with the end-to-end tests, which use other parts of it"
+)]
+#[path = "../../../../tests/harness/certs/mod.rs"]
+mod certs;
+mod embedded_ca;
+mod handshake;
+mod outcomes;
+mod peers;
+mod revocation;
+mod roots;
+mod store;
+mod tickets;
+
+use super::*;

@@ -1,0 +1,108 @@
+//! The `reeve` binary: the command line, and how the daemon is put together.
+
+use std::{path::Path, process::ExitCode, sync::Arc};
+
+use arc_swap::ArcSwap;
+use clap::Parser;
+use reeve::{
+    admin::AdminSocket,
+    cli::{self, Cli, Command},
+    config::Config,
+    control::{self, Control, Daemon, Parts, RunError},
+    datapath::Datapath,
+    policy::Snapshot,
+    telemetry::{self, ConnectionLog, Events, HttpServer, Metrics, Readiness},
+    tunnel::{Shared, Tunnels},
+    workload::{Registry, cgroup::CgroupTree},
+};
+use tokio::{runtime::Builder, sync::watch};
+
+/// Threads of the control work: one that decides, and one that answers meanwhile.
+const CONTROL_THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Run { config } => match run(&config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                cli::print_error(&error);
+                if !nix::unistd::geteuid().is_root() {
+                    eprintln!("  this user is not root, whom `reeve run` needs to be");
+                }
+                ExitCode::from(error.exit_code())
+            }
+        },
+        Command::Check { config } => cli::check(&config),
+        Command::Status { json, socket } => cli::status(&socket, json),
+        Command::Detach { config } => cli::detach(&config),
+        Command::Completions { shell } => cli::completions(shell),
+    }
+}
+
+/// Runs the daemon until a signal ends it.
+fn run(file: &Path) -> Result<(), RunError> {
+    let config = Arc::new(Config::load(file)?);
+    let policies = control::policies(&config)?;
+    telemetry::start_logging(&config.log)?;
+    control::prepare_process();
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .map_err(RunError::Runtime)?;
+    runtime.block_on(async {
+        // What tells others comes first: a second daemon fails here, before it touches the kernel.
+        let metrics = Metrics::default();
+        let (readiness, ready) = watch::channel(Readiness::starting());
+        if let Some(address) = config.metrics.address {
+            let http = HttpServer::bind(address, metrics.clone(), ready).await;
+            let http = http.map_err(|source| RunError::Http { address, source })?;
+            tokio::spawn(http.serve());
+        }
+        let admin = AdminSocket::bind(&config.admin.socket)?;
+
+        // The kernel goes on with what is pinned until control has read everything.
+        let cgroups = CgroupTree::open(config.node.cgroup_root.as_deref())?;
+        let own_cgroups = control::settle_in(&cgroups, &config)?;
+        let datapath = Arc::new(Datapath::load(control::datapath_settings(
+            &config, &cgroups,
+        ))?);
+        let registry = Registry::start(cgroups.clone(), control::declaration(&config))?;
+
+        // Identities and tunnels: nothing listens before control says where.
+        let identities = Arc::new(control::identity_store(&config)?);
+        let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
+        let log = ConnectionLog::new(metrics.clone());
+        let shared = Shared {
+            snapshot: snapshot.clone(),
+            identities: identities.clone(),
+            origins: datapath.clone(),
+            metrics: metrics.clone(),
+            log: log.clone(),
+        };
+        let tunnels = Tunnels::start(shared, &config.limits, &config.timeouts, config.ports)?;
+
+        let events = (datapath.events()?, Events::new(metrics.clone(), log));
+        if let Some(lines) = datapath.debug_log()? {
+            tokio::spawn(lines);
+        }
+
+        // Control decides, and the daemon answers for all of them.
+        let daemon = Daemon::new(config, datapath, identities, tunnels, metrics.clone());
+        let daemon = Arc::new(daemon);
+        let read = daemon.clone();
+        metrics.read_from(move || read.readings());
+        tokio::spawn(admin.serve(daemon.clone()));
+        let parts = Parts {
+            snapshot,
+            cgroups,
+            own_cgroups,
+            registry,
+            policies,
+            readiness,
+            events,
+        };
+        Control::new(daemon, parts).run().await
+    })
+}

@@ -1,0 +1,172 @@
+//! Policy documents as they are written: what serde reads.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::selector::IdentityPrefix;
+use crate::{
+    identity::SpiffeId,
+    yaml::{
+        Located,
+        values::{LabelKey, LabelValue, Labels, Name, Network, Port},
+    },
+};
+
+/// `kind: ConnectionPolicy`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(
+    dead_code,
+    reason = "the kind is looked at before the document is read"
+)]
+pub(super) struct ConnectionPolicy {
+    pub(super) api_version: Option<String>,
+    pub(super) kind: Option<String>,
+    pub(super) metadata: Option<Located<Metadata>>,
+    pub(super) spec: Option<Located<Spec>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(dead_code, reason = "annotations are for people and other tools")]
+pub(super) struct Metadata {
+    pub(super) name: Option<Located<Name>>,
+    pub(super) namespace: Option<Located<Name>>,
+    #[serde(default)]
+    pub(super) labels: Labels,
+    #[serde(default)]
+    pub(super) annotations: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Spec {
+    pub(super) workloads: Option<Located<RawSubjects>>,
+    #[serde(default)]
+    pub(super) ingress: Vec<Located<IngressRule>>,
+    #[serde(default)]
+    pub(super) egress: Vec<Located<EgressRule>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawSubjects {
+    #[serde(default)]
+    pub(super) names: Vec<Located<Name>>,
+    pub(super) namespace: Option<Located<Name>>,
+    pub(super) service_account: Option<Name>,
+    #[serde(default)]
+    pub(super) match_labels: Labels,
+    #[serde(default)]
+    pub(super) match_expressions: Vec<Located<Expression>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct IngressRule {
+    pub(super) from: Option<Located<Vec<Located<RawFarEnd>>>>,
+    pub(super) ports: Option<Vec<Located<RawPort>>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct EgressRule {
+    pub(super) to: Option<Located<Vec<Located<RawFarEnd>>>>,
+    pub(super) ports: Option<Vec<Located<RawPort>>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawFarEnd {
+    pub(super) identity: Option<SpiffeId>,
+    pub(super) identity_prefix: Option<PrefixText>,
+    pub(super) namespace: Option<NamespaceText>,
+    pub(super) service_account: Option<Name>,
+    #[serde(default)]
+    pub(super) labels: Labels,
+    #[serde(default)]
+    pub(super) match_expressions: Vec<Located<Expression>>,
+    pub(super) cidr: Option<Network>,
+    #[serde(default)]
+    pub(super) except: Vec<Located<Network>>,
+    pub(super) any: Option<Anybody>,
+}
+
+/// `{}`: there is nothing to say of anybody.
+#[derive(Debug, Deserialize)]
+pub(super) struct Anybody {}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Expression {
+    pub(super) key: Option<LabelKey>,
+    pub(super) operator: Option<RawOperator>,
+    #[serde(default)]
+    pub(super) values: Vec<LabelValue>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub(super) enum RawOperator {
+    In,
+    NotIn,
+    Exists,
+    DoesNotExist,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawPort {
+    #[serde(default)]
+    pub(super) protocol: RawProtocol,
+    pub(super) port: Option<Port>,
+    pub(super) end_port: Option<Port>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(super) enum RawProtocol {
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    #[serde(rename = "UDP")]
+    Udp,
+    #[serde(rename = "SCTP")]
+    Sctp,
+    #[serde(rename = "ICMP")]
+    Icmp,
+    Any,
+}
+
+/// Beginning of SPIFFE IDs.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct PrefixText(pub(super) IdentityPrefix);
+
+/// A namespace, or `*` for every one.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) enum NamespaceText {
+    Every,
+    One(String),
+}
+
+// === impl TryFrom ===
+
+impl TryFrom<String> for PrefixText {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        IdentityPrefix::parse(&text).map(Self)
+    }
+}
+
+impl TryFrom<String> for NamespaceText {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text == "*" {
+            return Ok(Self::Every);
+        }
+        Name::try_from(text).map(|name| Self::One(name.into()))
+    }
+}

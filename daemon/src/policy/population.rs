@@ -1,0 +1,147 @@
+//! Everybody known, indexed by what selectors ask for, so that a selector looks at few of them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::{
+    rule::{FarEnd, Subjects},
+    selector::{AttributeSelector, Operator},
+};
+use crate::{identity::SpiffeId, workload::Attributes};
+
+/// One who is known.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Member<'a> {
+    pub(super) name: &'a str,
+    /// None for a peer without identity.
+    pub(super) attributes: Option<&'a Attributes>,
+}
+
+/// An index over members. Results are positions in the list that it was made of.
+#[derive(Debug, Default)]
+pub(super) struct Population<'a> {
+    members: Vec<Member<'a>>,
+    identified: Vec<usize>,
+    by_name: HashMap<&'a str, usize>,
+    by_identity: BTreeMap<&'a str, Vec<usize>>,
+    by_namespace: HashMap<&'a str, Vec<usize>>,
+    by_account: HashMap<&'a str, Vec<usize>>,
+    by_label: HashMap<&'a str, HashMap<&'a str, Vec<usize>>>,
+}
+
+// === impl Population ===
+
+impl<'a> Population<'a> {
+    pub(super) fn new(members: impl IntoIterator<Item = Member<'a>>) -> Self {
+        let mut population = Self::default();
+        for (index, member) in members.into_iter().enumerate() {
+            population.by_name.insert(member.name, index);
+            if let Some(attributes) = member.attributes {
+                population.index(index, attributes);
+            }
+            population.members.push(member);
+        }
+        population
+    }
+
+    fn index(&mut self, index: usize, attributes: &'a Attributes) {
+        self.identified.push(index);
+        let id = attributes.spiffe_id.as_str();
+        self.by_identity.entry(id).or_default().push(index);
+        let namespace = self.by_namespace.entry(&attributes.namespace);
+        namespace.or_default().push(index);
+        let account = self.by_account.entry(&attributes.service_account);
+        account.or_default().push(index);
+        for (key, value) in &attributes.labels {
+            let values = self.by_label.entry(key).or_default();
+            values.entry(value).or_default().push(index);
+        }
+    }
+
+    pub(super) fn has_name(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.members.iter().map(|member| member.name)
+    }
+
+    pub(super) fn has_identity(&self, id: &SpiffeId) -> bool {
+        self.by_identity.contains_key(id.as_str())
+    }
+
+    /// Whether anybody is meant by the subjects of a policy.
+    pub(super) fn has_subject(&self, subjects: &Subjects) -> bool {
+        let fits = |index: &usize| {
+            self.members.get(*index).is_some_and(|member| {
+                member
+                    .attributes
+                    .is_some_and(|attributes| subjects.matches(member.name, attributes))
+            })
+        };
+        if subjects.names.is_empty() {
+            return self.candidates(&subjects.attributes).iter().any(fits);
+        }
+        let mut named = subjects.names.iter();
+        named.any(|name| self.by_name.get(name.as_str()).is_some_and(fits))
+    }
+
+    /// Those whom a far end that needs an identity means.
+    pub(super) fn matching<'b>(
+        &'b self,
+        far_end: &'b FarEnd,
+    ) -> Box<dyn Iterator<Item = usize> + 'b> {
+        match far_end {
+            FarEnd::Identity(id) => {
+                let found = self.by_identity.get(id.as_str());
+                Box::new(found.into_iter().flatten().copied())
+            }
+            FarEnd::IdentityPrefix(prefix) => Box::new(
+                self.by_identity
+                    .range(prefix.as_str()..)
+                    .take_while(|(id, _)| id.starts_with(prefix.as_str()))
+                    .flat_map(|(_, members)| members.iter().copied()),
+            ),
+            FarEnd::Attributes(selector) => {
+                let fits = |index: &usize| {
+                    let member = self
+                        .members
+                        .get(*index)
+                        .and_then(|member| member.attributes);
+                    member.is_some_and(|attributes| selector.matches(attributes))
+                };
+                Box::new(self.candidates(selector).iter().copied().filter(fits))
+            }
+            FarEnd::Anybody | FarEnd::Cidr { .. } => Box::new(std::iter::empty()),
+        }
+    }
+
+    /// The shortest list that holds all whom a selector means, and more.
+    fn candidates(&self, selector: &AttributeSelector) -> &[usize] {
+        const NOBODY: &[usize] = &[];
+        let mut shortest: &[usize] = &self.identified;
+        let namespace = selector.namespace.as_deref();
+        let account = selector.service_account.as_deref();
+        let lists = namespace
+            .map(|namespace| self.by_namespace.get(namespace))
+            .into_iter()
+            .chain(account.map(|account| self.by_account.get(account)))
+            .chain(selector.labels.iter().filter_map(|label| {
+                let Operator::In(values) = &label.operator else {
+                    return None;
+                };
+                let mut values = values.iter();
+                let (value, None) = (values.next()?, values.next()) else {
+                    return None;
+                };
+                let labelled = self.by_label.get(label.key.as_str());
+                Some(labelled.and_then(|labelled| labelled.get(value.as_str())))
+            }));
+        for list in lists {
+            let list = list.map_or(NOBODY, Vec::as_slice);
+            if list.len() < shortest.len() {
+                shortest = list;
+            }
+        }
+        shortest
+    }
+}

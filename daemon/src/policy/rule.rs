@@ -1,0 +1,136 @@
+//! The one form that every kind of policy document is brought into.
+
+use std::{collections::BTreeSet, fmt, ops::RangeInclusive, path::Path, sync::Arc};
+
+use ipnet::IpNet;
+use reeve_common::{Direction, protocol};
+
+use super::selector::{AttributeSelector, IdentityPrefix};
+use crate::{identity::SpiffeId, workload::Attributes};
+
+/// One rule: these workloads may talk, in this direction, with these far ends, on these ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rule {
+    /// Where it is written.
+    pub(crate) origin: Origin,
+    /// Whom it is for. Shared by the rules of a policy.
+    pub(crate) subjects: Arc<Subjects>,
+    /// Which end of the connection these workloads are.
+    pub(crate) direction: Direction,
+    /// Who may be at the other end: any of these.
+    pub(crate) far_ends: Vec<FarEnd>,
+    /// On which ports of the destination: any of these.
+    pub(crate) ports: Vec<PortMatch>,
+}
+
+/// Where a rule is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// `policy/rule`, unique, as in `shop/cart/egress[0]`.
+    pub(crate) name: String,
+    /// The file.
+    pub(crate) file: Arc<Path>,
+    /// Line in the file, from 1.
+    pub(crate) line: usize,
+}
+
+/// Which workloads a policy is for: those that fit everything that is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Subjects {
+    /// By what they are.
+    pub(crate) attributes: AttributeSelector,
+    /// By name, where any is given.
+    pub(crate) names: BTreeSet<String>,
+}
+
+/// Who may be at the other end. Its text is its identity: equal texts select the same.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum FarEnd {
+    /// Anybody, authenticated or not.
+    Anybody,
+    /// The workload with this SPIFFE ID.
+    Identity(SpiffeId),
+    /// The workloads whose SPIFFE ID lies below.
+    IdentityPrefix(IdentityPrefix),
+    /// The workloads of this kind.
+    Attributes(AttributeSelector),
+    /// Whoever has an address in the block and in none of the exceptions.
+    Cidr {
+        /// The block.
+        block: IpNet,
+        /// What is left out. Each is smaller than the block and lies in it; sorted.
+        except: Vec<IpNet>,
+    },
+}
+
+/// Ports of a protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum PortMatch {
+    /// Every protocol, every port.
+    Everything,
+    /// Every port of a protocol; the protocol may be one without ports.
+    Protocol(u8),
+    /// Some ports of a protocol.
+    Ports(u8, RangeInclusive<u16>),
+}
+
+// === impl Subjects ===
+
+impl Subjects {
+    /// Whether a workload is meant.
+    pub(crate) fn matches(&self, name: &str, attributes: &Attributes) -> bool {
+        (self.names.is_empty() || self.names.contains(name)) && self.attributes.matches(attributes)
+    }
+}
+
+// === impl FarEnd ===
+
+impl FarEnd {
+    /// Whether the far end is told by its identity, which TCP has to prove.
+    pub(crate) fn needs_identity(&self) -> bool {
+        match self {
+            Self::Identity(_) | Self::IdentityPrefix(_) | Self::Attributes(_) => true,
+            Self::Anybody | Self::Cidr { .. } => false,
+        }
+    }
+}
+
+impl fmt::Display for FarEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Anybody => f.write_str("anybody"),
+            Self::Identity(id) => write!(f, "identity {id}"),
+            Self::IdentityPrefix(prefix) => write!(f, "identities below {prefix}"),
+            Self::Attributes(selector) => write!(f, "{selector}"),
+            Self::Cidr { block, except } => {
+                write!(f, "cidr {block}")?;
+                for block in except {
+                    write!(f, " except {block}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+// === impl PortMatch ===
+
+impl PortMatch {
+    /// Whether a connection to this port is meant. Both ICMPs are [`protocol::ICMP`].
+    pub(crate) fn matches(&self, protocol: u8, port: u16) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::Protocol(number) => *number == protocol,
+            Self::Ports(number, ports) => *number == protocol && ports.contains(&port),
+        }
+    }
+}
+
+/// The number under which verdicts of a protocol are asked.
+pub(crate) fn judged_protocol(number: u8) -> u8 {
+    if number == protocol::ICMPV6 {
+        protocol::ICMP
+    } else {
+        number
+    }
+}

@@ -1,0 +1,277 @@
+//! The compiled policy in the form of the kernel's maps.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use reeve_common::{
+    Address, Direction, IPV4_MAPPED_PREFIX, PEER_BY_PORT, PEER_TUNNEL, PeerEntry, PeerPortKey,
+    VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
+};
+
+use super::{
+    KernelTables,
+    compile::Rules,
+    far_ends::{FarEnds, Occupant, PORT_PROTOCOLS},
+    number::{Fingerprint, numbers},
+    rule::Rule,
+    sets::{SelectorId, SetId, Sets},
+    verdicts::{Match, Prefix, RuleList},
+};
+use crate::workload::RunningWorkload;
+
+/// Bits before an IPv4 address in its mapped form.
+const MAPPED_BITS: u32 = 8 * IPV4_MAPPED_PREFIX.len() as u32;
+
+/// What the tables are made of.
+pub(super) struct Tables<'a> {
+    pub(super) rules: &'a [Rule],
+    pub(super) rule_numbers: &'a [u32],
+    pub(super) far_ends: &'a FarEnds,
+    pub(super) sets: &'a Sets,
+    /// Of each selector's text.
+    pub(super) fingerprints: &'a [u64],
+}
+
+/// What matches a far end, in both directions.
+type Pair = (SetId, SetId);
+
+/// The classes: each pair of sets that some far end has, with its number.
+struct Classes {
+    numbers: HashMap<Pair, u32>,
+    /// By direction: the sets that contain a selector, and the classes that have a set.
+    egress: Sides,
+    ingress: Sides,
+}
+
+#[derive(Default)]
+struct Sides {
+    sets: HashMap<SelectorId, Vec<SetId>>,
+    classes: HashMap<SetId, Vec<u32>>,
+}
+
+// === impl Tables ===
+
+impl Tables<'_> {
+    pub(super) fn build(
+        &self,
+        workloads: &[Arc<RunningWorkload>],
+        by_workload: &HashMap<WorkloadId, Rules>,
+    ) -> KernelTables {
+        let classes = self.classes();
+        let mut tables = KernelTables::default();
+        self.peers(&classes, &mut tables);
+        let mut lists: HashMap<*const RuleList, Rc<ListVerdicts>> = HashMap::new();
+        for running in workloads {
+            let id = running.workload.id;
+            let Some(rules) = by_workload.get(&id) else {
+                continue;
+            };
+            for (direction, list, sides) in [
+                (Direction::Egress, &rules.egress, &classes.egress),
+                (Direction::Ingress, &rules.ingress, &classes.ingress),
+            ] {
+                let verdicts = lists
+                    .entry(Arc::as_ptr(list))
+                    .or_insert_with(|| Rc::new(self.list_verdicts(list, sides)));
+                for (class, prefixes) in verdicts.iter() {
+                    self.emit(id, direction, *class, prefixes, &mut tables);
+                }
+            }
+        }
+        tables
+    }
+
+    fn classes(&self) -> Classes {
+        let pair = |occupant: &Occupant| (occupant.egress, occupant.ingress);
+        let occupants = self
+            .far_ends
+            .iter()
+            .flat_map(|(_, far_end)| far_end.occupants());
+        let mut pairs: BTreeSet<Pair> = occupants.map(pair).collect();
+        pairs.remove(&(SetId::EMPTY, SetId::EMPTY));
+        let pairs: Vec<_> = pairs.into_iter().collect();
+        let fingerprints: Vec<_> = pairs.iter().map(|pair| self.fingerprint(*pair)).collect();
+        let mut classes = Classes {
+            numbers: HashMap::new(),
+            egress: Sides::default(),
+            ingress: Sides::default(),
+        };
+        for (pair, number) in pairs.into_iter().zip(numbers(&fingerprints)) {
+            classes.numbers.insert(pair, number);
+            classes.egress.add(pair.0, number, self.sets);
+            classes.ingress.add(pair.1, number, self.sets);
+        }
+        classes
+    }
+
+    fn fingerprint(&self, (egress, ingress): Pair) -> u64 {
+        let mut fingerprint = Fingerprint::new();
+        for set in [egress, ingress] {
+            let selectors = self.sets.get(set).iter();
+            let mut parts: Vec<_> = selectors
+                .filter_map(|selector| self.fingerprints.get(*selector as usize))
+                .collect();
+            parts.sort_unstable();
+            fingerprint.add(&parts.len().to_be_bytes());
+            for part in parts {
+                fingerprint.add(&part.to_be_bytes());
+            }
+        }
+        fingerprint.finish()
+    }
+
+    /// `PEERS` and `PEER_PORTS`. A prefix that says what the one around it says is left out.
+    fn peers(&self, classes: &Classes, tables: &mut KernelTables) {
+        let entry = |occupant: &Occupant| PeerEntry {
+            class: classes.number((occupant.egress, occupant.ingress)),
+            peer: occupant.peer,
+            flags: if occupant.tunnel { PEER_TUNNEL } else { 0 },
+        };
+        let mut around: Vec<(IpNet, PeerEntry)> = Vec::new();
+        let mut covers_mapped = false;
+        let mut has_all_v4 = false;
+        for (prefix, far_end) in self.far_ends.iter() {
+            let mut rest = entry(&far_end.rest);
+            for (port, occupant) in &far_end.ports {
+                rest.flags |= PEER_BY_PORT;
+                for protocol in PORT_PROTOCOLS {
+                    let key = PeerPortKey {
+                        address: mapped(prefix.addr()),
+                        port: *port,
+                        protocol,
+                        reserved: 0,
+                    };
+                    tables.peer_ports.push((key, entry(occupant)));
+                }
+            }
+            while around
+                .pop_if(|(outer, _)| !outer.contains(prefix))
+                .is_some()
+            {}
+            let before = around
+                .last()
+                .map_or(PeerEntry::default(), |(_, entry)| *entry);
+            around.push((*prefix, rest));
+            // Under an IPv6 prefix the mapped addresses would be told wrong.
+            if rest == before {
+                continue;
+            }
+            let length = u32::from(prefix.prefix_len());
+            match prefix {
+                IpNet::V4(_) => {
+                    has_all_v4 |= length == 0;
+                    tables
+                        .peers
+                        .push((length + MAPPED_BITS, mapped(prefix.addr()), rest));
+                }
+                IpNet::V6(network) => {
+                    covers_mapped |=
+                        network.contains(&std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped());
+                    tables.peers.push((length, mapped(prefix.addr()), rest));
+                }
+            }
+        }
+        // A prefix of IPv6 around all mapped addresses says nothing of IPv4.
+        if covers_mapped && !has_all_v4 {
+            let all = ipv4_mapped([0; 4]);
+            tables.peers.push((MAPPED_BITS, all, PeerEntry::default()));
+        }
+    }
+
+    /// The verdicts of a list of rules: for class 0, and for each class that a rule selects.
+    fn list_verdicts(&self, list: &RuleList, sides: &Sides) -> ListVerdicts {
+        let mut cache: HashMap<Vec<Match>, Rc<[Prefix]>> = HashMap::new();
+        let mut prefixes = |set: SetId| -> Rc<[Prefix]> {
+            let mut matches: Vec<_> = list.matches(self.sets.get(set)).collect();
+            matches.sort_unstable();
+            matches.dedup();
+            if let Some(prefixes) = cache.get(&matches) {
+                return Rc::clone(prefixes);
+            }
+            let prefixes: Rc<[Prefix]> = list.prefixes(self.rules, &matches).into();
+            cache.insert(matches, Rc::clone(&prefixes));
+            prefixes
+        };
+        let anybody = prefixes(SetId::EMPTY);
+        let selected: BTreeSet<SetId> = list
+            .selectors()
+            .filter_map(|selector| sides.sets.get(&selector))
+            .flatten()
+            .copied()
+            .collect();
+        let mut verdicts = vec![(0, Rc::clone(&anybody))];
+        for set in selected {
+            let prefixes = prefixes(set);
+            // Then the kernel's second question, with class 0, gives the same answer.
+            if prefixes == anybody {
+                continue;
+            }
+            let classes = sides.classes.get(&set).into_iter().flatten();
+            verdicts.extend(classes.map(|class| (*class, Rc::clone(&prefixes))));
+        }
+        verdicts
+    }
+
+    fn emit(
+        &self,
+        workload: WorkloadId,
+        direction: Direction,
+        class: u32,
+        prefixes: &[Prefix],
+        tables: &mut KernelTables,
+    ) {
+        tables.verdicts.extend(prefixes.iter().map(|prefix| {
+            let key = VerdictKey {
+                workload,
+                class,
+                direction: direction as u8,
+                protocol: prefix.protocol,
+                port: prefix.port.to_be_bytes(),
+            };
+            let rule = self.rule_numbers.get(prefix.answer.rule as usize);
+            let entry = VerdictEntry {
+                action: prefix.answer.action() as u32,
+                rule: rule.copied().unwrap_or_default(),
+            };
+            (prefix.length, key, entry)
+        }));
+    }
+}
+
+/// Prefixes by class.
+type ListVerdicts = Vec<(u32, Rc<[Prefix]>)>;
+
+/// An address as the maps have it.
+fn mapped(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => ipv4_mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+// === impl Classes ===
+
+impl Classes {
+    fn number(&self, pair: Pair) -> u32 {
+        self.numbers.get(&pair).copied().unwrap_or_default()
+    }
+}
+
+// === impl Sides ===
+
+impl Sides {
+    fn add(&mut self, set: SetId, class: u32, sets: &Sets) {
+        let classes = self.classes.entry(set).or_default();
+        if classes.is_empty() {
+            for selector in sets.get(set) {
+                self.sets.entry(*selector).or_default().push(set);
+            }
+        }
+        classes.push(class);
+    }
+}

@@ -1,0 +1,138 @@
+//! What is wrong with a document is said with its place, all at once.
+
+use super::world::{config, policies};
+use crate::{policy::document::ConnectionPolicy, yaml::reference};
+
+const NODE: &str = "
+trustDomain: example.org
+workloads:
+- {name: web, namespace: shop, labels: {app: web}, cgroup: /web}
+peers:
+- {name: db, namespace: shop, labels: {app: db}, addresses: [10.1.0.1]}
+- {name: printer, addresses: [10.1.0.9]}
+";
+
+fn mistakes(text: &str) -> Vec<String> {
+    policies(&config(NODE), text).expect_err("the text has a mistake")
+}
+
+fn with_spec(spec: &str) -> String {
+    format!(
+        "apiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: p}}\nspec:\n{spec}"
+    )
+}
+
+#[test]
+fn every_field_is_described_and_every_description_has_a_field() {
+    reference::compare::<ConnectionPolicy>(include_str!("../../../../docs/policy.md"));
+}
+
+#[test]
+fn all_mistakes_are_reported_with_their_places() {
+    let found = mistakes(
+        "\
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: p, namspace: shop}
+spec:
+  workloads: {names: [wbe, db], matchLabels: {app: 5}}
+  ingress:
+  - from: []
+  - from:
+  - ports:
+  - from: [{identity: 'spiffe://example.org'}, {identityPrefix: 'spiffe://example.org/a'}]
+  - from: [{}, {cidr: 10.0.0.0/8, any: {}}, {namespace: shop, except: [10.0.0.0/8]}]
+  egress:
+  - to: [{cidr: 10.0.0.0/8, except: [11.0.0.0/8, 10.0.0.0/8]}]
+  - to: [{labels: {app: dbb}}]
+  - to: [{namespace: shop, matchExpressions: [{key: app}, {key: app, operator: in}, {key: app, operator: In}, {key: app, operator: Exists, values: [x]}]}]
+  - ports: [{port: 0}, {port: http}, {endPort: 5}, {port: 80, endPort: 79}, {protocol: ICMP, port: 1}, {protocol: tcp}]
+---
+kind: ConnectionPolicy
+---
+apiVersion: v1
+kind: ConnectPolicy
+---
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: p}
+spec: {workloads: {matchLabels: {app: wbe}}}
+",
+    );
+    let wanted = [
+        "3:21: metadata.namspace: there is no such field; did you mean `namespace`?",
+        "5:23: spec.workloads.names[0]: no workload and no peer has the name `wbe`; did you mean `web`?",
+        "5:52: spec.workloads.matchLabels.app: `5` is not a text; write it in quotes",
+        "7:11: spec.ingress[0].from: is empty; name somebody",
+        "8:9: spec.ingress[1].from: is empty; name somebody",
+        "9:10: spec.ingress[2].ports: is empty; name ports",
+        "10:23: spec.ingress[3].from[0].identity: a workload's SPIFFE ID has a path",
+        "10:65: spec.ingress[3].from[1].identityPrefix: `spiffe://example.org/a` has no slash at its end",
+        "11:12: spec.ingress[4].from[0]: says nobody; expected exactly one of",
+        "11:16: spec.ingress[4].from[1]: says several things; expected exactly one of",
+        "11:45: spec.ingress[4].from[2]: has `except` without `cidr`",
+        "13:38: spec.egress[0].to[0].except[0]: `11.0.0.0/8` is not a smaller network in `10.0.0.0/8`",
+        "13:50: spec.egress[0].to[0].except[1]: `10.0.0.0/8` is not a smaller network in `10.0.0.0/8`",
+        "14:10: spec.egress[1].to[0]: no workload and no peer fits",
+        "15:47: spec.egress[2].to[0].matchExpressions[0]: `operator` is missing; add it",
+        "15:80: spec.egress[2].to[0].matchExpressions[1].operator: `in` is not known here",
+        "15:85: spec.egress[2].to[0].matchExpressions[2]: `In` needs `values`; add them",
+        "15:111: spec.egress[2].to[0].matchExpressions[3]: `Exists` takes no `values`",
+        "16:20: spec.egress[3].ports[0].port: found the number 0; expected a port",
+        "16:31: spec.egress[3].ports[1].port: found the text `http`; expected a port",
+        "16:38: spec.egress[3].ports[2]: has `endPort` without `port`",
+        "16:52: spec.egress[3].ports[3]: `endPort` 79 lies below `port` 80; swap them",
+        "16:77: spec.egress[3].ports[4]: has a port, which only TCP, UDP and SCTP have",
+        "16:115: spec.egress[3].ports[5].protocol: `tcp` is not known here",
+        "18:1: `apiVersion` is missing; expected `reeve.dev/v1alpha1`",
+        "20:13: apiVersion: `v1` is not known here; expected `reeve.dev/v1alpha1`",
+        "21:7: kind: `ConnectPolicy` is not known here; expected `ConnectionPolicy`; did you mean",
+        "25:18: metadata.name: there is a policy `p` already, in policy.yaml on line 3",
+        "26:19: spec.workloads: selects no workload and no peer that is declared",
+    ];
+    for (found, wanted) in found.iter().zip(wanted) {
+        let line = format!("policy.yaml:{wanted}");
+        assert!(found.starts_with(&line), "found:  {found}\nwanted: {line}");
+    }
+    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+}
+
+#[test]
+fn what_could_still_come_with_a_certificate_is_a_warning() {
+    let warnings = |spec: &str| -> Vec<String> {
+        let set = policies(&config(NODE), &with_spec(spec)).unwrap();
+        set.warnings().iter().map(ToString::to_string).collect()
+    };
+    let found = warnings(
+        "
+  workloads: {}
+  ingress:
+  - from: [{identity: 'spiffe://example.org/x'}, {identityPrefix: 'spiffe://b/'}, {namespace: ops}]
+",
+    );
+    assert_eq!(found.len(), 3, "{found:?}");
+    assert!(found[0].starts_with("policy.yaml:8:12: spec.ingress[0].from[0]: no workload"));
+    assert_eq!(warnings("  workloads: {}\n").len(), 1);
+    assert!(warnings("  workloads: {}\n  egress: [{to: [{namespace: shop}]}]\n").is_empty());
+}
+
+#[test]
+fn a_policy_for_the_workloads_of_another_node_is_none_of_this_one_s_business() {
+    let spec = "  workloads: {names: [db]}\n  egress: [{to: [{namespace: shop}]}]\n";
+    assert!(policies(&config(NODE), &with_spec(spec)).is_ok());
+    // Without an identity it cannot be a workload anywhere.
+    let spec = "  workloads: {names: [printer]}\n  egress: [{}]\n";
+    let found = mistakes(&with_spec(spec));
+    assert!(
+        found[0].contains("selects no workload and no peer"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn a_policy_cannot_select_beyond_its_namespace() {
+    let text = with_spec("  workloads: {namespace: ops}\n  egress: [{}]\n")
+        .replace("{name: p}", "{name: p, namespace: shop}");
+    let found = mistakes(&text);
+    assert!(found[0].contains("`ops` is another namespace"), "{found:?}");
+}

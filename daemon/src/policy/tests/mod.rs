@@ -1,0 +1,7 @@
+//! The rules of policies, one by one; then all of them together against something simpler.
+
+mod documents;
+mod kernel;
+mod property;
+mod rules;
+mod world;

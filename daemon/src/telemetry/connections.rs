@@ -1,0 +1,244 @@
+//! The connection log: one line for each connection that was refused or has ended, the same
+//! fields for the kernel's and for the tunnel's.
+
+use std::{
+    collections::HashMap,
+    fmt::Display,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use reeve_common::{NO_WORKLOAD, Reason, WorkloadId, protocol};
+
+use super::{ConnectionLabels, HandshakeReason, Metrics, labels::direction_name};
+use crate::identity::SpiffeId;
+
+/// Lines that one workload may make at once, of each kind.
+const BURST: f64 = 100.0;
+/// Lines that one workload may make for ever, of each kind: some 500 MB a day at worst.
+const PER_SECOND: f64 = 10.0;
+/// Workloads that are told apart; ids beyond share one allowance.
+const MAX_WORKLOADS: usize = 4096;
+
+/// What is known of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Connection<'a> {
+    /// Direction, transport and names.
+    pub labels: ConnectionLabels<'a>,
+    /// Identity of the source, where it is known.
+    pub source_id: Option<&'a SpiffeId>,
+    /// Identity of the destination, where it is known.
+    pub destination_id: Option<&'a SpiffeId>,
+    /// Address of the source; unspecified where the kernel has not chosen one yet.
+    pub source_address: SocketAddr,
+    /// Address that the source asked for.
+    pub destination_address: SocketAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Rule that gave the verdict, as `policy/rule`.
+    pub rule: &'a str,
+}
+
+/// Writes the lines, each workload within its allowance. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ConnectionLog {
+    metrics: Metrics,
+    allowances: Arc<Mutex<HashMap<(WorkloadId, Kind), Allowance>>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Kind {
+    Refused,
+    Closed,
+    Handshake,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Allowance {
+    lines: f64,
+    filled: Instant,
+    suppressed: u64,
+}
+
+// === impl ConnectionLog ===
+
+impl ConnectionLog {
+    /// A log whose suppressed lines are counted in `metrics`.
+    #[must_use]
+    pub fn new(metrics: Metrics) -> Self {
+        Self {
+            metrics,
+            allowances: Arc::default(),
+        }
+    }
+
+    /// A connection of `workload` was refused or could not be made; `error` has what there is to
+    /// say beyond the reason.
+    pub fn refused(
+        &self,
+        workload: WorkloadId,
+        connection: &Connection<'_>,
+        reason: Reason,
+        error: Option<&dyn Display>,
+    ) {
+        let Some(suppressed) = self.take(workload, Kind::Refused, Instant::now()) else {
+            return;
+        };
+        tracing::warn!(
+            target: "reeve::connection",
+            direction = direction_name(connection.labels.direction),
+            transport = connection.labels.transport.as_str(),
+            source = connection.labels.source,
+            source_id = connection.source_id.map(display),
+            source_address = known(connection.source_address).map(display),
+            destination = connection.labels.destination,
+            destination_id = connection.destination_id.map(display),
+            destination_address = known(connection.destination_address).map(display),
+            protocol = %ProtocolName(connection.protocol),
+            reason = reason.as_str(),
+            rule = connection.rule,
+            error = error.map(tracing::field::display),
+            suppressed = (suppressed > 0).then_some(suppressed),
+            "connection refused"
+        );
+    }
+
+    /// A tunnel that somebody opened to `to` did not come to stand. Anybody can make such lines,
+    /// so all of them share one allowance.
+    pub fn handshake_failed(
+        &self,
+        from: SocketAddr,
+        to: SocketAddr,
+        reason: HandshakeReason,
+        error: &dyn Display,
+    ) {
+        let Some(suppressed) = self.take(NO_WORKLOAD, Kind::Handshake, Instant::now()) else {
+            return;
+        };
+        tracing::warn!(
+            target: "reeve::connection",
+            source_address = %from,
+            destination_address = %to,
+            reason = reason.as_str(),
+            %error,
+            suppressed = (suppressed > 0).then_some(suppressed),
+            "handshake of a tunnel failed"
+        );
+    }
+
+    /// A connection of `workload` stood for `duration` and has ended. The bytes are the
+    /// application's, as the workload sent and received them.
+    pub fn closed(
+        &self,
+        workload: WorkloadId,
+        connection: &Connection<'_>,
+        reason: Reason,
+        sent: u64,
+        received: u64,
+        duration: Duration,
+    ) {
+        let Some(suppressed) = self.take(workload, Kind::Closed, Instant::now()) else {
+            return;
+        };
+        tracing::info!(
+            target: "reeve::connection",
+            direction = direction_name(connection.labels.direction),
+            transport = connection.labels.transport.as_str(),
+            source = connection.labels.source,
+            source_id = connection.source_id.map(display),
+            source_address = known(connection.source_address).map(display),
+            destination = connection.labels.destination,
+            destination_id = connection.destination_id.map(display),
+            destination_address = known(connection.destination_address).map(display),
+            protocol = %ProtocolName(connection.protocol),
+            reason = reason.as_str(),
+            rule = connection.rule,
+            bytes_sent = sent,
+            bytes_received = received,
+            duration_seconds = duration.as_secs_f64(),
+            suppressed = (suppressed > 0).then_some(suppressed),
+            "connection closed"
+        );
+    }
+
+    /// Whether one more line may be written, and how many were left out since the last one.
+    fn take(&self, workload: WorkloadId, kind: Kind, now: Instant) -> Option<u64> {
+        let mut allowances = self
+            .allowances
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let known = allowances.len() < MAX_WORKLOADS || allowances.contains_key(&(workload, kind));
+        let key = (if known { workload } else { WorkloadId::MAX }, kind);
+        let allowance = allowances.entry(key).or_insert(Allowance {
+            lines: BURST,
+            filled: now,
+            suppressed: 0,
+        });
+        let taken = allowance.take(now);
+        drop(allowances);
+        if taken.is_none() {
+            self.metrics.log_lines_suppressed(1);
+        }
+        taken
+    }
+}
+
+// === impl Allowance ===
+
+impl Allowance {
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let passed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.lines = (self.lines + passed * PER_SECOND).min(BURST);
+        self.filled = now;
+        if self.lines < 1.0 {
+            self.suppressed += 1;
+            return None;
+        }
+        self.lines -= 1.0;
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+/// An address that is one.
+pub(super) fn known(address: SocketAddr) -> Option<SocketAddr> {
+    (!address.ip().is_unspecified()).then_some(address)
+}
+
+/// Name of an IP protocol, or its number.
+pub(super) struct ProtocolName(pub(super) u8);
+
+impl std::fmt::Display for ProtocolName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            protocol::TCP => f.write_str("tcp"),
+            protocol::UDP => f.write_str("udp"),
+            protocol::ICMP | protocol::ICMPV6 => f.write_str("icmp"),
+            protocol::SCTP => f.write_str("sctp"),
+            other => write!(f, "{other}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_cut_and_what_was_left_out_is_said() {
+        let log = ConnectionLog::new(Metrics::default());
+        let start = Instant::now();
+        let written = (0..1000)
+            .filter(|_| log.take(1, Kind::Refused, start).is_some())
+            .count();
+        assert_eq!(written, 100);
+        assert!(
+            log.take(2, Kind::Refused, start).is_some(),
+            "another workload"
+        );
+        assert!(log.take(1, Kind::Closed, start).is_some(), "another kind");
+        let later = start + Duration::from_millis(101);
+        assert_eq!(log.take(1, Kind::Refused, later), Some(900));
+        assert_eq!(log.take(1, Kind::Refused, later), None);
+    }
+}

@@ -1,0 +1,187 @@
+//! The kernel's events, turned into metrics and log lines.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use reeve_common::{Address, Direction, Event, EventKind, Reason, protocol};
+
+use super::{
+    ConnectionLabels, Metrics, Transport, UNKNOWN,
+    connections::{Connection, ConnectionLog, ProtocolName, known},
+};
+use crate::{identity::SpiffeId, policy::Snapshot};
+
+/// Takes the records of the ring buffer, one after another.
+#[derive(Clone, Debug)]
+pub struct Events {
+    metrics: Metrics,
+    log: ConnectionLog,
+}
+
+// === impl Events ===
+
+impl Events {
+    /// Counts in `metrics` and writes to `log`.
+    #[must_use]
+    pub fn new(metrics: Metrics, log: ConnectionLog) -> Self {
+        Self { metrics, log }
+    }
+
+    /// Counts and logs one event; the names are those of `snapshot`.
+    pub fn record(&self, event: &Event, snapshot: &Snapshot) {
+        let reason = Reason::from_number(event.reason).unwrap_or(Reason::Malformed);
+        let connection = describe(event, snapshot);
+        if event.kind == EventKind::Closed as u8 {
+            self.metrics.connection_closed(
+                connection.labels,
+                reason,
+                event.bytes_sent,
+                event.bytes_received,
+            );
+            self.log.closed(
+                event.workload,
+                &connection,
+                reason,
+                event.bytes_sent,
+                event.bytes_received,
+                Duration::from_nanos(event.duration),
+            );
+        } else if event.allowed == 0 {
+            self.metrics.connection_failed(connection.labels, reason);
+            self.log.refused(event.workload, &connection, reason, None);
+        } else {
+            if is_plaintext_connection(event, reason) {
+                self.metrics.connection_opened(connection.labels);
+            }
+            tracing::debug!(
+                target: "reeve::connection",
+                source = connection.labels.source,
+                source_address = known(connection.source_address).map(display),
+                destination = connection.labels.destination,
+                destination_address = known(connection.destination_address).map(display),
+                protocol = %ProtocolName(connection.protocol),
+                reason = reason.as_str(),
+                rule = connection.rule,
+                "connection allowed"
+            );
+        }
+    }
+}
+
+/// What goes through a tunnel is counted by the tunnel, once it stands; a protocol without
+/// connections has no end that could be counted.
+fn is_plaintext_connection(event: &Event, reason: Reason) -> bool {
+    event.protocol == protocol::TCP && reason == Reason::NoTunnel
+}
+
+fn describe<'a>(event: &Event, snapshot: &'a Snapshot) -> Connection<'a> {
+    let workload = snapshot.workload(event.workload);
+    let peer = snapshot.peer(event.peer);
+    let workload_name = workload.map_or(UNKNOWN, |workload| workload.workload.name.as_str());
+    let peer_name = peer.map_or(UNKNOWN, |peer| peer.name.as_str());
+    let workload_id: Option<&SpiffeId> =
+        workload.map(|workload| &workload.workload.attributes.spiffe_id);
+    let peer_id = peer
+        .and_then(|peer| peer.attributes.as_ref())
+        .map(|attributes| &attributes.spiffe_id);
+    let local = SocketAddr::new(ip(&event.local), event.local_port);
+    let remote = SocketAddr::new(ip(&event.remote), event.remote_port);
+    let rule = snapshot.rule_name(event.rule);
+    let protocol = event.protocol;
+
+    if event.direction == Direction::Ingress as u8 {
+        Connection {
+            labels: ConnectionLabels {
+                direction: Direction::Ingress,
+                transport: Transport::Plaintext,
+                source: peer_name,
+                destination: workload_name,
+            },
+            source_id: peer_id,
+            destination_id: workload_id,
+            source_address: remote,
+            destination_address: local,
+            protocol,
+            rule,
+        }
+    } else {
+        Connection {
+            labels: ConnectionLabels {
+                direction: Direction::Egress,
+                transport: Transport::Plaintext,
+                source: workload_name,
+                destination: peer_name,
+            },
+            source_id: workload_id,
+            destination_id: peer_id,
+            source_address: local,
+            destination_address: remote,
+            protocol,
+            rule,
+        }
+    }
+}
+
+fn ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
+}
+
+#[cfg(test)]
+mod tests {
+    use reeve_common::{Hook, ipv4_mapped};
+
+    use super::*;
+
+    fn event(kind: EventKind, allowed: bool, reason: Reason) -> Event {
+        Event {
+            timestamp: 0,
+            bytes_sent: 5,
+            bytes_received: 7,
+            duration: 1_000_000,
+            local: [0; 16],
+            remote: ipv4_mapped([192, 0, 2, 1]),
+            workload: 1,
+            peer: 0,
+            rule: 0,
+            local_port: 0,
+            remote_port: 443,
+            protocol: protocol::TCP,
+            direction: Direction::Egress as u8,
+            kind: kind as u8,
+            hook: Hook::Connect as u8,
+            allowed: u8::from(allowed),
+            reason: reason as u8,
+            reserved: [0; 10],
+        }
+    }
+
+    #[test]
+    fn a_plaintext_connection_is_counted_from_its_verdict_to_its_end() {
+        let metrics = Metrics::default();
+        let events = Events::new(metrics.clone(), ConnectionLog::new(metrics.clone()));
+        let snapshot = Snapshot::default();
+        for event in [
+            event(EventKind::Verdict, false, Reason::NoPolicy),
+            event(EventKind::Verdict, true, Reason::NoTunnel),
+            event(EventKind::Closed, true, Reason::Closed),
+        ] {
+            events.record(&event, &snapshot);
+        }
+        let text = metrics.render().unwrap();
+        for line in [
+            r#"reeve_connections_failed_total{destination="unknown",direction="egress",reason="no_policy",source="unknown",transport="plaintext"} 1"#,
+            r#"reeve_connections_opened_total{destination="unknown",direction="egress",source="unknown",transport="plaintext"} 1"#,
+            r#"reeve_connections_closed_total{destination="unknown",direction="egress",reason="closed",source="unknown",transport="plaintext"} 1"#,
+            r#"flow="received",source="unknown",transport="plaintext"} 7"#,
+        ] {
+            assert!(text.contains(line), "{line}\nis not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_mapped_address_is_shown_as_ipv4() {
+        assert_eq!(ip(&ipv4_mapped([10, 0, 0, 1])).to_string(), "10.0.0.1");
+    }
+}

@@ -1,0 +1,412 @@
+//! The metrics, one method for each thing that is counted.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+use reeve_common::{Direction, Reason};
+
+use super::{
+    labels::{ConnectionLabels, HandshakeReason, NamePairs, Role, direction_name},
+    readings::{Readings, ReadingsCollector, Shared},
+};
+
+/// Pairs of source and destination with series of their own. Each makes about ten series.
+const NAME_PAIRS: usize = 1000;
+
+/// Upper bounds of the handshake histogram in seconds: a handshake within a data centre takes
+/// some milliseconds, and the default time-out is 5 s.
+const HANDSHAKE_BUCKETS: [f64; 11] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
+];
+
+/// One finished handshake.
+#[derive(Clone, Copy, Debug)]
+pub struct Handshake {
+    /// Which end we were.
+    pub role: Role,
+    /// How it ended.
+    pub reason: HandshakeReason,
+    /// From the first byte to the end.
+    pub duration: Duration,
+}
+
+/// The registry and the handles of every metric. Cheap to clone.
+#[derive(Clone)]
+pub struct Metrics {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    registry: Registry,
+    readings: Arc<ReadingsCollector>,
+    names: NamePairs,
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+    failed: IntCounterVec,
+    bytes: IntCounterVec,
+    handshakes: IntCounterVec,
+    handshake_seconds: HistogramVec,
+    tunnels: IntGaugeVec,
+    streams: IntGaugeVec,
+    suppressed: IntCounter,
+    policy_reloads: IntCounterVec,
+}
+
+// === impl Metrics ===
+
+impl Default for Metrics {
+    fn default() -> Self {
+        #[expect(
+            clippy::expect_used,
+            reason = "fails only for a malformed or repeated name, and every name is a constant that each test run registers"
+        )]
+        let inner = Inner::new().expect("names of metrics are valid and unique");
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Metrics {
+    /// A connection stands.
+    pub fn connection_opened(&self, labels: ConnectionLabels<'_>) {
+        let (source, destination) = self.names(labels);
+        self.inner
+            .opened
+            .with_label_values(&[
+                direction_name(labels.direction),
+                labels.transport.as_str(),
+                source,
+                destination,
+            ])
+            .inc();
+    }
+
+    /// A connection that stood has ended. `sent` and `received` are the application bytes of the
+    /// local workload that [`Metrics::connection_bytes`] has not been told of.
+    pub fn connection_closed(
+        &self,
+        labels: ConnectionLabels<'_>,
+        reason: Reason,
+        sent: u64,
+        received: u64,
+    ) {
+        self.connection_bytes(labels, sent, received);
+        self.ended(&self.inner.closed, labels, reason);
+    }
+
+    /// Application bytes that the local workload sent and received, for connections that live so
+    /// long that their end is too late to count them.
+    pub fn connection_bytes(&self, labels: ConnectionLabels<'_>, sent: u64, received: u64) {
+        let (source, destination) = self.names(labels);
+        for (flow, bytes) in [("sent", sent), ("received", received)] {
+            self.inner
+                .bytes
+                .with_label_values(&[
+                    flow,
+                    direction_name(labels.direction),
+                    labels.transport.as_str(),
+                    source,
+                    destination,
+                ])
+                .inc_by(bytes);
+        }
+    }
+
+    /// A connection was refused or could not be made.
+    pub fn connection_failed(&self, labels: ConnectionLabels<'_>, reason: Reason) {
+        self.ended(&self.inner.failed, labels, reason);
+    }
+
+    /// The tunnel gave a verdict (the kernel's are read from its counters).
+    pub fn verdict(&self, direction: Direction, allowed: bool, reason: Reason) {
+        self.inner.readings.verdict(direction, allowed, reason);
+    }
+
+    /// A handshake ended.
+    pub fn handshake(&self, handshake: Handshake) {
+        let role = handshake.role.as_str();
+        let result = if handshake.reason == HandshakeReason::Ok {
+            "ok"
+        } else {
+            "failed"
+        };
+        self.inner
+            .handshakes
+            .with_label_values(&[role, result, handshake.reason.as_str()])
+            .inc();
+        self.inner
+            .handshake_seconds
+            .with_label_values(&[role])
+            .observe(handshake.duration.as_secs_f64());
+    }
+
+    /// Tunnels open now: adds `change`.
+    pub fn tunnels_open(&self, role: Role, change: i64) {
+        self.inner
+            .tunnels
+            .with_label_values(&[role.as_str()])
+            .add(change);
+    }
+
+    /// Streams open now: adds `change`.
+    pub fn streams_open(&self, role: Role, change: i64) {
+        self.inner
+            .streams
+            .with_label_values(&[role.as_str()])
+            .add(change);
+    }
+
+    /// Tunnels open now.
+    #[must_use]
+    pub fn tunnels(&self, role: Role) -> i64 {
+        self.inner.tunnels.with_label_values(&[role.as_str()]).get()
+    }
+
+    /// Streams open now.
+    #[must_use]
+    pub fn streams(&self, role: Role) -> i64 {
+        self.inner.streams.with_label_values(&[role.as_str()]).get()
+    }
+
+    /// Log lines were left out because a workload made too many.
+    pub fn log_lines_suppressed(&self, lines: u64) {
+        self.inner.suppressed.inc_by(lines);
+    }
+
+    /// The configuration (`what` = `config`) or the policy files (`policy`) were read again.
+    pub fn reload(&self, what: &'static str, accepted: bool) {
+        let result = if accepted { "accepted" } else { "refused" };
+        self.inner
+            .policy_reloads
+            .with_label_values(&[what, result])
+            .inc();
+    }
+
+    /// From now on, what is kept elsewhere is read from `source` at every scrape. Called once.
+    pub fn read_from(&self, source: impl Fn() -> Readings + Send + Sync + 'static) {
+        self.inner.readings.read_from(source);
+    }
+
+    /// Everything in Prometheus' text format.
+    ///
+    /// # Errors
+    /// When a family is inconsistent.
+    pub fn render(&self) -> prometheus::Result<String> {
+        TextEncoder::new().encode_to_string(&self.inner.registry.gather())
+    }
+
+    fn ended(&self, family: &IntCounterVec, labels: ConnectionLabels<'_>, reason: Reason) {
+        let (source, destination) = self.names(labels);
+        family
+            .with_label_values(&[
+                direction_name(labels.direction),
+                labels.transport.as_str(),
+                reason.as_str(),
+                source,
+                destination,
+            ])
+            .inc();
+    }
+
+    fn names<'a>(&self, labels: ConnectionLabels<'a>) -> (&'a str, &'a str) {
+        self.inner.names.bounded(labels.source, labels.destination)
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let family = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(family.clone()))?;
+            Ok::<_, prometheus::Error>(family)
+        };
+        let gauge = |name: &str, help: &str, labels: &[&str]| {
+            let family = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(family.clone()))?;
+            Ok::<_, prometheus::Error>(family)
+        };
+
+        let opened = counter(
+            "reeve_connections_opened_total",
+            "Connections that stood, end to end.",
+            &["direction", "transport", "source", "destination"],
+        )?;
+        let ended = ["direction", "transport", "reason", "source", "destination"];
+        let closed = counter(
+            "reeve_connections_closed_total",
+            "Connections that stood and have ended.",
+            &ended,
+        )?;
+        let failed = counter(
+            "reeve_connections_failed_total",
+            "Connections that were refused or could not be made.",
+            &ended,
+        )?;
+        let bytes = counter(
+            "reeve_connection_bytes_total",
+            "Application bytes, as the local workload sent and received them.",
+            &["flow", "direction", "transport", "source", "destination"],
+        )?;
+        let handshakes = counter(
+            "reeve_tls_handshakes_total",
+            "TLS handshakes of tunnels.",
+            &["role", "result", "reason"],
+        )?;
+        let handshake_seconds = HistogramVec::new(
+            HistogramOpts::new(
+                "reeve_tls_handshake_duration_seconds",
+                "Duration of TLS handshakes, failed ones included.",
+            )
+            .buckets(HANDSHAKE_BUCKETS.to_vec()),
+            &["role"],
+        )?;
+        registry.register(Box::new(handshake_seconds.clone()))?;
+        let tunnels = gauge("reeve_tunnels_open", "Tunnels that stand now.", &["role"])?;
+        let streams = gauge("reeve_streams_open", "Streams that stand now.", &["role"])?;
+        for role in [Role::Client, Role::Server] {
+            tunnels.with_label_values(&[role.as_str()]).set(0);
+            streams.with_label_values(&[role.as_str()]).set(0);
+            handshakes.with_label_values(&[role.as_str(), "ok", HandshakeReason::Ok.as_str()]);
+        }
+        let suppressed = IntCounter::new(
+            "reeve_log_lines_suppressed_total",
+            "Log lines that were left out because one workload made too many.",
+        )?;
+        registry.register(Box::new(suppressed.clone()))?;
+        let policy_reloads = counter(
+            "reeve_reloads_total",
+            "Times that the configuration or the policies were read again.",
+            &["what", "result"],
+        )?;
+        gauge(
+            "reeve_build_info",
+            "Always 1; the label says which version runs.",
+            &["version"],
+        )?
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1);
+
+        let readings = ReadingsCollector::new()?;
+        registry.register(Box::new(Shared(readings.clone())))?;
+        Ok(Self {
+            registry,
+            readings,
+            names: NamePairs::new(NAME_PAIRS),
+            opened,
+            closed,
+            failed,
+            bytes,
+            handshakes,
+            handshake_seconds,
+            tunnels,
+            streams,
+            suppressed,
+            policy_reloads,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::{super::*, *};
+    use crate::{datapath::MapUsage, identity::SpiffeId};
+
+    #[test]
+    fn a_closed_connection_is_counted_with_its_bytes() {
+        let metrics = Metrics::default();
+        let labels = ConnectionLabels {
+            direction: Direction::Egress,
+            transport: Transport::Tunnel,
+            source: "web",
+            destination: "db",
+        };
+        metrics.connection_opened(labels);
+        metrics.connection_bytes(labels, 1, 2);
+        metrics.connection_closed(labels, Reason::Closed, 9, 18);
+        let text = metrics.render().unwrap();
+        for line in [
+            r#"reeve_connections_opened_total{destination="db",direction="egress",source="web",transport="tunnel"} 1"#,
+            r#"reeve_connections_closed_total{destination="db",direction="egress",reason="closed",source="web",transport="tunnel"} 1"#,
+            r#"reeve_connection_bytes_total{destination="db",direction="egress",flow="sent",source="web",transport="tunnel"} 10"#,
+            r#"reeve_connection_bytes_total{destination="db",direction="egress",flow="received",source="web",transport="tunnel"} 20"#,
+        ] {
+            assert!(text.contains(line), "{line}\nis not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_tunnels_verdicts_are_counted_and_the_usual_ones_from_the_start() {
+        let metrics = Metrics::default();
+        metrics.verdict(Direction::Ingress, false, Reason::NoPolicy);
+        metrics.verdict(Direction::Ingress, false, Reason::NoPolicy);
+        let text = metrics.render().unwrap();
+        assert!(text.contains(
+            r#"reeve_verdicts_total{direction="ingress",reason="no_policy",verdict="deny"} 2"#
+        ));
+        assert!(text.contains(
+            r#"reeve_verdicts_total{direction="egress",reason="policy",verdict="allow"} 0"#
+        ));
+    }
+
+    #[test]
+    fn what_is_kept_elsewhere_is_read_at_each_scrape() {
+        let metrics = Metrics::default();
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        metrics.read_from(move || Readings {
+            maps: vec![MapUsage {
+                name: "VERDICTS",
+                entries: 3,
+                capacity: 65536,
+            }],
+            certificates: vec![CertificateTimes {
+                identity: SpiffeId::parse("spiffe://example.org/ns/shop/sa/cart").unwrap(),
+                not_before: at(1000),
+                not_after: at(4600),
+            }],
+            ready: true,
+            ..Readings::default()
+        });
+        let text = metrics.render().unwrap();
+        for line in [
+            r#"reeve_map_entries{map="VERDICTS"} 3"#,
+            r#"reeve_map_capacity{map="VERDICTS"} 65536"#,
+            r#"reeve_certificate_not_before_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1000"#,
+            r#"reeve_certificate_not_after_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 4600"#,
+            "reeve_ready 1",
+        ] {
+            assert!(text.contains(line), "{line}\nis not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_handshake_has_its_reason_and_duration() {
+        let metrics = Metrics::default();
+        metrics.handshake(Handshake {
+            role: Role::Server,
+            reason: HandshakeReason::UntrustedChain,
+            duration: Duration::from_millis(3),
+        });
+        let text = metrics.render().unwrap();
+        assert!(text.contains(
+            r#"reeve_tls_handshakes_total{reason="untrusted_chain",result="failed",role="server"} 1"#
+        ));
+        assert!(text.contains(
+            r#"reeve_tls_handshake_duration_seconds_bucket{role="server",le="0.005"} 1"#
+        ));
+    }
+}

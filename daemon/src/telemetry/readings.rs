@@ -1,0 +1,296 @@
+//! Metrics of state that is kept elsewhere: read when somebody asks, so never stale.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use prometheus::{
+    GaugeVec, IntCounterVec, IntGaugeVec, Opts,
+    core::{Collector, Desc},
+    proto::MetricFamily,
+};
+use reeve_common::{COUNTER_SLOTS, Direction, Reason, counter_slot};
+
+use super::labels::direction_name;
+use crate::{
+    datapath::{Counters, MapUsage},
+    identity::{SpiffeId, TrustDomain},
+};
+
+/// What the rest of the daemon knows at the moment of a scrape.
+#[derive(Clone, Debug, Default)]
+pub struct Readings {
+    /// What the kernel programs counted; none where that cannot be read.
+    pub counters: Option<Counters>,
+    /// The kernel's maps.
+    pub maps: Vec<MapUsage>,
+    /// The newest certificate of each identity.
+    pub certificates: Vec<CertificateTimes>,
+    /// For each trust domain, the end of the authority that expires first.
+    pub bundles: Vec<(TrustDomain, SystemTime)>,
+    /// Number of declared workloads in each state.
+    pub workloads: BTreeMap<&'static str, u64>,
+    /// Whether nothing is missing, see [`super::Readiness`].
+    pub ready: bool,
+}
+
+/// Validity of one certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateTimes {
+    /// Whose it is.
+    pub identity: SpiffeId,
+    /// Start of its validity.
+    pub not_before: SystemTime,
+    /// End of its validity.
+    pub not_after: SystemTime,
+}
+
+type Source = Box<dyn Fn() -> Readings + Send + Sync>;
+
+/// Collects [`Readings`] from whoever was given to [`ReadingsCollector::read_from`].
+pub(super) struct ReadingsCollector {
+    source: OnceLock<Source>,
+    /// The tunnel's verdicts, in the slots of the kernel's counters.
+    verdicts: Box<[AtomicU64]>,
+    descriptions: Vec<Desc>,
+}
+
+/// The families of one scrape.
+struct Families {
+    verdicts: IntCounterVec,
+    lost_events: IntCounterVec,
+    map_entries: IntGaugeVec,
+    map_capacity: IntGaugeVec,
+    not_before: GaugeVec,
+    not_after: GaugeVec,
+    bundle: GaugeVec,
+    workloads: IntGaugeVec,
+    ready: IntGaugeVec,
+}
+
+// === impl ReadingsCollector ===
+
+impl ReadingsCollector {
+    pub(super) fn new() -> prometheus::Result<Arc<Self>> {
+        let descriptions = Families::new()?
+            .collectors()
+            .into_iter()
+            .flat_map(|family| family.desc().into_iter().cloned().collect::<Vec<_>>())
+            .collect();
+        Ok(Arc::new(Self {
+            source: OnceLock::new(),
+            verdicts: (0..COUNTER_SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            descriptions,
+        }))
+    }
+
+    /// The first source stays.
+    pub(super) fn read_from(&self, source: impl Fn() -> Readings + Send + Sync + 'static) {
+        if self.source.set(Box::new(source)).is_err() {
+            tracing::warn!("metrics were given a second source of readings; it is not used");
+        }
+    }
+
+    pub(super) fn verdict(&self, direction: Direction, allowed: bool, reason: Reason) {
+        let slot = counter_slot(direction as u8, allowed, reason) as usize;
+        if let Some(counter) = self.verdicts.get(slot) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The tunnel's verdicts of one kind.
+    fn tunnel_verdicts(&self, direction: Direction, allowed: bool, reason: Reason) -> u64 {
+        let slot = counter_slot(direction as u8, allowed, reason) as usize;
+        let counter = self.verdicts.get(slot);
+        counter.map_or(0, |counter| counter.load(Ordering::Relaxed))
+    }
+
+    fn families(&self) -> prometheus::Result<Vec<MetricFamily>> {
+        let readings = self
+            .source
+            .get()
+            .map_or_else(Readings::default, |read| read());
+        let families = Families::new()?;
+
+        for direction in [Direction::Egress, Direction::Ingress] {
+            for allowed in [false, true] {
+                for reason in Reason::ALL {
+                    let kernel = readings
+                        .counters
+                        .as_ref()
+                        .map_or(0, |counters| counters.verdicts(direction, allowed, *reason));
+                    let count = kernel + self.tunnel_verdicts(direction, allowed, *reason);
+                    // The two usual ones always have a series, so that the first is an increase.
+                    let usual = matches!(
+                        (allowed, reason),
+                        (true, Reason::Policy) | (false, Reason::NoPolicy)
+                    );
+                    if count > 0 || usual {
+                        let verdict = if allowed { "allow" } else { "deny" };
+                        families
+                            .verdicts
+                            .with_label_values(&[
+                                direction_name(direction),
+                                verdict,
+                                reason.as_str(),
+                            ])
+                            .inc_by(count);
+                    }
+                }
+            }
+        }
+        families
+            .lost_events
+            .with_label_values::<&str>(&[])
+            .inc_by(readings.counters.as_ref().map_or(0, Counters::lost_events));
+        for usage in &readings.maps {
+            let map = [usage.name];
+            families
+                .map_entries
+                .with_label_values(&map)
+                .set(saturating(usage.entries));
+            families
+                .map_capacity
+                .with_label_values(&map)
+                .set(saturating(usage.capacity));
+        }
+        for times in &readings.certificates {
+            let identity = [times.identity.as_str()];
+            families
+                .not_before
+                .with_label_values(&identity)
+                .set(unix_seconds(times.not_before));
+            families
+                .not_after
+                .with_label_values(&identity)
+                .set(unix_seconds(times.not_after));
+        }
+        for (domain, not_after) in &readings.bundles {
+            families
+                .bundle
+                .with_label_values(&[domain.as_str()])
+                .set(unix_seconds(*not_after));
+        }
+        for (state, count) in &readings.workloads {
+            families
+                .workloads
+                .with_label_values(&[state])
+                .set(saturating(*count));
+        }
+        families
+            .ready
+            .with_label_values::<&str>(&[])
+            .set(i64::from(readings.ready));
+        Ok(families
+            .collectors()
+            .into_iter()
+            .flat_map(Collector::collect)
+            .collect())
+    }
+}
+
+/// The registry wants to own its collectors, and [`super::Metrics`] needs this one too.
+pub(super) struct Shared(pub(super) Arc<ReadingsCollector>);
+
+impl Collector for Shared {
+    fn desc(&self) -> Vec<&Desc> {
+        self.0.descriptions.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        self.0.families().unwrap_or_else(|error| {
+            tracing::error!(%error, "metrics of the daemon's state could not be collected");
+            Vec::new()
+        })
+    }
+}
+
+// === impl Families ===
+
+impl Families {
+    fn new() -> prometheus::Result<Self> {
+        Ok(Self {
+            verdicts: IntCounterVec::new(
+                Opts::new(
+                    "reeve_verdicts_total",
+                    "Verdicts of the kernel programs and of the tunnel.",
+                ),
+                &["direction", "verdict", "reason"],
+            )?,
+            lost_events: IntCounterVec::new(
+                Opts::new(
+                    "reeve_events_lost_total",
+                    "Kernel events that found the ring buffer full.",
+                ),
+                &[],
+            )?,
+            map_entries: IntGaugeVec::new(
+                Opts::new("reeve_map_entries", "Entries in a kernel map."),
+                &["map"],
+            )?,
+            map_capacity: IntGaugeVec::new(
+                Opts::new("reeve_map_capacity", "Entries that fit into a kernel map."),
+                &["map"],
+            )?,
+            not_before: GaugeVec::new(
+                Opts::new(
+                    "reeve_certificate_not_before_timestamp_seconds",
+                    "Start of the validity of an identity's newest certificate.",
+                ),
+                &["identity"],
+            )?,
+            not_after: GaugeVec::new(
+                Opts::new(
+                    "reeve_certificate_not_after_timestamp_seconds",
+                    "End of the validity of an identity's newest certificate.",
+                ),
+                &["identity"],
+            )?,
+            bundle: GaugeVec::new(
+                Opts::new(
+                    "reeve_trust_bundle_earliest_not_after_timestamp_seconds",
+                    "End of the validity of the authority in a trust bundle that expires first.",
+                ),
+                &["trust_domain"],
+            )?,
+            workloads: IntGaugeVec::new(
+                Opts::new("reeve_workloads", "Declared workloads by state."),
+                &["state"],
+            )?,
+            ready: IntGaugeVec::new(
+                Opts::new("reeve_ready", "1 when /readyz answers 200, else 0."),
+                &[],
+            )?,
+        })
+    }
+
+    fn collectors(&self) -> [&dyn Collector; 9] {
+        [
+            &self.verdicts,
+            &self.lost_events,
+            &self.map_entries,
+            &self.map_capacity,
+            &self.not_before,
+            &self.not_after,
+            &self.bundle,
+            &self.workloads,
+            &self.ready,
+        ]
+    }
+}
+
+fn saturating(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn unix_seconds(time: SystemTime) -> f64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => after.as_secs_f64(),
+        Err(before) => -before.duration().as_secs_f64(),
+    }
+}

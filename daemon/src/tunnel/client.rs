@@ -1,0 +1,320 @@
+//! Opens a tunnel to a peer, and asks for a stream in one.
+
+use std::{future::poll_fn, io, net::SocketAddr, rc::Rc, sync::Arc, task::Poll, time::Instant};
+
+use bytes::Bytes;
+use h2::{
+    RecvStream, SendStream,
+    client::{Builder, Connection, SendRequest},
+};
+use http::{Method, Request, StatusCode, Uri};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::TlsConnector;
+
+use crate::{
+    datapath::netns::Netns,
+    identity::{ALPN, RejectReason, SpiffeId, Svid, server_name_for},
+    telemetry::{Handshake, HandshakeReason, Role},
+};
+
+use super::{
+    TunnelError, authority,
+    driver::{Driver, End, Protocol},
+    error::Stage,
+    link::{Ends, Link},
+    registry::Registered,
+    server::not_after,
+    socket,
+    wire::{Wire, WireControl, wire},
+    worker::Worker,
+};
+
+/// Streams that a tunnel may have before the peer has said how many: none. Its settings are the
+/// first thing that it sends once it has accepted our certificate, so they say that the tunnel
+/// stands, which in TLS 1.3 the end of our own handshake does not.
+const STREAMS_BEFORE_SETTINGS: usize = 0;
+/// Bytes of one stream that HTTP/2 holds before it says that it is full: some reads ahead of what
+/// the tunnel sends in one turn.
+pub(super) const SEND_BUFFER: usize = 256 << 10;
+
+/// Where a tunnel goes, and as whom.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    pub(super) netns: Arc<Netns>,
+    pub(super) svid: Arc<Svid>,
+    /// The peer's tunnel port.
+    pub(super) peer: SocketAddr,
+    /// The identity that the peer must prove.
+    pub(super) expected: SpiffeId,
+}
+
+/// A tunnel that stands and takes streams.
+pub(super) struct Tunnel {
+    pub(super) link: Registered<Link>,
+    pub(super) request: SendRequest<Bytes>,
+    driver: Box<dyn Future<Output = End> + Unpin>,
+}
+
+/// Why a CONNECT request got no stream.
+pub(super) enum NoStream {
+    /// The peer has not looked at it: another tunnel may be tried.
+    Unprocessed,
+    /// It failed for good.
+    Failed(TunnelError),
+}
+
+/// A tunnel that is not finished: the client's side of TLS is, the peer has not answered.
+struct Unanswered {
+    request: SendRequest<Bytes>,
+    connection: Connection<Wire, Bytes>,
+    control: WireControl,
+    ends: Ends,
+}
+
+// === Opening ===
+
+/// Opens a tunnel. It stands when the peer has sent its settings.
+pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel, TunnelError> {
+    let (to, limits) = (target.peer, &worker.timeouts);
+    let late = |stage, limit| TunnelError::Timeout { stage, to, limit };
+    let _permit = timeout(limits.handshake, worker.bounds.handshakes.acquire())
+        .await
+        .map_err(|_| TunnelError::Limit("handshakes"))?;
+    let tcp = connect(worker, target).await?;
+    let started = Instant::now();
+    let result = match timeout(limits.handshake, shake(worker, target, tcp)).await {
+        Ok(result) => result,
+        Err(_) => Err(late(Stage::Handshake, limits.handshake)),
+    };
+    worker.shared.metrics.handshake(Handshake {
+        role: Role::Client,
+        reason: match &result {
+            Ok(_) => HandshakeReason::Ok,
+            Err(TunnelError::Handshake { reason, .. }) => *reason,
+            Err(_) => HandshakeReason::Timeout,
+        },
+        duration: started.elapsed(),
+    });
+    let answered = result?;
+    let link = worker.links.insert(Link::new(answered.ends));
+    let driver = Driver::new(
+        worker,
+        answered.connection,
+        answered.control,
+        link.value().clone(),
+        // A client is asked for nothing.
+        |_| {},
+    );
+    Ok(Tunnel {
+        link,
+        request: answered.request,
+        driver: Box::new(driver),
+    })
+}
+
+async fn connect(worker: &Worker, target: &Target) -> Result<TcpStream, TunnelError> {
+    let to = target.peer;
+    let socket = target
+        .netns
+        .tunnel_socket(to)
+        .map_err(|source| TunnelError::Socket {
+            to,
+            source: source.into(),
+        })?;
+    let limit = worker.timeouts.connect;
+    match timeout(
+        limit,
+        socket::connect(socket, to, Some(worker.timeouts.user)),
+    )
+    .await
+    {
+        Ok(Ok(tcp)) => Ok(tcp),
+        Ok(Err(source)) => Err(TunnelError::Connect {
+            to,
+            source: source.into(),
+        }),
+        Err(_) => Err(TunnelError::Timeout {
+            stage: Stage::Connect,
+            to,
+            limit,
+        }),
+    }
+}
+
+/// TLS and HTTP/2 until the peer has answered.
+async fn shake(
+    worker: &Worker,
+    target: &Target,
+    tcp: TcpStream,
+) -> Result<Unanswered, TunnelError> {
+    let to = target.peer;
+    let failed = |error: io::Error| TunnelError::Handshake {
+        to,
+        reason: HandshakeReason::from(&error),
+        detail: RejectReason::explain(&error).into(),
+    };
+    let local = tcp.local_addr().map_err(failed)?;
+    let config = target.svid.client(&target.expected);
+    let stream = TlsConnector::from(config)
+        .connect(server_name_for(&target.expected), tcp)
+        .await
+        .map_err(failed)?;
+    let (tcp, tls) = stream.into_inner();
+    // A server that chooses no protocol at all passes the TLS library.
+    if tls.alpn_protocol() != Some(ALPN) {
+        return Err(TunnelError::Handshake {
+            to,
+            reason: HandshakeReason::Protocol,
+            detail: "the server does not choose HTTP/2 in ALPN".into(),
+        });
+    }
+    let chain = tls.peer_certificates().unwrap_or_default().to_vec();
+    let ends = Ends {
+        role: Role::Client,
+        own: target.svid.id.clone(),
+        generation: target.svid.generation,
+        peer: target.expected.clone(),
+        not_after: not_after(&chain).min(target.svid.not_after),
+        chain,
+        remote: to,
+        local,
+    };
+    let (wire, control) = wire(tcp, tls.into());
+    let (request, connection) = builder(worker)
+        .handshake(wire)
+        .await
+        .map_err(|error| failed(io::Error::other(error)))?;
+    let mut unanswered = Unanswered {
+        request,
+        connection,
+        control,
+        ends,
+    };
+    unanswered.answered().await?;
+    Ok(unanswered)
+}
+
+pub(super) fn builder(worker: &Worker) -> Builder {
+    let limits = &worker.limits;
+    let mut builder = Builder::new();
+    builder
+        .enable_push(false)
+        .initial_max_send_streams(STREAMS_BEFORE_SETTINGS)
+        .initial_window_size(limits.stream_window)
+        .initial_connection_window_size(limits.tunnel_window)
+        .max_header_list_size(limits.header_list)
+        .max_send_buffer_size(SEND_BUFFER);
+    builder
+}
+
+impl Unanswered {
+    /// Waits for the peer's settings.
+    async fn answered(&mut self) -> Result<(), TunnelError> {
+        let result = poll_fn(|cx| {
+            if let Poll::Ready(end) = self.connection.poll_next(cx) {
+                let detail = match end {
+                    Some(Err(error)) => error.to_string(),
+                    _ => "the peer closed the connection".to_owned(),
+                };
+                return Poll::Ready(Err(detail));
+            }
+            if let Poll::Ready(Err(error)) = self.control.poll_send(cx) {
+                return Poll::Ready(Err(error.to_string()));
+            }
+            match self.connection.max_concurrent_send_streams() {
+                0 => Poll::Pending,
+                _ => Poll::Ready(Ok(())),
+            }
+        })
+        .await;
+        result.map_err(|detail| match self.control.fault() {
+            Some(fault) => TunnelError::Handshake {
+                to: self.ends.remote,
+                reason: HandshakeReason::from(&fault),
+                detail: fault.to_string().into(),
+            },
+            None => TunnelError::Handshake {
+                to: self.ends.remote,
+                reason: HandshakeReason::Transport,
+                detail: detail.into(),
+            },
+        })
+    }
+}
+
+// === Running ===
+
+impl Tunnel {
+    /// Carries the tunnel until it ends.
+    pub(super) fn into_parts(
+        self,
+    ) -> (
+        Registered<Link>,
+        SendRequest<Bytes>,
+        impl Future<Output = End>,
+    ) {
+        (self.link, self.request, self.driver)
+    }
+}
+
+// === Asking for a stream ===
+
+/// Asks the peer for a connection to `destination`.
+pub(super) async fn request(
+    worker: &Worker,
+    mut request: SendRequest<Bytes>,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Result<(SendStream<Bytes>, RecvStream), NoStream> {
+    poll_fn(|cx| request.poll_ready(cx))
+        .await
+        .map_err(|_| NoStream::Unprocessed)?;
+    let connect = connect_to(destination).ok_or(NoStream::Failed(TunnelError::BadRequest))?;
+    let (response, stream) = request
+        .send_request(connect, false)
+        .map_err(|_| NoStream::Unprocessed)?;
+    drop(request);
+    let limit = worker.timeouts.request;
+    let response = match timeout(limit, response).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => return Err(NoStream::of(&error, peer)),
+        Err(_) => {
+            return Err(NoStream::Failed(TunnelError::Timeout {
+                stage: Stage::Request,
+                to: peer,
+                limit,
+            }));
+        }
+    };
+    match response.status() {
+        StatusCode::OK => Ok((stream, response.into_body())),
+        status => Err(NoStream::Failed(TunnelError::Answer {
+            to: peer,
+            status: status.as_u16(),
+        })),
+    }
+}
+
+fn connect_to(destination: SocketAddr) -> Option<Request<()>> {
+    let authority = authority::format(destination);
+    let uri = Uri::builder().authority(authority).build().ok()?;
+    Request::builder()
+        .method(Method::CONNECT)
+        .uri(uri)
+        .body(())
+        .ok()
+}
+
+impl NoStream {
+    fn of(error: &h2::Error, peer: SocketAddr) -> Self {
+        let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        // A stream that GOAWAY ends is one that the peer has not looked at.
+        if error.is_remote() && (refused || error.is_go_away()) {
+            return Self::Unprocessed;
+        }
+        Self::Failed(TunnelError::Broken {
+            to: peer,
+            detail: error.to_string().into(),
+        })
+    }
+}

@@ -1,0 +1,372 @@
+//! An application connection in a tunnel, from what is known of it first to its line in the log.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use reeve_common::{Direction, NO_WORKLOAD, Reason, WorkloadId, protocol};
+
+use crate::{
+    identity::SpiffeId,
+    policy::{Decision, Snapshot},
+    telemetry::{self, ConnectionLabels, Role, Transport, UNKNOWN},
+    workload::{Peer, Workload},
+};
+
+use super::{TunnelError, bounds::Place, link::Link, registry::Registered, worker::Worker};
+
+/// Who talks to whom. What is not known yet is not there.
+#[derive(Clone, Debug)]
+pub(super) enum Parties {
+    /// A workload here opened the connection.
+    Outbound {
+        workload: Option<Arc<Workload>>,
+        /// The peer, and the identity that it must prove.
+        peer: Option<(Arc<Peer>, SpiffeId)>,
+    },
+    /// A peer opened the connection to a workload here.
+    Inbound {
+        workload: Option<Arc<Workload>>,
+        /// The identity that the tunnel presented.
+        own: SpiffeId,
+        /// The client's authenticated identity.
+        client: SpiffeId,
+    },
+}
+
+/// A connection that someone asks for.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) parties: Parties,
+    /// Where it comes from.
+    pub(super) source: SocketAddr,
+    /// Where it wants to go.
+    pub(super) destination: SocketAddr,
+    /// Cookie of the local workload's network namespace.
+    pub(super) netns: u64,
+    /// The rule that allowed it, or 0.
+    pub(super) rule: u32,
+}
+
+/// A connection that stands.
+#[derive(Debug)]
+pub(super) struct Connection {
+    call: Call,
+    link: Rc<Link>,
+    opened: Instant,
+    _place: Place,
+    sent: Cell<u64>,
+    received: Cell<u64>,
+    /// What of `sent` and `received` the metrics have been told.
+    told: Cell<(u64, u64)>,
+    /// Bytes have moved since the last sweep.
+    active: Cell<bool>,
+    /// Start of the first sweep since which nothing has moved.
+    quiet_since: Cell<Instant>,
+    half_closed: Cell<bool>,
+    /// The application does not read, and the tunnel's bytes for it wait.
+    blocked: Cell<bool>,
+    stop: Cell<Option<Reason>>,
+    task: RefCell<Option<Waker>>,
+}
+
+/// A connection's entry among those of its worker, and its place in the tunnel; dropped when it
+/// has ended.
+pub(super) struct Live {
+    connection: Registered<Connection>,
+    worker: Rc<Worker>,
+}
+
+// === impl Call ===
+
+impl Call {
+    fn direction(&self) -> Direction {
+        match self.parties {
+            Parties::Outbound { .. } => Direction::Egress,
+            Parties::Inbound { .. } => Direction::Ingress,
+        }
+    }
+
+    fn workload(&self) -> Option<&Arc<Workload>> {
+        match &self.parties {
+            Parties::Outbound { workload, .. } | Parties::Inbound { workload, .. } => {
+                workload.as_ref()
+            }
+        }
+    }
+
+    fn workload_id(&self) -> WorkloadId {
+        self.workload().map_or(NO_WORKLOAD, |workload| workload.id)
+    }
+
+    /// Judges the connection as things stand now: the policy, and that the ends still are who
+    /// they were.
+    pub(super) fn judge(&self, snapshot: &Snapshot) -> Result<Decision, TunnelError> {
+        let decision = match &self.parties {
+            Parties::Outbound {
+                workload: Some(workload),
+                peer: Some((peer, expected)),
+            } => {
+                still_peer(snapshot, peer, expected, self.destination)?;
+                let running = snapshot
+                    .workload(workload.id)
+                    .ok_or(TunnelError::Stale("the workload"))?;
+                if running.workload.attributes.spiffe_id != workload.attributes.spiffe_id {
+                    return Err(TunnelError::Stale("the workload"));
+                }
+                snapshot.judge_egress(workload.id, self.destination, protocol::TCP)
+            }
+            Parties::Inbound { own, client, .. } => {
+                let (ip, port) = (self.destination.ip(), self.destination.port());
+                let running = snapshot
+                    .workload_at(self.netns, ip, port)
+                    .filter(|running| running.workload.attributes.spiffe_id == *own)
+                    .ok_or(TunnelError::WrongAuthority)?;
+                let source = self.source.ip();
+                snapshot.judge_ingress(running.workload.id, client, source, protocol::TCP, port)
+            }
+            Parties::Outbound { .. } => return Err(TunnelError::Stale("the workload or the peer")),
+        };
+        match decision.action {
+            reeve_common::Action::Deny => Err(TunnelError::Denied(decision.reason)),
+            _ => Ok(decision),
+        }
+    }
+
+    fn labels<'a>(&'a self, snapshot: &'a Snapshot) -> ConnectionLabels<'a> {
+        let here = self.workload().map_or(UNKNOWN, |workload| &workload.name);
+        let (source, destination) = match &self.parties {
+            Parties::Outbound { peer, .. } => {
+                let peer = peer.as_ref().map_or(UNKNOWN, |(peer, _)| &peer.name);
+                (here, peer)
+            }
+            Parties::Inbound { client, .. } => {
+                let peer = snapshot.peer_with_id(client);
+                (peer.map_or(UNKNOWN, |peer| &peer.name), here)
+            }
+        };
+        ConnectionLabels {
+            direction: self.direction(),
+            transport: Transport::Tunnel,
+            source,
+            destination,
+        }
+    }
+
+    fn describe<'a>(&'a self, snapshot: &'a Snapshot) -> telemetry::Connection<'a> {
+        let here = self
+            .workload()
+            .map(|workload| &workload.attributes.spiffe_id);
+        let (source_id, destination_id) = match &self.parties {
+            Parties::Outbound { peer, .. } => (here, peer.as_ref().map(|(_, id)| id)),
+            Parties::Inbound { client, own, .. } => (Some(client), Some(own)),
+        };
+        telemetry::Connection {
+            labels: self.labels(snapshot),
+            source_id,
+            destination_id,
+            source_address: self.source,
+            destination_address: self.destination,
+            protocol: protocol::TCP,
+            rule: snapshot.rule_name(self.rule),
+        }
+    }
+
+    /// Counts and logs that the connection never came to stand.
+    pub(super) fn refused(&self, worker: &Worker, error: &TunnelError) {
+        let (shared, reason) = (&worker.shared, error.reason());
+        let snapshot = shared.snapshot.load();
+        let described = self.describe(&snapshot);
+        if let TunnelError::Denied(_) = error {
+            shared.metrics.verdict(self.direction(), false, reason);
+        }
+        shared.metrics.connection_failed(described.labels, reason);
+        shared
+            .log
+            .refused(self.workload_id(), &described, reason, Some(error));
+    }
+
+    /// The connection stands in `link`.
+    pub(super) fn open(self, worker: &Rc<Worker>, link: &Rc<Link>, place: Place) -> Live {
+        let now = Instant::now();
+        let metrics = &worker.shared.metrics;
+        metrics.connection_opened(self.labels(&worker.shared.snapshot.load()));
+        metrics.streams_open(link.ends.role, 1);
+        let connection = worker.connections.insert(Connection {
+            call: self,
+            link: link.clone(),
+            opened: now,
+            _place: place,
+            sent: Cell::new(0),
+            received: Cell::new(0),
+            told: Cell::new((0, 0)),
+            active: Cell::new(false),
+            quiet_since: Cell::new(now),
+            half_closed: Cell::new(false),
+            blocked: Cell::new(false),
+            stop: Cell::new(None),
+            task: RefCell::new(None),
+        });
+        Live {
+            connection,
+            worker: worker.clone(),
+        }
+    }
+}
+
+fn still_peer(
+    snapshot: &Snapshot,
+    peer: &Peer,
+    expected: &SpiffeId,
+    destination: SocketAddr,
+) -> Result<(), TunnelError> {
+    let now = snapshot
+        .peer(peer.id)
+        .ok_or(TunnelError::Stale("the peer"))?;
+    let same = now.attributes.as_ref().map(|a| &a.spiffe_id) == Some(expected)
+        && now.tunnel_port == peer.tunnel_port
+        && now
+            .addresses
+            .iter()
+            .any(|net| net.contains(&destination.ip()));
+    if same {
+        Ok(())
+    } else {
+        Err(TunnelError::Stale("the peer"))
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    /// The tunnel that carries it.
+    pub(super) fn link(&self) -> &Rc<Link> {
+        &self.link
+    }
+
+    /// Bytes moved from the application into the tunnel.
+    pub(super) fn moved_out(&self, bytes: usize) {
+        self.sent.set(self.sent.get() + bytes as u64);
+        self.active.set(true);
+    }
+
+    /// Bytes moved from the tunnel to the application.
+    pub(super) fn moved_in(&self, bytes: usize) {
+        self.received.set(self.received.get() + bytes as u64);
+        self.active.set(true);
+    }
+
+    /// One direction has ended.
+    pub(super) fn set_half_closed(&self) {
+        self.half_closed.set(true);
+        self.active.set(true);
+    }
+
+    /// Whether bytes of the tunnel wait for the application.
+    pub(super) fn set_blocked(&self, blocked: bool) {
+        self.blocked.set(blocked);
+    }
+
+    /// Ends the connection, abruptly. The first reason given stands.
+    pub(super) fn stop(&self, reason: Reason) {
+        if self.stop.get().is_none() {
+            self.stop.set(Some(reason));
+            if let Some(task) = &*self.task.borrow() {
+                task.wake_by_ref();
+            }
+        }
+    }
+
+    /// Ready when the connection is to end. Wakes the task when that comes later.
+    pub(super) fn poll_stopped(&self, cx: &Context<'_>) -> Poll<Reason> {
+        if let Some(reason) = self.stop.get() {
+            return Poll::Ready(reason);
+        }
+        let mut task = self.task.borrow_mut();
+        match &mut *task {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => *task = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    /// Ends the connection if the policy or the ends' identities no longer allow it.
+    pub(super) fn judge_again(&self, snapshot: &Snapshot) {
+        if self.call.judge(snapshot).is_err() {
+            self.stop(Reason::Revoked);
+        }
+    }
+
+    /// Looks after what needs no exact time: ends the connection if nothing has moved for too
+    /// long, and tells the metrics of bytes. True where the application keeps the tunnel waiting.
+    pub(super) fn sweep(&self, worker: &Worker, now: Instant) -> bool {
+        if self.active.replace(false) {
+            self.quiet_since.set(now);
+            self.tell_bytes(worker);
+            return false;
+        }
+        let limit = if self.half_closed.get() {
+            worker.timeouts.half_closed
+        } else {
+            worker.timeouts.idle
+        };
+        if limit != Duration::ZERO && now.duration_since(self.quiet_since.get()) >= limit {
+            self.stop(Reason::Timeout);
+        }
+        self.blocked.get()
+    }
+
+    fn tell_bytes(&self, worker: &Worker) {
+        let (sent, received) = self.untold();
+        let (metrics, snapshot) = (&worker.shared.metrics, worker.shared.snapshot.load());
+        metrics.connection_bytes(self.call.labels(&snapshot), sent, received);
+    }
+
+    /// Bytes since this was last asked.
+    fn untold(&self) -> (u64, u64) {
+        let (sent, received) = (self.sent.get(), self.received.get());
+        let told = self.told.replace((sent, received));
+        (sent - told.0, received - told.1)
+    }
+}
+
+// === impl Live ===
+
+impl Live {
+    /// The connection itself.
+    pub(super) fn connection(&self) -> &Rc<Connection> {
+        self.connection.value()
+    }
+
+    /// Counts and logs that the connection has ended.
+    pub(super) fn ended(self, reason: Reason) {
+        let (connection, shared) = (&self.connection, &self.worker.shared);
+        let (sent, received) = connection.untold();
+        let call = &connection.call;
+        let snapshot = shared.snapshot.load();
+        let described = call.describe(&snapshot);
+        shared
+            .metrics
+            .connection_closed(described.labels, reason, sent, received);
+        shared.log.closed(
+            call.workload_id(),
+            &described,
+            reason,
+            connection.sent.get(),
+            connection.received.get(),
+            connection.opened.elapsed(),
+        );
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        let role: Role = self.connection.link.ends.role;
+        self.worker.shared.metrics.streams_open(role, -1);
+    }
+}

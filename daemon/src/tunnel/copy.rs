@@ -1,0 +1,333 @@
+//! Copies bytes between an application's TCP connection and its stream in a tunnel.
+//!
+//! Both directions live in one task. Nothing is held for a connection that moves nothing: bytes
+//! from the application go through a buffer of the thread, and bytes from the tunnel stay in
+//! HTTP/2's. A direction waits when the other side of it does: HTTP/2 sends only as much as the
+//! stream's window allows, and gives the window back only for what the application has taken.
+
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    future::Future,
+    io::{self, IoSlice},
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes};
+use h2::{RecvStream, SendStream};
+use reeve_common::Reason;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+use super::{connection::Connection, socket};
+
+/// One read from the application.
+const CHUNK: usize = 64 << 10;
+/// Frames that are written to the application at once: at least a chunk in frames of 16 KiB.
+const FRAMES: usize = 8;
+/// Bytes in one direction after which a connection lets others run: a bulk transfer must not make small requests
+/// wait.
+const TURN: usize = 128 << 10;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into());
+}
+
+/// Copies both ways until both have ended. Gives the reason why the connection ended.
+pub(super) async fn copy(
+    app: TcpStream,
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    connection: Rc<Connection>,
+) -> Reason {
+    Copy {
+        app: Some(app),
+        out: Out {
+            stream: send,
+            done: false,
+        },
+        into: In {
+            stream: recv,
+            waiting: VecDeque::new(),
+            state: InState::Open,
+        },
+        connection,
+    }
+    .await
+}
+
+struct Copy {
+    /// There until the end.
+    app: Option<TcpStream>,
+    out: Out,
+    into: In,
+    connection: Rc<Connection>,
+}
+
+/// From the application to the tunnel.
+struct Out {
+    stream: SendStream<Bytes>,
+    done: bool,
+}
+
+/// From the tunnel to the application.
+struct In {
+    stream: RecvStream,
+    /// Received, and not taken by the application yet.
+    waiting: VecDeque<Bytes>,
+    state: InState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum InState {
+    Open,
+    /// The tunnel's side has ended; `waiting` may not be empty.
+    Ended,
+    /// The application has been told.
+    Done,
+}
+
+/// Why a connection ends before both sides have said so.
+enum Broken {
+    /// The application reset the connection, or cannot be written to.
+    Application,
+    /// The peer reset the stream, or the tunnel broke.
+    Tunnel,
+    /// The peer cancelled the stream: it has nothing more to say and does not listen.
+    Cancelled,
+}
+
+impl Future for Copy {
+    type Output = Reason;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Reason> {
+        let this = self.get_mut();
+        if let Poll::Ready(reason) = this.connection.poll_stopped(cx) {
+            this.abort(h2::Reason::REFUSED_STREAM);
+            return Poll::Ready(reason);
+        }
+        match this.poll_both(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) => Poll::Ready(Reason::Closed),
+            Poll::Ready(Err(broken)) => {
+                match broken {
+                    Broken::Cancelled => {}
+                    // How CONNECT says that the TCP connection broke (RFC 9113, section 8.5).
+                    Broken::Application | Broken::Tunnel => this.abort(h2::Reason::CONNECT_ERROR),
+                }
+                Poll::Ready(Reason::Reset)
+            }
+        }
+    }
+}
+
+impl Copy {
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let Some(app) = &mut self.app else {
+            return Poll::Ready(Ok(()));
+        };
+        // Each direction has a turn of its own: neither keeps the other from moving.
+        let (mut out_turn, mut in_turn) = (0, 0);
+        let out = self.out.poll(cx, app, &self.connection, &mut out_turn);
+        if let Poll::Ready(Err(broken)) = out {
+            return Poll::Ready(Err(broken));
+        }
+        let into = self.into.poll(cx, app, &self.connection, &mut in_turn);
+        if let Poll::Ready(Err(broken)) = into {
+            return Poll::Ready(Err(broken));
+        }
+        if out.is_ready() && into.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if self.into.state == InState::Done {
+            // Nothing is read from the stream any more: only this tells of a reset.
+            match self.out.stream.poll_reset(cx) {
+                Poll::Ready(Ok(reason)) => return Poll::Ready(Err(Broken::of_reset(reason))),
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Tunnel)),
+                Poll::Pending => {}
+            }
+        }
+        if out_turn.max(in_turn) >= TURN {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+
+    /// Resets both sides.
+    fn abort(&mut self, reason: h2::Reason) {
+        self.out.stream.send_reset(reason);
+        if let Some(app) = self.app.take() {
+            socket::reset(app);
+        }
+    }
+}
+
+// === impl Out ===
+
+impl Out {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        app: &mut TcpStream,
+        connection: &Connection,
+        turn: &mut usize,
+    ) -> Poll<Result<(), Broken>> {
+        while !self.done {
+            if *turn >= TURN {
+                return Poll::Pending;
+            }
+            ready!(self.poll_capacity(cx))?;
+            let data = match ready!(poll_read(cx, app)) {
+                Ok(data) => data,
+                Err(_) => return Poll::Ready(Err(Broken::Application)),
+            };
+            self.done = data.is_empty();
+            let read = data.len();
+            if self.stream.send_data(data, self.done).is_err() {
+                return Poll::Ready(Err(Broken::Tunnel));
+            }
+            *turn += read;
+            if self.done {
+                connection.set_half_closed();
+            } else {
+                connection.moved_out(read);
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Waits until HTTP/2 can send at once what it has been given before.
+    ///
+    /// One byte is asked for, not a chunk: what an idle stream has been granted is taken from the
+    /// tunnel's window, and many idle streams would starve the others.
+    fn poll_capacity(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        self.stream.reserve_capacity(1);
+        while self.stream.capacity() == 0 {
+            match ready!(self.stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(Broken::of(&error))),
+                None => return Poll::Ready(Err(Broken::Tunnel)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Reads at most a chunk; empty at the end.
+fn poll_read(cx: &mut Context<'_>, app: &mut TcpStream) -> Poll<io::Result<Bytes>> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let mut buf = ReadBuf::new(scratch);
+        ready!(Pin::new(app).poll_read(cx, &mut buf))?;
+        Poll::Ready(Ok(Bytes::copy_from_slice(buf.filled())))
+    })
+}
+
+// === impl In ===
+
+impl In {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        app: &mut TcpStream,
+        connection: &Connection,
+        turn: &mut usize,
+    ) -> Poll<Result<(), Broken>> {
+        while self.state != InState::Done {
+            if *turn >= TURN {
+                return Poll::Pending;
+            }
+            self.gather(cx)?;
+            if !self.waiting.is_empty() {
+                let written = match self.poll_write(cx, app) {
+                    Poll::Ready(Ok(written)) => written,
+                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Application)),
+                    Poll::Pending => {
+                        connection.set_blocked(true);
+                        return Poll::Pending;
+                    }
+                };
+                connection.set_blocked(false);
+                connection.moved_in(written);
+                *turn += written;
+                // An error means that the stream is gone, which the next look at it says.
+                let _ = self.stream.flow_control().release_capacity(written);
+            } else if self.state == InState::Ended {
+                if socket::end_writing(app).is_err() {
+                    return Poll::Ready(Err(Broken::Application));
+                }
+                connection.set_half_closed();
+                self.state = InState::Done;
+            } else {
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Takes what the tunnel has, up to what one write can carry.
+    fn gather(&mut self, cx: &mut Context<'_>) -> Result<(), Broken> {
+        while self.state == InState::Open && self.waiting.len() < FRAMES {
+            match self.stream.poll_data(cx) {
+                Poll::Ready(Some(Ok(data))) if data.is_empty() => {}
+                Poll::Ready(Some(Ok(data))) => self.waiting.push_back(data),
+                Poll::Ready(Some(Err(error))) => match Broken::of(&error) {
+                    // What came before the end is the application's.
+                    Broken::Cancelled if !self.waiting.is_empty() => self.state = InState::Ended,
+                    broken => return Err(broken),
+                },
+                Poll::Ready(None) => self.state = InState::Ended,
+                Poll::Pending => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, app: &mut TcpStream) -> Poll<io::Result<usize>> {
+        let mut parts = [IoSlice::new(&[]); FRAMES];
+        for (part, data) in parts.iter_mut().zip(&self.waiting) {
+            *part = IoSlice::new(data);
+        }
+        let parts = parts.get(..self.waiting.len()).unwrap_or(&parts);
+        let written = ready!(Pin::new(app).poll_write_vectored(cx, parts))?;
+        self.advance(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        while let Some(front) = self.waiting.front_mut() {
+            if front.len() > written {
+                front.advance(written);
+                break;
+            }
+            written -= front.len();
+            self.waiting.pop_front();
+        }
+        if self.waiting.is_empty() {
+            // An idle connection holds no buffer, not even this one's.
+            self.waiting = VecDeque::new();
+        }
+    }
+}
+
+// === impl Broken ===
+
+impl Broken {
+    fn of(error: &h2::Error) -> Self {
+        match error.reason() {
+            Some(reason) if error.is_reset() => Self::of_reset(reason),
+            _ => Self::Tunnel,
+        }
+    }
+
+    /// NO_ERROR and CANCEL read as the end (ztunnel ends streams so).
+    fn of_reset(reason: h2::Reason) -> Self {
+        match reason {
+            h2::Reason::NO_ERROR | h2::Reason::CANCEL => Self::Cancelled,
+            _ => Self::Tunnel,
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! Keeps one tunnel going: HTTP/2's own work, sending what it wrote, PING, and what the tunnel is
+//! told through its [`Link`].
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{Ping, PingPong, RecvStream, server::SendResponse};
+use http::Request;
+use reeve_common::Reason;
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::{
+    link::{Link, Order},
+    wire::{Wire, WireControl},
+    worker::Worker,
+};
+
+/// More than this is never outstanding in one tunnel, however many of its streams are stalled.
+const MOST_OUTSTANDING: u32 = 64 << 20;
+
+/// A request that a peer sent.
+pub(super) type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
+
+/// What the driver needs of either end of HTTP/2.
+pub(super) trait Protocol: Unpin {
+    /// Goes on; a new stream of the peer comes out. `None`: the connection is over.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Incoming, h2::Error>>>;
+    /// Handle for PINGs; given once.
+    fn pings(&mut self) -> Option<PingPong>;
+    /// What the whole tunnel may have outstanding.
+    fn set_window(&mut self, bytes: u32);
+    /// Takes no new streams.
+    fn retire(&mut self);
+}
+
+/// How a tunnel ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    /// In good order.
+    #[error("closed")]
+    Closed,
+    /// It was told to.
+    #[error("closed: {}", .0.describe())]
+    Told(Reason),
+    /// HTTP/2, TLS or TCP failed.
+    #[error("broken: {0}")]
+    Broken(String),
+    /// A PING was not answered in time.
+    #[error("the peer did not answer a PING in time")]
+    Silent,
+}
+
+/// The future that carries a tunnel until it ends.
+pub(super) struct Driver<P, F> {
+    protocol: P,
+    control: WireControl,
+    link: Rc<Link>,
+    heartbeat: Heartbeat,
+    on_stream: F,
+    stream_window: u32,
+    tunnel_window: u32,
+    /// Streams for whose stalling the window has been widened.
+    widened: usize,
+    retired: bool,
+}
+
+impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
+    /// `on_stream` is called for each stream that the peer opens.
+    pub(super) fn new(
+        worker: &Worker,
+        mut protocol: P,
+        control: WireControl,
+        link: Rc<Link>,
+        on_stream: F,
+    ) -> Self {
+        let heartbeat = Heartbeat::new(
+            protocol.pings(),
+            worker.timeouts.ping,
+            worker.timeouts.ping_answer,
+        );
+        Self {
+            protocol,
+            control,
+            link,
+            heartbeat,
+            on_stream,
+            stream_window: worker.limits.stream_window,
+            tunnel_window: worker.limits.tunnel_window,
+            widened: 0,
+            retired: false,
+        }
+    }
+
+    fn obey(&mut self, cx: &mut Context<'_>) -> Option<End> {
+        match self.link.order() {
+            Order::Serve => {}
+            Order::Retire if self.retired => {}
+            Order::Retire => {
+                self.retired = true;
+                self.protocol.retire();
+            }
+            Order::Close(reason) => {
+                self.control.close(cx);
+                return Some(End::Told(reason));
+            }
+        }
+        if self.widened != self.link.stalled() {
+            self.widened = self.link.stalled();
+            let stalled = u32::try_from(self.widened).unwrap_or(u32::MAX);
+            self.protocol.set_window(
+                self.stream_window
+                    .saturating_mul(stalled)
+                    .saturating_add(self.tunnel_window)
+                    .min(MOST_OUTSTANDING.max(self.tunnel_window)),
+            );
+        }
+        None
+    }
+
+    fn broken(&self, error: &dyn std::fmt::Display) -> End {
+        // HTTP/2 keeps no more than a text of what was wrong below it.
+        match self.control.fault() {
+            Some(fault) => End::Broken(fault.to_string()),
+            None => End::Broken(error.to_string()),
+        }
+    }
+}
+
+impl<P: Protocol, F: FnMut(Incoming) + Unpin> Future for Driver<P, F> {
+    type Output = End;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<End> {
+        let this = self.get_mut();
+        this.link.watch(cx);
+        if let Some(end) = this.obey(cx) {
+            return Poll::Ready(end);
+        }
+        loop {
+            match this.protocol.poll_next(cx) {
+                Poll::Ready(Some(Ok(stream))) => (this.on_stream)(stream),
+                Poll::Ready(Some(Err(error))) => {
+                    let end = this.broken(&error);
+                    // The last GOAWAY says why; nothing more can be done if it cannot be sent.
+                    let _ = this.control.poll_send(cx);
+                    return Poll::Ready(end);
+                }
+                Poll::Ready(None) => {
+                    let _ = this.control.poll_send(cx);
+                    return Poll::Ready(End::Closed);
+                }
+                Poll::Pending => break,
+            }
+        }
+        match this.heartbeat.poll_missed(cx) {
+            Poll::Ready(()) => return Poll::Ready(End::Silent),
+            Poll::Pending => {}
+        }
+        match this.control.poll_send(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(this.broken(&error)),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+// === Heartbeat ===
+
+/// Sends PINGs and waits for their answers.
+struct Heartbeat {
+    pings: Option<PingPong>,
+    timer: Pin<Box<Sleep>>,
+    waiting: bool,
+    interval: Duration,
+    patience: Duration,
+}
+
+impl Heartbeat {
+    fn new(pings: Option<PingPong>, interval: Duration, patience: Duration) -> Self {
+        Self {
+            pings,
+            timer: Box::pin(sleep(interval)),
+            waiting: false,
+            interval,
+            patience,
+        }
+    }
+
+    /// Ready when an answer did not come in time.
+    fn poll_missed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(pings) = &mut self.pings else {
+            return Poll::Pending;
+        };
+        loop {
+            if self.waiting && pings.poll_pong(cx).is_ready() {
+                // An error here is the connection's end, which HTTP/2 itself reports.
+                self.waiting = false;
+                self.timer.as_mut().reset(Instant::now() + self.interval);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            if self.waiting {
+                return Poll::Ready(());
+            }
+            self.waiting = pings.send_ping(Ping::opaque()).is_ok();
+            let next = if self.waiting {
+                self.patience
+            } else {
+                self.interval
+            };
+            self.timer.as_mut().reset(Instant::now() + next);
+        }
+    }
+}
+
+// === Both ends of HTTP/2 ===
+
+impl Protocol for h2::client::Connection<Wire, Bytes> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Incoming, h2::Error>>> {
+        Pin::new(self).poll(cx).map(|result| result.err().map(Err))
+    }
+
+    fn pings(&mut self) -> Option<PingPong> {
+        self.ping_pong()
+    }
+
+    fn set_window(&mut self, bytes: u32) {
+        self.set_target_window_size(bytes);
+    }
+
+    /// Nothing: the pool hands out no more streams, and the connection ends with the last one.
+    fn retire(&mut self) {}
+}
+
+impl Protocol for h2::server::Connection<Wire, Bytes> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Incoming, h2::Error>>> {
+        self.poll_accept(cx)
+    }
+
+    fn pings(&mut self) -> Option<PingPong> {
+        self.ping_pong()
+    }
+
+    fn set_window(&mut self, bytes: u32) {
+        self.set_target_window_size(bytes);
+    }
+
+    fn retire(&mut self) {
+        self.graceful_shutdown();
+    }
+}
+
+/// Waits for HTTP/2's answer to `future` while sending what it writes.
+pub(super) async fn sending<T>(
+    control: &WireControl,
+    future: impl Future<Output = T>,
+) -> io::Result<T> {
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|cx| {
+        let result = future.as_mut().poll(cx);
+        match (result, control.poll_send(cx)) {
+            (Poll::Ready(value), _) => Poll::Ready(Ok(value)),
+            (Poll::Pending, Poll::Ready(Err(error))) => Poll::Ready(Err(error)),
+            (Poll::Pending, _) => Poll::Pending,
+        }
+    })
+    .await
+}

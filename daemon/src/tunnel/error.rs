@@ -1,0 +1,212 @@
+//! What can go wrong in the data path, with the [`Reason`] that each is logged and counted under.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use reeve_common::Reason;
+
+use crate::{identity::SpiffeId, telemetry::HandshakeReason};
+
+/// The data path could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A thread could not be made.
+    #[error("cannot start tunnel worker {worker}: {source}; check the limit on threads")]
+    Thread {
+        /// Number of the worker, from 0.
+        worker: usize,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// A worker's event loop could not be made.
+    #[error("cannot make the event loop of a tunnel worker: {0}; check the limit on open files")]
+    Runtime(io::Error),
+}
+
+/// The listeners of a network namespace could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The listener for redirected connections.
+    #[error(
+        "cannot listen for outbound connections on port {port} in network namespace {inode}: {source}"
+    )]
+    Outbound {
+        /// The port.
+        port: u16,
+        /// The namespace.
+        inode: u64,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// The listener for tunnels.
+    #[error("cannot listen for tunnels on port {port} in network namespace {inode}: {source}")]
+    Tunnel {
+        /// The port.
+        port: u16,
+        /// The namespace.
+        inode: u64,
+        /// From the kernel.
+        source: io::Error,
+    },
+}
+
+/// Where a time limit was reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Stage {
+    /// TCP connection.
+    #[error("the TCP connection")]
+    Connect,
+    /// TLS handshake and HTTP/2 settings.
+    #[error("the handshake")]
+    Handshake,
+    /// Answer to a CONNECT request.
+    #[error("the answer to CONNECT")]
+    Request,
+    /// A free place in a tunnel.
+    #[error("a free stream in a tunnel")]
+    Stream,
+}
+
+/// Why a connection could not be made or was refused.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TunnelError {
+    /// The kernel knows of no original destination for an accepted connection.
+    #[error("the connection was not redirected by reeve, or its record was pushed out")]
+    NoOrigin,
+    /// The workload or the peer is gone, or no longer what it was when the kernel let it through.
+    #[error("{0} has changed since the kernel let the connection through")]
+    Stale(&'static str),
+    /// The policy refuses the connection.
+    #[error("the policy refuses it")]
+    Denied(Reason),
+    /// The identity has no valid certificate.
+    #[error("{0} has no valid certificate; see what the log says of its source")]
+    NoCertificate(SpiffeId),
+    /// A socket could not be made in the workload's network namespace.
+    #[error("cannot open a socket for {to} in the workload's network namespace: {source}")]
+    Socket {
+        /// What it was to connect to.
+        to: SocketAddr,
+        /// From the kernel.
+        source: Arc<io::Error>,
+    },
+    /// The peer's tunnel port cannot be reached.
+    #[error("cannot connect to the tunnel port {to}: {source}; does reeve run there?")]
+    Connect {
+        /// The tunnel port.
+        to: SocketAddr,
+        /// From the kernel.
+        source: Arc<io::Error>,
+    },
+    /// A time limit was reached.
+    #[error("{stage} took longer than {limit:?} with {to}")]
+    Timeout {
+        /// What was waited for.
+        stage: Stage,
+        /// The far end.
+        to: SocketAddr,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The TLS handshake failed.
+    #[error("the TLS handshake with {to} failed: {detail}")]
+    Handshake {
+        /// The far end.
+        to: SocketAddr,
+        /// Why, as it is counted.
+        reason: HandshakeReason,
+        /// Why, in full.
+        detail: Arc<str>,
+    },
+    /// The tunnel broke while the CONNECT request was under way.
+    #[error("the tunnel to {to} broke before it answered: {detail}")]
+    Broken {
+        /// The far end.
+        to: SocketAddr,
+        /// What broke it.
+        detail: Arc<str>,
+    },
+    /// The peer answered something other than 200.
+    #[error("the peer {to} answered CONNECT with {status}")]
+    Answer {
+        /// The far end.
+        to: SocketAddr,
+        /// HTTP status.
+        status: u16,
+    },
+    /// The request is not a CONNECT to `ip:port`.
+    #[error("the request is not a CONNECT to an address and a port")]
+    BadRequest,
+    /// The authority is not an address of the workload whose identity was presented.
+    #[error("the authority is not an address of the workload that the tunnel reaches")]
+    WrongAuthority,
+    /// The authority's port is one of reeve's.
+    #[error("the port is reeve's own")]
+    ReservedPort,
+    /// The application cannot be reached.
+    #[error("cannot connect to the application: {0}")]
+    Application(Arc<io::Error>),
+    /// The application did not answer in time.
+    #[error("the application did not accept the connection within {0:?}")]
+    ApplicationTimeout(Duration),
+    /// A limit was reached.
+    #[error("the limit `limits.{0}` is reached")]
+    Limit(&'static str),
+    /// No longer allowed before it stood.
+    #[error("it was revoked before it stood")]
+    Revoked,
+    /// The client went away before the connection stood.
+    #[error("the client went away before the connection stood")]
+    ClientGone,
+    /// The daemon is shutting down.
+    #[error("the daemon is shutting down")]
+    Shutdown,
+}
+
+impl TunnelError {
+    /// What it is logged and counted under.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NoOrigin => Reason::NoOrigin,
+            Self::Stale(_) | Self::Revoked => Reason::Revoked,
+            Self::Denied(reason) => *reason,
+            Self::NoCertificate(_) => Reason::NoCertificate,
+            Self::Socket { .. } | Self::Connect { .. } => Reason::PeerUnreachable,
+            Self::Timeout { stage, .. } => match stage {
+                Stage::Connect => Reason::PeerUnreachable,
+                Stage::Handshake | Stage::Request => Reason::Timeout,
+                Stage::Stream => Reason::Limit,
+            },
+            Self::Handshake { reason, .. } => of_handshake(*reason),
+            Self::Broken { .. } | Self::ClientGone => Reason::Reset,
+            Self::Answer { status: 401, .. } => Reason::PeerDenied,
+            Self::Answer { status: 400, .. } | Self::BadRequest => Reason::BadRequest,
+            Self::Answer { .. } => Reason::PeerFailed,
+            Self::WrongAuthority => Reason::WrongAuthority,
+            Self::ReservedPort => Reason::ReservedPort,
+            Self::Application(_) => Reason::ApplicationUnreachable,
+            Self::ApplicationTimeout(_) => Reason::Timeout,
+            Self::Limit(_) => Reason::Limit,
+            Self::Shutdown => Reason::Shutdown,
+        }
+    }
+}
+
+fn of_handshake(reason: HandshakeReason) -> Reason {
+    match reason {
+        HandshakeReason::Timeout => Reason::Timeout,
+        HandshakeReason::Limit => Reason::Limit,
+        HandshakeReason::WrongIdentity => Reason::PeerIdentity,
+        HandshakeReason::NoOwnCertificate => Reason::NoCertificate,
+        HandshakeReason::NoCertificate
+        | HandshakeReason::Validity
+        | HandshakeReason::UntrustedChain
+        | HandshakeReason::UnknownTrustDomain
+        | HandshakeReason::InvalidSvid
+        | HandshakeReason::Revoked => Reason::PeerCertificate,
+        HandshakeReason::Ok
+        | HandshakeReason::Transport
+        | HandshakeReason::Protocol
+        | HandshakeReason::PeerAlert => Reason::HandshakeFailed,
+    }
+}

@@ -1,0 +1,184 @@
+//! One stream that a peer opened: judged with the client's authenticated identity and the real
+//! port, and connected to the application.
+
+use std::{future::poll_fn, net::SocketAddr, rc::Rc, sync::Arc};
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, server::SendResponse};
+use http::{Method, Request, Response, StatusCode};
+use reeve_common::Direction;
+use tokio::{net::TcpStream, select, time::timeout};
+
+use crate::datapath::netns::Netns;
+
+use super::{
+    TunnelError, authority,
+    bounds::Place,
+    connection::{Call, Live, Parties},
+    copy::copy,
+    driver::Incoming,
+    link::Link,
+    socket,
+    worker::Worker,
+};
+
+/// Serves a stream to its end.
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    netns: Arc<Netns>,
+    link: Rc<Link>,
+    (request, mut respond): Incoming,
+) {
+    let _stream = StreamOf::new(&link);
+    let destination = destination(&request);
+    let mut call = Call {
+        parties: Parties::Inbound {
+            workload: None,
+            own: link.ends.own.clone(),
+            client: link.ends.peer.clone(),
+        },
+        source: link.ends.remote,
+        destination: destination.unwrap_or(link.ends.local),
+        netns: netns.cookie,
+        rule: 0,
+    };
+    let connected = match destination {
+        Some(_) => connect(&worker, &netns, &link, &mut call, &mut respond).await,
+        None => Err(TunnelError::BadRequest),
+    };
+    let refused = match connected {
+        Ok((app, place)) => match begin(&mut respond) {
+            Ok(send) => {
+                let live = call.open(&worker, &link, place);
+                carry(&worker, live, app, send, request.into_body()).await;
+                return;
+            }
+            Err(error) => error,
+        },
+        Err(error) => error,
+    };
+    call.refused(&worker, &refused);
+    answer(&mut respond, status_for(&refused));
+}
+
+/// Copies until the connection ends.
+async fn carry(
+    worker: &Worker,
+    live: Live,
+    app: TcpStream,
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+) {
+    let connection = live.connection().clone();
+    // What changed while the application was connected to has not been judged yet.
+    connection.judge_again(&worker.shared.snapshot.load());
+    let reason = copy(app, send, recv, connection).await;
+    live.ended(reason);
+}
+
+/// The destination that a CONNECT names.
+fn destination(request: &Request<RecvStream>) -> Option<SocketAddr> {
+    let uri = request.uri();
+    let plain = request.method() == Method::CONNECT
+        && uri.scheme().is_none()
+        && uri.path_and_query().is_none()
+        && request.extensions().get::<h2::ext::Protocol>().is_none();
+    plain.then(|| authority::parse(uri.authority()?)).flatten()
+}
+
+/// Judges the request, and connects to the application unless the client goes away first. What is
+/// found out about the connection goes into `call`.
+async fn connect(
+    worker: &Worker,
+    netns: &Netns,
+    link: &Link,
+    call: &mut Call,
+    respond: &mut SendResponse<Bytes>,
+) -> Result<(TcpStream, Place), TunnelError> {
+    admit(worker, link, call)?;
+    let place = worker.bounds.place()?;
+    let failed = |error: std::io::Error| TunnelError::Application(error.into());
+    let socket = netns
+        .onward_socket(call.source.ip(), call.destination)
+        .map_err(failed)?;
+    let limit = worker.timeouts.connect;
+    // No TCP_USER_TIMEOUT: it would end an application that pauses reading for longer than that,
+    // and within a host nothing goes missing unnoticed.
+    let connecting = timeout(limit, socket::connect(socket, call.destination, None));
+    select! {
+        biased;
+        connected = connecting => match connected {
+            Ok(connected) => Ok((connected.map_err(failed)?, place)),
+            Err(_) => Err(TunnelError::ApplicationTimeout(limit)),
+        },
+        _ = poll_fn(|cx| respond.poll_reset(cx)) => Err(TunnelError::ClientGone),
+    }
+}
+
+/// Whether the peer may talk to the destination.
+fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<(), TunnelError> {
+    let snapshot = worker.shared.snapshot.load();
+    let destination = call.destination;
+    // Both the address that the tunnel was opened to, and one of the workload that it reaches.
+    if destination.ip() != link.ends.local.ip() {
+        return Err(TunnelError::WrongAuthority);
+    }
+    let running = snapshot
+        .workload_at(call.netns, destination.ip(), destination.port())
+        .filter(|running| running.workload.attributes.spiffe_id == link.ends.own)
+        .ok_or(TunnelError::WrongAuthority)?;
+    if let Parties::Inbound { workload, .. } = &mut call.parties {
+        *workload = Some(running.workload.clone());
+    }
+    if [worker.ports.outbound, worker.ports.tunnel].contains(&destination.port()) {
+        return Err(TunnelError::ReservedPort);
+    }
+    let decision = call.judge(&snapshot)?;
+    call.rule = decision.rule;
+    worker
+        .shared
+        .metrics
+        .verdict(Direction::Ingress, true, decision.reason);
+    if worker.draining.get() {
+        return Err(TunnelError::Shutdown);
+    }
+    Ok(())
+}
+
+/// Tells the client that the connection stands.
+fn begin(respond: &mut SendResponse<Bytes>) -> Result<SendStream<Bytes>, TunnelError> {
+    respond
+        .send_response(Response::new(()), false)
+        .map_err(|_| TunnelError::ClientGone)
+}
+
+fn status_for(error: &TunnelError) -> StatusCode {
+    match error {
+        TunnelError::BadRequest | TunnelError::WrongAuthority => StatusCode::BAD_REQUEST,
+        TunnelError::Denied(_) => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // A client that is gone needs no answer.
+    let _ = respond.send_response(response, true);
+}
+
+/// Counts a stream among its tunnel's for as long as it is served.
+struct StreamOf(Rc<Link>);
+
+impl StreamOf {
+    fn new(link: &Rc<Link>) -> Self {
+        link.stream_opened();
+        Self(link.clone())
+    }
+}
+
+impl Drop for StreamOf {
+    fn drop(&mut self) {
+        self.0.stream_ended();
+    }
+}

@@ -1,0 +1,151 @@
+//! One tunnel, as everything but its driver sees it: who is at its ends, how many streams it
+//! carries, and what it has been told to do.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    task::{Context, Waker},
+    time::{Duration, Instant, SystemTime},
+};
+
+use reeve_common::Reason;
+use rustls_pki_types::CertificateDer;
+
+use crate::{identity::SpiffeId, telemetry::Role};
+
+/// Facts about a tunnel that do not change.
+#[derive(Debug)]
+pub(super) struct Ends {
+    pub(super) role: Role,
+    /// Own identity, and the generation of its material that the handshake used.
+    pub(super) own: SpiffeId,
+    pub(super) generation: u64,
+    /// The far end's authenticated identity.
+    pub(super) peer: SpiffeId,
+    /// The far end's certificates, leaf first, as they were verified.
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    /// When the first of both ends' certificates expires.
+    pub(super) not_after: SystemTime,
+    /// The far end's address.
+    pub(super) remote: SocketAddr,
+    /// The own address.
+    pub(super) local: SocketAddr,
+}
+
+/// What a tunnel has been told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Take streams.
+    Serve,
+    /// Take no new streams, and end with the last one.
+    Retire,
+    /// End now.
+    Close(Reason),
+}
+
+/// A tunnel.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) ends: Ends,
+    pub(super) opened: Instant,
+    streams: Cell<usize>,
+    served: Cell<bool>,
+    /// When the last stream ended, or the tunnel was opened.
+    idle_since: Cell<Instant>,
+    order: Cell<Order>,
+    /// Streams whose application has not read for a while: each holds up to a stream's window of
+    /// what the whole tunnel may have outstanding.
+    stalled: Cell<usize>,
+    driver: RefCell<Option<Waker>>,
+}
+
+impl Link {
+    pub(super) fn new(ends: Ends) -> Self {
+        let now = Instant::now();
+        Self {
+            ends,
+            opened: now,
+            streams: Cell::new(0),
+            served: Cell::new(false),
+            idle_since: Cell::new(now),
+            order: Cell::new(Order::Serve),
+            stalled: Cell::new(0),
+            driver: RefCell::new(None),
+        }
+    }
+
+    /// Streams open now.
+    pub(super) fn streams(&self) -> usize {
+        self.streams.get()
+    }
+
+    pub(super) fn stream_opened(&self) {
+        self.streams.set(self.streams.get() + 1);
+        self.served.set(true);
+    }
+
+    /// Whether the tunnel has ever had a stream.
+    pub(super) fn has_served(&self) -> bool {
+        self.served.get()
+    }
+
+    pub(super) fn stream_ended(&self) {
+        self.streams.set(self.streams.get().saturating_sub(1));
+        self.idle_since.set(Instant::now());
+    }
+
+    /// How long the tunnel has had no stream; none while it has one.
+    pub(super) fn idle(&self, now: Instant) -> Option<Duration> {
+        (self.streams() == 0).then(|| now.saturating_duration_since(self.idle_since.get()))
+    }
+
+    /// Takes no new streams from now on.
+    pub(super) fn retire(&self) {
+        if self.order.get() == Order::Serve {
+            self.give(Order::Retire);
+        }
+    }
+
+    /// Ends as soon as the driver runs. The first reason given stands.
+    pub(super) fn close(&self, reason: Reason) {
+        if !matches!(self.order.get(), Order::Close(_)) {
+            self.give(Order::Close(reason));
+        }
+    }
+
+    /// What the tunnel has been told last.
+    pub(super) fn order(&self) -> Order {
+        self.order.get()
+    }
+
+    /// Sets the number of streams that hold their whole window.
+    pub(super) fn set_stalled(&self, streams: usize) {
+        if self.stalled.replace(streams) != streams {
+            self.wake();
+        }
+    }
+
+    pub(super) fn stalled(&self) -> usize {
+        self.stalled.get()
+    }
+
+    /// The driver is to be woken when anything here changes.
+    pub(super) fn watch(&self, cx: &Context<'_>) {
+        let mut driver = self.driver.borrow_mut();
+        match &mut *driver {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => *driver = Some(cx.waker().clone()),
+        }
+    }
+
+    fn give(&self, order: Order) {
+        self.order.set(order);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.driver.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+}

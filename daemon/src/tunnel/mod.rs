@@ -1,0 +1,115 @@
+//! The data path in user space: HBONE tunnels (HTTP/2 CONNECT over mutual TLS) and the streams in
+//! them, each carrying one application connection.
+//!
+//! In: connections that the kernel redirected, tunnels of peers, the current
+//! [`Snapshot`](crate::policy::Snapshot) and identities. Out: bytes, log lines and metrics.
+//!
+//! Follow a connection that a workload opens: [`outbound`] accepts it, [`pool`] finds or opens a
+//! tunnel with [`client`], and [`copy`] moves the bytes. Follow one that a peer opens: [`server`]
+//! accepts the tunnel, [`inbound`] judges each stream and connects to the application, and [`copy`]
+//! moves the bytes.
+//!
+//! Below these: [`wire`] is TLS over TCP as HTTP/2 sees it, [`driver`] keeps one tunnel going,
+//! [`link`] is a tunnel as everything else sees it, and [`connection`] an application connection
+//! from its first byte to its log line. All of them run on one of the threads of [`workers`], and
+//! share what a thread owns through [`worker`] and never with another thread.
+
+mod authority;
+mod bounds;
+mod client;
+mod connection;
+mod copy;
+mod driver;
+mod error;
+mod inbound;
+mod link;
+mod outbound;
+mod pool;
+mod registry;
+mod server;
+mod socket;
+mod sweep;
+#[cfg(test)]
+mod tests;
+mod wire;
+mod worker;
+mod workers;
+
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use reeve_common::Origin;
+
+use crate::{
+    datapath::Datapath,
+    identity::{IdentityStore, SpiffeId},
+    policy::Snapshot,
+    telemetry::{ConnectionLog, Metrics},
+};
+
+pub use error::{ServeError, StartError, TunnelError};
+pub use workers::Tunnels;
+
+/// Who knows where a redirected connection was meant to go: the kernel's maps.
+pub trait Origins: fmt::Debug + Send + Sync {
+    /// Takes the original destination of the connection that `client` opened in a namespace.
+    fn claim_origin(&self, netns_cookie: u64, client: SocketAddr) -> Option<Origin>;
+}
+
+impl Origins for Datapath {
+    fn claim_origin(&self, netns_cookie: u64, client: SocketAddr) -> Option<Origin> {
+        Self::claim_origin(self, netns_cookie, client)
+    }
+}
+
+/// What the data path shares with the rest of the daemon. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Who is where and who may talk. After it has changed: [`Tunnels::judge_again`].
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// Certificates.
+    pub identities: Arc<IdentityStore>,
+    /// Original destinations.
+    pub origins: Arc<dyn Origins>,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Where ended and refused connections are logged.
+    pub log: ConnectionLog,
+}
+
+/// What `reeve status` says of one tunnel.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelStatus {
+    /// `client` where this node opened it, `server` where the peer did.
+    pub role: &'static str,
+    /// Own identity.
+    pub local: SpiffeId,
+    /// The far end's authenticated identity.
+    pub peer: SpiffeId,
+    /// The far end's address.
+    pub address: SocketAddr,
+    /// Application connections in it now.
+    pub streams: usize,
+    /// Time since it was opened.
+    #[serde(serialize_with = "seconds")]
+    pub age: Duration,
+    /// Takes no new streams.
+    pub retired: bool,
+}
+
+/// What `reeve status` says of the data path.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelsStatus {
+    /// Application connections open now.
+    pub connections: usize,
+    /// Tunnels open now, all of them.
+    pub tunnels_open: usize,
+    /// The first tunnels: a bounded number.
+    pub tunnels: Vec<TunnelStatus>,
+}
+
+fn seconds<S: serde::Serializer>(age: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(age.as_secs())
+}

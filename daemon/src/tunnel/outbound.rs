@@ -1,0 +1,121 @@
+//! One connection that a workload opened and the kernel redirected: taken through a tunnel to the
+//! peer that it was meant for, or reset. Never is a byte of it sent as plaintext.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc};
+
+use reeve_common::Origin;
+use tokio::net::TcpStream;
+
+use crate::{
+    datapath::netns::Netns,
+    policy::{Decision, Snapshot},
+};
+
+use super::{
+    TunnelError, authority,
+    bounds::Place,
+    connection::{Call, Parties},
+    copy::copy,
+    pool::Stream,
+    socket,
+    worker::Worker,
+};
+
+/// Serves an accepted connection to its end.
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    netns: Arc<Netns>,
+    app: TcpStream,
+    source: SocketAddr,
+) {
+    let origin = worker.shared.origins.claim_origin(netns.cookie, source);
+    let mut call = Call {
+        parties: Parties::Outbound {
+            workload: None,
+            peer: None,
+        },
+        source,
+        destination: source,
+        netns: netns.cookie,
+        rule: 0,
+    };
+    let connected = match origin {
+        Some(origin) => connect(&worker, &netns, &mut call, &origin).await,
+        None => Err(TunnelError::NoOrigin),
+    };
+    let (stream, place) = match connected {
+        Ok(connected) => connected,
+        Err(error) => {
+            call.refused(&worker, &error);
+            socket::reset(app);
+            return;
+        }
+    };
+    let live = call.open(&worker, stream.slot.link(), place);
+    let connection = live.connection().clone();
+    // What changed while the tunnel was opened has not been judged yet.
+    connection.judge_again(&worker.shared.snapshot.load());
+    let reason = copy(app, stream.send, stream.recv, connection).await;
+    live.ended(reason);
+}
+
+/// Judges the connection and gets it a stream. What is found out about it goes into `call`.
+async fn connect(
+    worker: &Rc<Worker>,
+    netns: &Arc<Netns>,
+    call: &mut Call,
+    origin: &Origin,
+) -> Result<(Stream, Place), TunnelError> {
+    call.destination = SocketAddr::new(authority::from_map(origin.address), origin.port);
+    call.rule = origin.rule;
+    let (to, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
+    call.rule = decision.rule;
+    let place = worker.bounds.place()?;
+    let Parties::Outbound {
+        workload: Some(workload),
+        peer: Some((_, expected)),
+    } = &call.parties
+    else {
+        return Err(TunnelError::Stale("the workload or the peer"));
+    };
+    let stream = worker
+        .pool
+        .stream(
+            worker,
+            netns,
+            &workload.attributes.spiffe_id,
+            to,
+            expected,
+            call.destination,
+        )
+        .await?;
+    Ok((stream, place))
+}
+
+/// Finds the ends and judges the connection. Gives the peer's tunnel port and the verdict.
+fn identify(
+    snapshot: &Snapshot,
+    call: &mut Call,
+    origin: &Origin,
+) -> Result<(SocketAddr, Decision), TunnelError> {
+    let running = snapshot
+        .workload(origin.workload)
+        .ok_or(TunnelError::Stale("the workload"))?;
+    let mut parties = (running.workload.clone(), None);
+    let peer = snapshot.peer(origin.peer);
+    let known = peer.and_then(|peer| {
+        let expected = peer.attributes.as_ref()?.spiffe_id.clone();
+        Some((peer.clone(), expected, peer.tunnel_port?))
+    });
+    let port = known.map(|(peer, expected, port)| {
+        parties.1 = Some((peer, expected));
+        port
+    });
+    call.parties = Parties::Outbound {
+        workload: Some(parties.0),
+        peer: parties.1,
+    };
+    let port = port.ok_or(TunnelError::Stale("the peer"))?;
+    let decision = call.judge(snapshot)?;
+    Ok((SocketAddr::new(call.destination.ip(), port), decision))
+}

@@ -1,0 +1,429 @@
+//! The tunnels that a worker has opened: shared by all connections from one identity to one peer.
+//!
+//! A tunnel is opened when a connection needs one and those there are have no free stream. All
+//! that wait share the handshake under way, and are served in the order in which they came. An
+//! identity's new certificate makes new tunnels; the old ones take no more streams and end with
+//! their last.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, VecDeque},
+    mem,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, client::SendRequest};
+use tokio::{sync::oneshot, task::spawn_local, time::timeout};
+
+use crate::{
+    datapath::netns::Netns,
+    identity::{IdentityStore, SpiffeId},
+    telemetry::Role,
+};
+
+use super::{
+    TunnelError,
+    client::{self, NoStream, Target},
+    error::Stage,
+    link::{Link, Order},
+    worker::Worker,
+};
+
+/// Tunnels tried for one connection when peers say that they have not looked at the request.
+const ATTEMPTS: usize = 3;
+/// A peer that failed is not tried again for this long at first: a burst of connections must not
+/// become a burst of handshakes.
+const FIRST_BACK_OFF: Duration = Duration::from_millis(50);
+/// Each failure doubles the wait up to this, short enough for a peer that comes back.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(1);
+
+/// What tunnels are told apart by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    netns: u64,
+    own: SpiffeId,
+    generation: u64,
+    peer: SocketAddr,
+    expected: SpiffeId,
+}
+
+/// The tunnels of one worker.
+#[derive(Default)]
+pub(super) struct Pool {
+    entries: RefCell<HashMap<Key, Rc<Entry>>>,
+}
+
+/// The tunnels from one identity to one peer.
+struct Entry {
+    target: Target,
+    /// Streams that a tunnel may have, if the peer allows as many.
+    most_streams: usize,
+    tunnels: RefCell<Vec<Tunnel>>,
+    /// Connections that wait for a stream.
+    waiting: RefCell<VecDeque<oneshot::Sender<Result<Ready, TunnelError>>>>,
+    /// Handshakes under way.
+    opening: Cell<usize>,
+    failure: RefCell<Option<Failure>>,
+    /// The identity has a newer certificate: tunnels that still open serve those who wait for
+    /// them and nobody else.
+    retired: Cell<bool>,
+}
+
+struct Tunnel {
+    link: Rc<Link>,
+    request: SendRequest<Bytes>,
+}
+
+struct Failure {
+    error: TunnelError,
+    until: Instant,
+    back_off: Duration,
+}
+
+/// A tunnel with a place for a stream.
+struct Ready {
+    slot: Slot,
+    request: SendRequest<Bytes>,
+}
+
+/// The place of one stream in a tunnel, given to the next who waits when dropped.
+pub(super) struct Slot {
+    entry: Rc<Entry>,
+    link: Rc<Link>,
+}
+
+/// A stream that the peer has connected to its application.
+pub(super) struct Stream {
+    pub(super) slot: Slot,
+    pub(super) send: SendStream<Bytes>,
+    pub(super) recv: RecvStream,
+}
+
+// === impl Pool ===
+
+impl Pool {
+    /// A stream from `own` to `destination`, through the tunnel port `peer`, whose owner must
+    /// prove to be `expected`.
+    pub(super) async fn stream(
+        &self,
+        worker: &Rc<Worker>,
+        netns: &Arc<Netns>,
+        own: &SpiffeId,
+        peer: SocketAddr,
+        expected: &SpiffeId,
+        destination: SocketAddr,
+    ) -> Result<Stream, TunnelError> {
+        for _ in 0..ATTEMPTS {
+            let ready = self.ready(worker, netns, own, peer, expected).await?;
+            match client::request(worker, ready.request, peer, destination).await {
+                Ok((send, recv)) => {
+                    return Ok(Stream {
+                        slot: ready.slot,
+                        send,
+                        recv,
+                    });
+                }
+                Err(NoStream::Failed(error)) => return Err(error),
+                Err(NoStream::Unprocessed) => ready.slot.link.retire(),
+            }
+        }
+        Err(TunnelError::Broken {
+            to: peer,
+            detail: "it takes no more streams".into(),
+        })
+    }
+
+    async fn ready(
+        &self,
+        worker: &Rc<Worker>,
+        netns: &Arc<Netns>,
+        own: &SpiffeId,
+        peer: SocketAddr,
+        expected: &SpiffeId,
+    ) -> Result<Ready, TunnelError> {
+        let limits = &worker.timeouts;
+        let patience = limits.connect + limits.handshake + limits.request;
+        loop {
+            if worker.draining.get() {
+                return Err(TunnelError::Shutdown);
+            }
+            let svid = worker
+                .shared
+                .identities
+                .current(own)
+                .ok_or_else(|| TunnelError::NoCertificate(own.clone()))?;
+            let target = Target {
+                netns: netns.clone(),
+                svid,
+                peer,
+                expected: expected.clone(),
+            };
+            let entry = self.entry(target, worker.limits.streams_per_tunnel);
+            if let Some(ready) = entry.take() {
+                return Ok(ready);
+            }
+            let waiting = entry.wait(worker)?;
+            match timeout(patience, waiting).await {
+                Ok(Ok(result)) => return result,
+                // The entry was retired: there is a newer certificate.
+                Ok(Err(_)) => {}
+                Err(_) => {
+                    return Err(TunnelError::Timeout {
+                        stage: Stage::Stream,
+                        to: peer,
+                        limit: patience,
+                    });
+                }
+            }
+        }
+    }
+
+    fn entry(&self, target: Target, most_streams: u32) -> Rc<Entry> {
+        let key = Key {
+            netns: target.netns.cookie,
+            own: target.svid.id.clone(),
+            generation: target.svid.generation,
+            peer: target.peer,
+            expected: target.expected.clone(),
+        };
+        let mut entries = self.entries.borrow_mut();
+        let entry = entries
+            .entry(key)
+            .or_insert_with(|| Rc::new(Entry::new(target, most_streams as usize)));
+        entry.clone()
+    }
+
+    /// Retires what is too old, too long without use, or told to take no more streams.
+    pub(super) fn sweep(&self, worker: &Worker, now: Instant) {
+        let limits = &worker.timeouts;
+        self.entries.borrow_mut().retain(|_, entry| {
+            for tunnel in &*entry.tunnels.borrow() {
+                let idle = tunnel.link.idle(now).unwrap_or_default();
+                let age = now.duration_since(tunnel.link.opened);
+                if idle >= limits.tunnel_idle || age >= limits.tunnel_age {
+                    tunnel.link.retire();
+                }
+            }
+            entry.forget_retired();
+            entry.is_needed(now)
+        });
+    }
+
+    /// Retires the tunnels whose identity has a newer certificate, or none.
+    pub(super) fn retire_outdated(&self, identities: &IdentityStore) {
+        self.retire(|key| {
+            identities.current(&key.own).map(|svid| svid.generation) != Some(key.generation)
+        });
+    }
+
+    /// Retires every tunnel.
+    pub(super) fn retire_all(&self) {
+        self.retire(|_| true);
+    }
+
+    fn retire(&self, outdated: impl Fn(&Key) -> bool) {
+        let mut retired = Vec::new();
+        self.entries.borrow_mut().retain(|key, entry| {
+            let keep = !outdated(key);
+            if !keep {
+                retired.push(entry.clone());
+            }
+            keep
+        });
+        retired.iter().for_each(|entry| entry.retire());
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn new(target: Target, most_streams: usize) -> Self {
+        Self {
+            target,
+            most_streams,
+            tunnels: RefCell::default(),
+            waiting: RefCell::default(),
+            opening: Cell::new(0),
+            failure: RefCell::default(),
+            retired: Cell::new(false),
+        }
+    }
+
+    /// A place in the first tunnel that has one: the others then become idle and end.
+    fn take(self: &Rc<Self>) -> Option<Ready> {
+        self.forget_retired();
+        let tunnels = self.tunnels.borrow();
+        let has_room = |tunnel: &&Tunnel| {
+            let peers_limit = tunnel.request.current_max_send_streams();
+            tunnel.link.streams() < self.most_streams.min(peers_limit)
+        };
+        let tunnel = tunnels.iter().find(has_room)?;
+        tunnel.link.stream_opened();
+        Some(Ready {
+            slot: Slot {
+                entry: self.clone(),
+                link: tunnel.link.clone(),
+            },
+            request: tunnel.request.clone(),
+        })
+    }
+
+    /// Queues for a stream, and opens as many tunnels as the queue needs.
+    fn wait(
+        self: &Rc<Self>,
+        worker: &Rc<Worker>,
+    ) -> Result<oneshot::Receiver<Result<Ready, TunnelError>>, TunnelError> {
+        let backing_off =
+            self.failure.borrow().as_ref().and_then(|failure| {
+                (Instant::now() < failure.until).then(|| failure.error.clone())
+            });
+        match backing_off {
+            Some(error) if self.tunnels.borrow().is_empty() => return Err(error),
+            _ => {}
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.waiting.borrow_mut().push_back(sender);
+        if backing_off.is_none() {
+            self.open_as_needed(worker);
+        }
+        Ok(receiver)
+    }
+
+    fn open_as_needed(self: &Rc<Self>, worker: &Rc<Worker>) {
+        let limits = &worker.limits;
+        loop {
+            let under_way = self.opening.get();
+            let served = under_way * self.most_streams;
+            let tunnels = self.tunnels.borrow().len() + under_way;
+            if self.waiting.borrow().len() <= served || tunnels >= limits.tunnels_per_peer {
+                return;
+            }
+            self.opening.set(under_way + 1);
+            spawn_local(run(worker.clone(), self.clone()));
+        }
+    }
+
+    /// Gives free places to those who wait.
+    fn serve_waiting(self: &Rc<Self>) {
+        loop {
+            let next = {
+                let mut waiting = self.waiting.borrow_mut();
+                while waiting.front().is_some_and(oneshot::Sender::is_closed) {
+                    waiting.pop_front();
+                }
+                if waiting.is_empty() {
+                    return;
+                }
+                let Some(ready) = self.take() else {
+                    return;
+                };
+                waiting.pop_front().map(|sender| (sender, ready))
+            };
+            if let Some((sender, ready)) = next {
+                // A waiter that went away in between gives its place back by dropping it.
+                let _ = sender.send(Ok(ready));
+            }
+        }
+    }
+
+    fn opened(self: &Rc<Self>, link: Rc<Link>, request: SendRequest<Bytes>) {
+        self.failure.borrow_mut().take();
+        self.tunnels.borrow_mut().push(Tunnel { link, request });
+        self.serve_waiting();
+        if self.retired.get() {
+            self.retire();
+        }
+    }
+
+    fn failed(&self, error: &TunnelError) {
+        let last = self.failure.borrow().as_ref().map(|last| last.back_off);
+        let back_off = last.map_or(FIRST_BACK_OFF, |last| (last * 2).min(LONGEST_BACK_OFF));
+        *self.failure.borrow_mut() = Some(Failure {
+            error: error.clone(),
+            until: Instant::now() + back_off,
+            back_off,
+        });
+        if self.opening.get() == 0 && self.tunnels.borrow().is_empty() {
+            for waiting in mem::take(&mut *self.waiting.borrow_mut()) {
+                // One that went away needs no answer.
+                let _ = waiting.send(Err(error.clone()));
+            }
+        }
+    }
+
+    fn retire(&self) {
+        self.retired.set(true);
+        for tunnel in mem::take(&mut *self.tunnels.borrow_mut()) {
+            tunnel.link.retire();
+        }
+        if self.opening.get() == 0 {
+            // They look for a tunnel with the newer certificate.
+            self.waiting.borrow_mut().clear();
+        }
+    }
+
+    /// Lets go of tunnels that take no more streams, so that they end with their last one.
+    fn forget_retired(&self) {
+        self.tunnels
+            .borrow_mut()
+            .retain(|tunnel| tunnel.link.order() == Order::Serve);
+    }
+
+    fn is_needed(&self, now: Instant) -> bool {
+        self.opening.get() > 0
+            || !self.tunnels.borrow().is_empty()
+            || !self.waiting.borrow().is_empty()
+            || matches!(&*self.failure.borrow(), Some(failure) if now < failure.until + LONGEST_BACK_OFF)
+    }
+}
+
+/// Opens a tunnel and carries it until it ends.
+async fn run(worker: Rc<Worker>, entry: Rc<Entry>) {
+    let result = client::open(&worker, &entry.target).await;
+    entry.opening.set(entry.opening.get() - 1);
+    let tunnel = match result {
+        Ok(tunnel) => tunnel,
+        Err(error) => {
+            tracing::warn!(
+                peer = %entry.target.peer,
+                peer_id = %entry.target.expected,
+                id = %entry.target.svid.id,
+                reason = error.reason().as_str(),
+                "no tunnel: {error}"
+            );
+            entry.failed(&error);
+            return;
+        }
+    };
+    let (link, request, driver) = tunnel.into_parts();
+    entry.opened(link.value().clone(), request);
+    entry.open_as_needed(&worker);
+    worker.shared.metrics.tunnels_open(Role::Client, 1);
+    let end = driver.await;
+    worker.shared.metrics.tunnels_open(Role::Client, -1);
+    worker.ended(&link, &end);
+    entry.forget_retired();
+    entry.open_as_needed(&worker);
+}
+
+// === impl Slot ===
+
+impl Slot {
+    /// The tunnel.
+    pub(super) fn link(&self) -> &Rc<Link> {
+        &self.link
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.link.stream_ended();
+        if !self.entry.waiting.borrow().is_empty() {
+            self.entry.serve_waiting();
+        }
+    }
+}

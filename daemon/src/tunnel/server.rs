@@ -1,0 +1,285 @@
+//! Accepts the tunnels of peers: picks the identity that the client asks for, verifies the
+//! client's, and hands each stream to [`inbound`].
+
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use bytes::Bytes;
+use h2::server::{Builder, Connection};
+use rustls::{ServerConfig, server::Acceptor};
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::OwnedSemaphorePermit,
+    task::spawn_local,
+    time::{sleep, timeout},
+};
+use tokio_rustls::LazyConfigAcceptor;
+
+use crate::{
+    datapath::netns::Netns,
+    identity::{ALPN, RejectReason, SpiffeId, Svid, peer_id, server_name_matches},
+    telemetry::{Handshake, HandshakeReason, Role},
+    workload::RunningWorkload,
+};
+
+use super::{
+    authority::canonical,
+    client::SEND_BUFFER,
+    driver::{Driver, End, sending},
+    inbound,
+    link::{Ends, Link},
+    wire::{Wire, WireControl, wire},
+    worker::Worker,
+};
+
+/// After accepting has failed, which is nearly always for want of file descriptors: time in which
+/// some come free, instead of failing again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Streams that a peer may open and reset before anything was done for them, of which it is then
+/// told off: "rapid reset" (CVE-2023-44487).
+const MOST_UNSERVED_RESETS: usize = 32;
+/// Streams reset by either side that are remembered for a while, so that frames under way for them
+/// are no errors.
+const REMEMBERED_RESETS: usize = 64;
+/// Errors of a peer that HTTP/2 answers with a reset, before it ends the tunnel.
+const MOST_ERRORS: usize = 64;
+
+/// Accepts connections for as long as the future is polled, and calls `serve` with each.
+pub(super) async fn accept<F: Future<Output = ()> + 'static>(
+    listener: TcpListener,
+    mut serve: impl FnMut(TcpStream, SocketAddr) -> F,
+) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, from)) => {
+                spawn_local(serve(stream, canonical(from)));
+            }
+            Err(error) => {
+                // A connection that is gone again is no reason to wait.
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset
+                ) {
+                    tracing::warn!(%error, "cannot accept a connection; is the limit on open files reached?");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// Serves one tunnel from its first byte to its end.
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    netns: Arc<Netns>,
+    tcp: TcpStream,
+    remote: SocketAddr,
+) {
+    let started = Instant::now();
+    let count = |reason| {
+        worker.shared.metrics.handshake(Handshake {
+            role: Role::Server,
+            reason,
+            duration: started.elapsed(),
+        });
+    };
+    let handshakes = worker.bounds.handshakes.clone();
+    let Ok(permit) = handshakes.try_acquire_owned() else {
+        count(HandshakeReason::Limit);
+        return;
+    };
+    let local = tcp.local_addr().map(canonical);
+    let limit = worker.timeouts.handshake;
+    let shaken = match timeout(limit, shake(&worker, &netns, tcp, remote, permit)).await {
+        Ok(result) => result,
+        Err(_) => Err(Refused {
+            reason: HandshakeReason::Timeout,
+            detail: format!("it took longer than {limit:?}"),
+        }),
+    };
+    match shaken {
+        Ok(shaken) => {
+            count(HandshakeReason::Ok);
+            run(worker, netns, shaken).await;
+        }
+        Err(refused) => {
+            count(refused.reason);
+            let log = &worker.shared.log;
+            log.handshake_failed(
+                remote,
+                local.unwrap_or(remote),
+                refused.reason,
+                &refused.detail,
+            );
+        }
+    }
+}
+
+struct Shaken {
+    connection: Connection<Wire, Bytes>,
+    control: WireControl,
+    ends: Ends,
+}
+
+struct Refused {
+    reason: HandshakeReason,
+    detail: String,
+}
+
+impl From<io::Error> for Refused {
+    fn from(error: io::Error) -> Self {
+        Self {
+            reason: HandshakeReason::from(&error),
+            detail: RejectReason::explain(&error),
+        }
+    }
+}
+
+/// TLS, and HTTP/2's preface.
+async fn shake(
+    worker: &Worker,
+    netns: &Netns,
+    tcp: TcpStream,
+    remote: SocketAddr,
+    _permit: OwnedSemaphorePermit,
+) -> Result<Shaken, Refused> {
+    let local = canonical(tcp.local_addr()?);
+    let start = LazyConfigAcceptor::new(Acceptor::default(), tcp).await?;
+    let svid =
+        pick(worker, netns, local, start.client_hello().server_name()).ok_or_else(|| Refused {
+            reason: HandshakeReason::NoOwnCertificate,
+            detail: format!("no workload with a valid certificate is at {local}"),
+        })?;
+    let config: Arc<ServerConfig> = svid.server.clone();
+    let (tcp, tls) = start.into_stream(config).await?.into_inner();
+    // A client that offers no protocol at all passes the TLS library.
+    if tls.alpn_protocol() != Some(ALPN) {
+        return Err(Refused {
+            reason: HandshakeReason::Protocol,
+            detail: "the client does not offer HTTP/2 in ALPN".into(),
+        });
+    }
+    let chain = tls.peer_certificates().unwrap_or_default().to_vec();
+    let peer = peer_id(&chain).map_err(|reason| Refused {
+        reason: reason.handshake_reason(),
+        detail: reason.to_string(),
+    })?;
+    let ends = Ends {
+        role: Role::Server,
+        own: svid.id.clone(),
+        generation: svid.generation,
+        peer,
+        not_after: not_after(&chain).min(svid.not_after),
+        chain,
+        remote,
+        local,
+    };
+    let (wire, control) = wire(tcp, tls.into());
+    let connection = sending(&control, builder(worker).handshake(wire))
+        .await?
+        .map_err(|error| Refused {
+            reason: HandshakeReason::Protocol,
+            detail: error.to_string(),
+        })?;
+    Ok(Shaken {
+        connection,
+        control,
+        ends,
+    })
+}
+
+/// The certificate to present: of the workload here that the client's server name asks for, else
+/// of the one that was declared first with the address.
+fn pick(
+    worker: &Worker,
+    netns: &Netns,
+    local: SocketAddr,
+    server_name: Option<&str>,
+) -> Option<Arc<Svid>> {
+    let snapshot = worker.shared.snapshot.load();
+    let id = |running: &Arc<RunningWorkload>| running.workload.attributes.spiffe_id.clone();
+    let here = || {
+        snapshot.workloads().filter(|running| {
+            running
+                .netns
+                .as_ref()
+                .is_some_and(|other| other.cookie == netns.cookie)
+        })
+    };
+    let named =
+        server_name.and_then(|name| here().map(id).find(|id| server_name_matches(name, id)));
+    let id: SpiffeId = match named {
+        Some(id) => id,
+        None => here()
+            .find(|running| running.addresses.contains(&local.ip()))
+            .map(id)?,
+    };
+    worker.shared.identities.current(&id)
+}
+
+pub(super) fn builder(worker: &Worker) -> Builder {
+    let limits = &worker.limits;
+    let mut builder = Builder::new();
+    builder
+        .max_concurrent_streams(limits.streams_per_tunnel)
+        .initial_window_size(limits.stream_window)
+        .initial_connection_window_size(limits.tunnel_window)
+        .max_header_list_size(limits.header_list)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(REMEMBERED_RESETS)
+        .max_pending_accept_reset_streams(MOST_UNSERVED_RESETS)
+        .max_local_error_reset_streams(Some(MOST_ERRORS));
+    builder
+}
+
+/// Carries the tunnel until it ends.
+async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
+    let link = worker.links.insert(Link::new(shaken.ends));
+    if worker.draining.get() {
+        link.retire();
+    }
+    let on_stream = {
+        let (worker, link) = (worker.clone(), link.value().clone());
+        move |stream| {
+            spawn_local(inbound::serve(
+                worker.clone(),
+                netns.clone(),
+                link.clone(),
+                stream,
+            ));
+        }
+    };
+    worker.shared.metrics.tunnels_open(Role::Server, 1);
+    let driver = Driver::new(
+        &worker,
+        shaken.connection,
+        shaken.control,
+        link.value().clone(),
+        on_stream,
+    );
+    let end: End = driver.await;
+    worker.shared.metrics.tunnels_open(Role::Server, -1);
+    worker.ended(&link, &end);
+}
+
+/// When the first certificate of a verified chain expires.
+pub(super) fn not_after(chain: &[CertificateDer<'_>]) -> SystemTime {
+    let expiry = |certificate: &CertificateDer<'_>| {
+        let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        let seconds = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+    };
+    // What cannot be read counts as expired; a verified chain can be read.
+    chain
+        .iter()
+        .map(|certificate| expiry(certificate).unwrap_or(SystemTime::UNIX_EPOCH))
+        .min()
+        .unwrap_or(SystemTime::UNIX_EPOCH)
+}

@@ -1,0 +1,55 @@
+//! Options of TCP sockets, and connecting them.
+
+use std::{
+    io,
+    net::{Shutdown, SocketAddr},
+    time::Duration,
+};
+
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
+use socket2::{SockRef, Socket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// Hands a listening socket to the running event loop. What it accepts inherits `TCP_NODELAY`
+/// from it, and `TCP_USER_TIMEOUT` where `user` is given.
+pub(super) fn listener(socket: Socket, user: Option<Duration>) -> io::Result<TcpListener> {
+    socket.set_tcp_nodelay(true)?;
+    if let Some(user) = user {
+        set_user_timeout(&socket, user)?;
+    }
+    TcpListener::from_std(socket.into())
+}
+
+/// Connects a non-blocking socket. `user` is its `TCP_USER_TIMEOUT`.
+pub(super) async fn connect(
+    socket: Socket,
+    to: SocketAddr,
+    user: Option<Duration>,
+) -> io::Result<TcpStream> {
+    socket.set_tcp_nodelay(true)?;
+    if let Some(user) = user {
+        set_user_timeout(&socket, user)?;
+    }
+    TcpSocket::from_std_stream(socket.into()).connect(to).await
+}
+
+/// Closes a connection so that the far end sees a reset and not an end of file.
+pub(super) fn reset(stream: TcpStream) {
+    // Failing to make it abrupt leaves an ordinary close: nothing more can be done.
+    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+    drop(stream);
+}
+
+/// Ends the direction towards the far end.
+pub(super) fn end_writing(stream: &TcpStream) -> io::Result<()> {
+    match SockRef::from(stream).shutdown(Shutdown::Write) {
+        // The far end has closed everything already.
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        result => result,
+    }
+}
+
+fn set_user_timeout(socket: &Socket, timeout: Duration) -> io::Result<()> {
+    let milliseconds = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+    Ok(setsockopt(socket, TcpUserTimeout, &milliseconds)?)
+}

@@ -1,0 +1,113 @@
+//! Housekeeping of a worker: what needs no exact time, once a second and for all at once, so that
+//! no connection carries a timer.
+
+use std::{
+    collections::HashMap,
+    rc::Rc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use reeve_common::Reason;
+use rustls_pki_types::UnixTime;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::{
+    identity::{TrustBundles, verify_chain},
+    telemetry::Role,
+};
+
+use super::{
+    link::{Link, Order},
+    worker::Worker,
+};
+
+/// Exactness of every time-out that is looked after here.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Sweeps once a second, and when an identity or a trust bundle has changed.
+pub(super) async fn run(worker: Rc<Worker>) {
+    let mut changes = worker.shared.identities.changes();
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => sweep(&worker),
+            changed = changes.changed() => {
+                if changed.is_err() {
+                    // The store is gone: the daemon is ending.
+                    return;
+                }
+                check_identities(&worker);
+            }
+        }
+    }
+}
+
+fn sweep(worker: &Worker) {
+    let now = Instant::now();
+    let wall_clock = SystemTime::now();
+    // The wall clock at every tick: a clock that was set makes no certificate live longer.
+    worker.links.for_each(|link| {
+        if wall_clock >= link.ends.not_after {
+            link.close(Reason::Revoked);
+        }
+        if link.ends.role == Role::Server {
+            sweep_server(worker, link, now);
+        }
+    });
+    worker.pool.sweep(worker, now);
+    worker.stop_closed();
+    sweep_connections(worker, now);
+}
+
+/// The client's tunnels are the pool's to look after. The server's grace is longer by a drain: it
+/// is the client that knows best when a tunnel is of no more use.
+fn sweep_server(worker: &Worker, link: &Link, now: Instant) {
+    let limits = &worker.timeouts;
+    let idle = link.idle(now).unwrap_or_default();
+    match link.order() {
+        Order::Serve if !link.has_served() && idle >= limits.request => link.retire(),
+        Order::Serve if idle >= limits.tunnel_idle + limits.drain => link.retire(),
+        Order::Retire if idle >= limits.drain => link.close(Reason::Timeout),
+        _ => {}
+    }
+}
+
+fn sweep_connections(worker: &Worker, now: Instant) {
+    let mut stalled: HashMap<*const Link, usize> = HashMap::new();
+    worker.connections.for_each(|connection| {
+        if connection.sweep(worker, now) {
+            *stalled.entry(Rc::as_ptr(connection.link())).or_default() += 1;
+        }
+    });
+    worker.links.for_each(|link| {
+        link.set_stalled(stalled.get(&Rc::as_ptr(link)).copied().unwrap_or_default());
+    });
+}
+
+/// Judges every tunnel again by the certificates that are in force now.
+fn check_identities(worker: &Worker) {
+    let identities = &worker.shared.identities;
+    let bundles = identities.trust().current();
+    worker.links.for_each(|link| {
+        let ends = &link.ends;
+        match identities.current(&ends.own) {
+            None => link.close(Reason::Revoked),
+            Some(_) if !is_trusted(&bundles, link) => link.close(Reason::Revoked),
+            // Only the server: the pool retires the client's.
+            Some(svid) if svid.generation != ends.generation && ends.role == Role::Server => {
+                link.retire();
+            }
+            Some(_) => {}
+        }
+    });
+    worker.pool.retire_outdated(identities);
+    worker.stop_closed();
+}
+
+fn is_trusted(bundles: &TrustBundles, link: &Link) -> bool {
+    let Some((leaf, intermediates)) = link.ends.chain.split_first() else {
+        return false;
+    };
+    verify_chain(bundles, leaf, intermediates, UnixTime::now()).is_ok_and(|id| id == link.ends.peer)
+}

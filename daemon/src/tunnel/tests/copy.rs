@@ -1,0 +1,242 @@
+//! Bytes, ends, resets and pressure through one tunnel.
+
+use std::{
+    hash::{DefaultHasher, Hasher},
+    time::{Duration, Instant},
+};
+
+use reeve_common::Reason;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::spawn_local,
+    time::{sleep, timeout},
+};
+
+use super::rig::{Pair, run};
+use crate::config::{Limits, Timeouts};
+
+const BULK: usize = 64 << 20;
+
+async fn pair() -> Pair {
+    Pair::new(Limits::default(), Timeouts::default()).await
+}
+
+/// Sends bytes that repeat at no power of two, ends, and gives their hash.
+async fn send_bulk(mut stream: impl tokio::io::AsyncWrite + Unpin, length: usize) -> u64 {
+    let pattern: Vec<u8> = (0..251_u8).cycle().take(100_003).collect();
+    let (mut hash, mut left) = (DefaultHasher::new(), length);
+    while left > 0 {
+        let part = &pattern[..left.min(pattern.len())];
+        stream.write_all(part).await.unwrap();
+        part.iter().for_each(|byte| hash.write_u8(*byte));
+        left -= part.len();
+    }
+    stream.shutdown().await.unwrap();
+    hash.finish()
+}
+
+/// Reads to the end, and gives the hash and the length.
+async fn receive_bulk(mut stream: impl tokio::io::AsyncRead + Unpin) -> (u64, usize) {
+    let (mut hash, mut length) = (DefaultHasher::new(), 0);
+    let mut buffer = vec![0; 50_000];
+    loop {
+        let read = stream.read(&mut buffer).await.unwrap();
+        if read == 0 {
+            return (hash.finish(), length);
+        }
+        buffer[..read].iter().for_each(|byte| hash.write_u8(*byte));
+        length += read;
+    }
+}
+
+#[test]
+fn bytes_arrive_as_they_were_sent_in_both_directions_at_once() {
+    run(async {
+        let pair = pair().await;
+        let pipe = pair.pipe().await;
+        let (near_read, near_write) = pipe.near.into_split();
+        let (far_read, far_write) = pipe.far.into_split();
+        let (there, arrived, back, came) = tokio::join!(
+            spawn_local(send_bulk(near_write, BULK)),
+            spawn_local(receive_bulk(far_read)),
+            spawn_local(send_bulk(far_write, BULK)),
+            spawn_local(receive_bulk(near_read)),
+        );
+        assert_eq!((there.unwrap(), BULK), arrived.unwrap());
+        assert_eq!((back.unwrap(), BULK), came.unwrap());
+        for end in pipe.ends {
+            assert_eq!(end.await, Ok(Reason::Closed));
+        }
+    });
+}
+
+#[test]
+fn many_streams_share_a_tunnel() {
+    run(async {
+        let pair = pair().await;
+        let mut pipes = Vec::new();
+        for _ in 0..100 {
+            pipes.push(pair.pipe().await);
+        }
+        let transfers: Vec<_> = pipes
+            .into_iter()
+            .map(|pipe| {
+                spawn_local(async move {
+                    let (_near_read, near_write) = pipe.near.into_split();
+                    let (sent, received) =
+                        tokio::join!(send_bulk(near_write, 300_000), receive_bulk(pipe.far));
+                    assert_eq!((sent, 300_000), received);
+                })
+            })
+            .collect();
+        for transfer in transfers {
+            transfer.await.unwrap();
+        }
+    });
+}
+
+async fn half_closed(mut ended: TcpStream, mut open: TcpStream) {
+    ended.write_all(b"all I have").await.unwrap();
+    ended.shutdown().await.unwrap();
+    let mut text = String::new();
+    open.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "all I have");
+    sleep(Duration::from_millis(50)).await;
+    open.write_all(b"and the answer").await.unwrap();
+    drop(open);
+    let mut text = String::new();
+    ended.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "and the answer");
+}
+
+#[test]
+fn a_direction_goes_on_after_the_other_has_ended() {
+    run(async {
+        let pair = pair().await;
+        let pipe = pair.pipe().await;
+        half_closed(pipe.near, pipe.far).await;
+        let pipe = pair.pipe().await;
+        half_closed(pipe.far, pipe.near).await;
+    });
+}
+
+#[test]
+fn a_reset_reaches_the_other_application() {
+    run(async {
+        let pair = pair().await;
+        for near_resets in [true, false] {
+            let pipe = pair.pipe().await;
+            let (resets, mut sees) = match near_resets {
+                true => (pipe.near, pipe.far),
+                false => (pipe.far, pipe.near),
+            };
+            socket2::SockRef::from(&resets)
+                .set_linger(Some(Duration::ZERO))
+                .unwrap();
+            drop(resets);
+            let error = sees.read(&mut [0; 16]).await.unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            for end in pipe.ends {
+                assert_eq!(end.await, Ok(Reason::Reset));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_stopped_connection_is_reset_with_its_reason() {
+    run(async {
+        let pair = pair().await;
+        let mut pipe = pair.pipe().await;
+        pipe.connections[0].stop(Reason::Revoked);
+        for app in [&mut pipe.near, &mut pipe.far] {
+            let error = app.read(&mut [0; 16]).await.unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
+        let [near, far] = pipe.ends;
+        assert_eq!(near.await, Ok(Reason::Revoked));
+        assert_eq!(far.await, Ok(Reason::Reset));
+    });
+}
+
+/// Writes until nothing is taken for a while, and gives the number of bytes.
+async fn fill(stream: &mut TcpStream) -> usize {
+    let (chunk, mut written) = (vec![7; 64 << 10], 0);
+    while let Ok(result) = timeout(Duration::from_millis(300), stream.write(&chunk)).await {
+        written += result.unwrap();
+    }
+    written
+}
+
+#[test]
+fn a_reader_that_stalls_stops_the_writer_and_loses_nothing() {
+    run(async {
+        let pair = pair().await;
+        let mut pipe = pair.pipe().await;
+        let mut written = fill(&mut pipe.near).await;
+        // Sockets' own buffers on both ends, the stream's window, and what HTTP/2 holds.
+        assert!(written < 32 << 20, "{written} bytes were taken");
+        pipe.near.shutdown().await.unwrap();
+        while let Ok(Ok(read @ 1..)) =
+            timeout(Duration::from_secs(1), pipe.far.read(&mut [0; 65536])).await
+        {
+            written -= read;
+        }
+        assert_eq!(written, 0);
+    });
+}
+
+#[test]
+fn readers_that_stall_do_not_stop_the_others() {
+    run(async {
+        let pair = pair().await;
+        let mut stalled = Vec::new();
+        for _ in 0..8 {
+            let mut pipe = pair.pipe().await;
+            fill(&mut pipe.near).await;
+            stalled.push(pipe);
+        }
+        tokio::task::spawn_local(crate::tunnel::sweep::run(pair.worker.clone()));
+        // More than the window of a whole tunnel is outstanding now.
+        let start = Instant::now();
+        let mut pipe = pair.pipe().await;
+        let (sent, received) = {
+            let (_read, write) = pipe.near.split();
+            tokio::join!(send_bulk(write, 8 << 20), receive_bulk(&mut pipe.far))
+        };
+        assert_eq!((sent, 8 << 20), received);
+        assert!(start.elapsed() < Duration::from_secs(10));
+    });
+}
+
+#[test]
+fn a_connection_that_carries_nothing_is_ended() {
+    run(async {
+        let timeouts = Timeouts {
+            idle: Duration::from_secs(1),
+            ..Timeouts::default()
+        };
+        let pair = Pair::new(Limits::default(), timeouts).await;
+        let pipe = pair.pipe().await;
+        tokio::task::spawn_local(crate::tunnel::sweep::run(pair.worker.clone()));
+        let [near, _far] = pipe.ends;
+        assert_eq!(near.await, Ok(Reason::Timeout));
+    });
+}
+
+#[test]
+fn a_tunnel_that_is_retired_lets_its_streams_end() {
+    run(async {
+        let pair = pair().await;
+        let pipe = pair.pipe().await;
+        for link in pair.links() {
+            link.retire();
+        }
+        sleep(Duration::from_millis(50)).await;
+        half_closed(pipe.near, pipe.far).await;
+        for end in pipe.ends {
+            assert_eq!(end.await, Ok(Reason::Closed));
+        }
+    });
+}

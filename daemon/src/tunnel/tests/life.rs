@@ -1,0 +1,216 @@
+//! The life of tunnels: certificates that change, peers that fail, and the daemon's own end.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::spawn_local,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    node::{ALLOW, Node, is_reset},
+    rig::{authority, id, run},
+};
+use crate::config::{Limits, Timeouts};
+
+/// Accepts and keeps.
+fn accept(listener: TcpListener) -> Arc<tokio::sync::Mutex<Vec<TcpStream>>> {
+    let accepted = Arc::new(tokio::sync::Mutex::new(Vec::new()));
+    let keep = accepted.clone();
+    spawn_local(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            stream.write_all(b"!").await.unwrap();
+            keep.lock().await.push(stream);
+        }
+    });
+    accepted
+}
+
+async fn stands(stream: &mut TcpStream) {
+    assert_eq!(stream.read_u8().await.unwrap(), b'!');
+}
+
+/// Waits until `condition` holds.
+async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let waiting = async {
+        while !condition().await {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert!(
+        timeout(Duration::from_secs(10), waiting).await.is_ok(),
+        "{what}"
+    );
+}
+
+#[test]
+fn a_new_certificate_retires_the_tunnel_and_leaves_its_connections_alone() {
+    run(async {
+        let source = authority();
+        let node = Node::with_source(
+            ALLOW,
+            Limits::default(),
+            Timeouts::default(),
+            source.clone(),
+        )
+        .await;
+        let accepted = accept(node.listen("10.0.0.2:80"));
+        let mut old = node.connect("10.0.0.2:80").await;
+        stands(&mut old).await;
+        let generation = node.identities.current(&id("cart")).unwrap().generation;
+        source.rotate();
+        until("no new certificate", async || {
+            node.identities.current(&id("cart")).unwrap().generation > generation
+        })
+        .await;
+        until("the tunnel is not retired", async || {
+            node.status()
+                .await
+                .tunnels
+                .iter()
+                .all(|tunnel| tunnel.retired)
+        })
+        .await;
+        let mut new = node.connect("10.0.0.2:80").await;
+        stands(&mut new).await;
+        assert_eq!(node.client_tunnels().await, 2);
+
+        old.write_all(b"more").await.unwrap();
+        let mut text = [0; 4];
+        accepted.lock().await[0]
+            .read_exact(&mut text)
+            .await
+            .unwrap();
+        assert_eq!(&text, b"more");
+        drop(old);
+        accepted.lock().await.remove(0);
+        until("the retired tunnel does not end", async || {
+            node.status().await.tunnels_open == 2
+        })
+        .await;
+        assert!(
+            node.status()
+                .await
+                .tunnels
+                .iter()
+                .all(|tunnel| !tunnel.retired)
+        );
+    });
+}
+
+#[test]
+fn a_withdrawn_identity_ends_its_connections() {
+    run(async {
+        let source = authority();
+        let node = Node::with_source(
+            ALLOW,
+            Limits::default(),
+            Timeouts::default(),
+            source.clone(),
+        )
+        .await;
+        let _accepted = accept(node.listen("10.0.0.2:80"));
+        let mut stream = node.connect("10.0.0.2:80").await;
+        stands(&mut stream).await;
+        source.withdraw();
+        is_reset(Ok(&mut stream)).await;
+        is_reset(node.try_connect("10.0.0.2:80").await).await;
+        node.counts(&["connections_failed", "egress", "no_certificate"])
+            .await;
+    });
+}
+
+#[test]
+fn a_drain_waits_for_connections_to_end_and_then_ends_them() {
+    run(async {
+        let node = Node::new(ALLOW).await;
+        let accepted = accept(node.listen("10.0.0.2:80"));
+        let mut first = node.connect("10.0.0.2:80").await;
+        let mut second = node.connect("10.0.0.2:80").await;
+        stands(&mut first).await;
+        stands(&mut second).await;
+        let (node, started) = (Arc::new(node), Instant::now());
+        let draining = {
+            let node = node.clone();
+            spawn_local(async move { node.tunnels.drain(Duration::from_secs(1)).await })
+        };
+        sleep(Duration::from_millis(200)).await;
+        // Nothing listens any more, and what is open goes on.
+        assert!(
+            node.socket()
+                .connect("127.0.0.1:15001".parse().unwrap())
+                .await
+                .is_err()
+        );
+        first.shutdown().await.unwrap();
+        accepted.lock().await.remove(0);
+        drop(first);
+        is_reset(Ok(&mut second)).await;
+        draining.await.unwrap();
+        assert!(started.elapsed() >= Duration::from_secs(1));
+        assert!(started.elapsed() < Duration::from_secs(4));
+        assert_eq!(node.status().await.tunnels_open, 0);
+    });
+}
+
+#[test]
+fn a_drain_without_connections_is_over_at_once() {
+    run(async {
+        let node = Node::new(ALLOW).await;
+        let accepted = accept(node.listen("10.0.0.2:80"));
+        let mut stream = node.connect("10.0.0.2:80").await;
+        stands(&mut stream).await;
+        drop(stream);
+        accepted.lock().await.clear();
+        sleep(Duration::from_millis(100)).await;
+        let started = Instant::now();
+        node.tunnels.drain(Duration::from_secs(20)).await;
+        assert!(started.elapsed() < Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_tunnel_without_connections_is_closed() {
+    run(async {
+        let timeouts = Timeouts {
+            tunnel_idle: Duration::from_secs(1),
+            ..Timeouts::default()
+        };
+        let node = Node::with(ALLOW, Limits::default(), timeouts).await;
+        let accepted = accept(node.listen("10.0.0.2:80"));
+        let mut stream = node.connect("10.0.0.2:80").await;
+        stands(&mut stream).await;
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(node.client_tunnels().await, 1, "one in use stays");
+        drop(stream);
+        accepted.lock().await.clear();
+        until("the tunnel stays", async || {
+            node.status().await.tunnels_open == 0
+        })
+        .await;
+    });
+}
+
+#[test]
+fn a_burst_to_a_peer_that_fails_is_few_handshakes() {
+    run(async {
+        let node = Node::new(ALLOW).await;
+        // The tunnel port answers with stock's certificate, and `other` is expected.
+        let mut streams = Vec::new();
+        for _ in 0..100 {
+            streams.push(node.try_connect("10.0.0.3:80").await);
+        }
+        for stream in streams {
+            is_reset(stream).await;
+        }
+        let text = node.shared.metrics.render().unwrap();
+        let handshakes: f64 = text
+            .lines()
+            .filter(|line| line.contains("handshakes_total") && line.contains("client"))
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum();
+        assert!(handshakes <= 10.0, "{handshakes} handshakes");
+    });
+}

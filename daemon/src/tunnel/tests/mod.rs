@@ -1,0 +1,9 @@
+//! The data path with real TLS over real sockets.
+
+mod calls;
+mod copy;
+mod life;
+mod node;
+mod requests;
+mod rig;
+mod stalls;

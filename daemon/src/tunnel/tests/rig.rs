@@ -1,0 +1,331 @@
+//! Workers, identities and sockets for the tests of the data path.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    future::Future,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
+use h2::{RecvStream, SendStream};
+use http::{Request, Response};
+use reeve_common::Origin;
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::{Builder, LocalOptions},
+    sync::{oneshot, watch},
+    task::spawn_local,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::{
+    config::{Limits, Ports, Timeouts},
+    identity::{
+        CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
+        TrustDomain, TrustStore, server_name_for,
+    },
+    telemetry::{ConnectionLog, Metrics, Role},
+    tunnel::{
+        Origins, Shared,
+        bounds::Bounds,
+        connection::{Call, Connection, Parties},
+        copy::copy,
+        driver::{Driver, sending},
+        link::{Ends, Link},
+        registry::Registered,
+        wire::wire,
+        worker::Worker,
+    },
+};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs a test on an event loop like a worker's.
+pub(super) fn run<T>(test: impl Future<Output = T>) -> T {
+    Builder::new_current_thread()
+        .enable_all()
+        .build_local(LocalOptions::default())
+        .unwrap()
+        .block_on(async {
+            tokio::time::timeout(PATIENCE, test)
+                .await
+                .expect("too slow")
+        })
+}
+
+pub(super) fn id(name: &str) -> SpiffeId {
+    SpiffeId::parse(&format!("spiffe://example.org/ns/shop/sa/{name}")).unwrap()
+}
+
+/// Original destinations as a table.
+#[derive(Debug, Default)]
+pub(super) struct Table(pub(super) Mutex<HashMap<SocketAddr, Origin>>);
+
+impl Origins for Table {
+    fn claim_origin(&self, _: u64, client: SocketAddr) -> Option<Origin> {
+        self.0.lock().unwrap().remove(&client)
+    }
+}
+
+/// A CA that gives a new certificate whenever [`Authority::rotate`] is called.
+#[derive(Debug)]
+pub(super) struct Authority {
+    ca: EmbeddedCa,
+    changes: watch::Sender<u64>,
+    withdrawn: AtomicBool,
+}
+
+pub(super) fn authority() -> Arc<Authority> {
+    let folder = tempfile::tempdir().unwrap();
+    let domain = TrustDomain::parse("example.org").unwrap();
+    let lifetime = Duration::from_secs(3600);
+    Arc::new(Authority {
+        ca: EmbeddedCa::open(&folder.path().join("ca"), &domain, lifetime).unwrap(),
+        changes: watch::Sender::new(0),
+        withdrawn: AtomicBool::new(false),
+    })
+}
+
+impl Authority {
+    pub(super) fn rotate(&self) {
+        self.changes.send_modify(|number| *number += 1);
+    }
+
+    pub(super) fn withdraw(&self) {
+        self.withdrawn.store(true, Ordering::Relaxed);
+        self.rotate();
+    }
+}
+
+impl CertificateSource for Authority {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+
+    fn fetch<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Material, SourceError>> {
+        async move {
+            match self.withdrawn.load(Ordering::Relaxed) {
+                true => Err(SourceError::Withdrawn),
+                false => self.ca.issue(id),
+            }
+        }
+        .boxed()
+    }
+
+    fn changes(&self, _: &SpiffeId) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+}
+
+/// A store with certificates for `names`.
+pub(super) async fn identities_from(
+    source: Arc<dyn CertificateSource>,
+    names: &[&str],
+) -> Arc<IdentityStore> {
+    let trust = Arc::new(TrustStore::new([]));
+    let store = Arc::new(IdentityStore::new(source, trust));
+    let ids: Vec<_> = names.iter().map(|name| id(name)).collect();
+    store.ensure(&ids);
+    for id in &ids {
+        while store.current(id).is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    store
+}
+
+pub(super) fn worker(
+    identities: Arc<IdentityStore>,
+    limits: Limits,
+    timeouts: Timeouts,
+) -> Rc<Worker> {
+    let metrics = Metrics::default();
+    let shared = Shared {
+        snapshot: Arc::default(),
+        identities,
+        origins: Arc::new(Table::default()),
+        log: ConnectionLog::new(metrics.clone()),
+        metrics,
+    };
+    Worker::new(
+        shared,
+        limits,
+        timeouts,
+        Ports::default(),
+        Bounds::new(&limits),
+    )
+}
+
+/// A connected pair of TCP sockets.
+pub(super) async fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap());
+    let (client, server) = tokio::join!(client, listener.accept());
+    (client.unwrap(), server.unwrap().0)
+}
+
+/// A tunnel between two ends in this thread.
+pub(super) struct Pair {
+    pub(super) worker: Rc<Worker>,
+    client: Registered<Link>,
+    server: Registered<Link>,
+    request: RefCell<h2::client::SendRequest<Bytes>>,
+    incoming: RefCell<tokio::sync::mpsc::UnboundedReceiver<crate::tunnel::driver::Incoming>>,
+}
+
+/// An application connection through a tunnel.
+pub(super) struct Pipe {
+    /// The application that connected.
+    pub(super) near: TcpStream,
+    /// The application that was connected to.
+    pub(super) far: TcpStream,
+    /// How the client's and the server's side ended.
+    pub(super) ends: [oneshot::Receiver<reeve_common::Reason>; 2],
+    /// Both sides.
+    pub(super) connections: [Rc<Connection>; 2],
+}
+
+fn ends(role: Role, own: &Svid, peer: &Svid) -> Ends {
+    Ends {
+        role,
+        own: own.id.clone(),
+        generation: own.generation,
+        peer: peer.id.clone(),
+        chain: Vec::<CertificateDer<'static>>::new(),
+        not_after: own.not_after.min(peer.not_after),
+        remote: "127.0.0.1:1".parse().unwrap(),
+        local: "127.0.0.1:2".parse().unwrap(),
+    }
+}
+
+impl Pair {
+    pub(super) async fn new(limits: Limits, timeouts: Timeouts) -> Self {
+        let store = identities_from(authority(), &["cart", "stock"]).await;
+        let (cart, stock) = (store.current(&id("cart")), store.current(&id("stock")));
+        let (cart, stock) = (cart.unwrap(), stock.unwrap());
+        let worker = worker(store, limits, timeouts);
+        let (near, far) = tcp_pair().await;
+        let connector = TlsConnector::from(cart.client(&stock.id));
+        let acceptor = TlsAcceptor::from(stock.server.clone());
+        let (near, far) = tokio::join!(
+            connector.connect(server_name_for(&stock.id), near),
+            acceptor.accept(far)
+        );
+        let (tcp, tls) = near.unwrap().into_inner();
+        let (near_wire, near_control) = wire(tcp, tls.into());
+        let (tcp, tls) = far.unwrap().into_inner();
+        let (far_wire, far_control) = wire(tcp, tls.into());
+        let server = crate::tunnel::server::builder(&worker);
+        let client = crate::tunnel::client::builder(&worker);
+        let (client, server) =
+            tokio::join!(sending(&near_control, client.handshake(near_wire)), async {
+                sending(&far_control, server.handshake(far_wire)).await
+            });
+        let ((request, client), server) = (client.unwrap().unwrap(), server.unwrap().unwrap());
+        let near = worker
+            .links
+            .insert(Link::new(ends(Role::Client, &cart, &stock)));
+        let far = worker
+            .links
+            .insert(Link::new(ends(Role::Server, &stock, &cart)));
+        let (accepted, incoming) = tokio::sync::mpsc::unbounded_channel();
+        spawn_local(Driver::new(
+            &worker,
+            client,
+            near_control,
+            near.value().clone(),
+            |_| {},
+        ));
+        spawn_local(Driver::new(
+            &worker,
+            server,
+            far_control,
+            far.value().clone(),
+            move |stream| {
+                let _ = accepted.send(stream);
+            },
+        ));
+        Self {
+            worker,
+            client: near,
+            server: far,
+            request: RefCell::new(request),
+            incoming: RefCell::new(incoming),
+        }
+    }
+
+    /// A stream with its far end.
+    pub(super) async fn stream(&self) -> [(SendStream<Bytes>, RecvStream); 2] {
+        let mut request = self.request.borrow().clone();
+        std::future::poll_fn(|cx| request.poll_ready(cx))
+            .await
+            .unwrap();
+        let connect = Request::connect("10.0.0.7:80").body(()).unwrap();
+        let (response, near_send) = request.send_request(connect, false).unwrap();
+        let incoming = std::future::poll_fn(|cx| self.incoming.borrow_mut().poll_recv(cx));
+        let (far, mut respond) = incoming.await.unwrap();
+        let far_send = respond.send_response(Response::new(()), false).unwrap();
+        let near_recv = response.await.unwrap().into_body();
+        [(near_send, near_recv), (far_send, far.into_body())]
+    }
+
+    /// An application connection.
+    pub(super) async fn pipe(&self) -> Pipe {
+        let [near, far] = self.stream().await;
+        let (near_app, near_tcp) = tcp_pair().await;
+        let (far_tcp, far_app) = tcp_pair().await;
+        let (near_end, near_connection) = self.carry(self.client.value(), near_tcp, near);
+        let (far_end, far_connection) = self.carry(self.server.value(), far_tcp, far);
+        Pipe {
+            near: near_app,
+            far: far_app,
+            ends: [near_end, far_end],
+            connections: [near_connection, far_connection],
+        }
+    }
+
+    fn carry(
+        &self,
+        link: &Rc<Link>,
+        app: TcpStream,
+        (send, recv): (SendStream<Bytes>, RecvStream),
+    ) -> (oneshot::Receiver<reeve_common::Reason>, Rc<Connection>) {
+        let call = Call {
+            parties: Parties::Outbound {
+                workload: None,
+                peer: None,
+            },
+            source: "127.0.0.1:1".parse().unwrap(),
+            destination: "10.0.0.7:80".parse().unwrap(),
+            netns: 0,
+            rule: 0,
+        };
+        let live = call.open(&self.worker, link, self.worker.bounds.place().unwrap());
+        let connection = live.connection().clone();
+        let (ended, end) = oneshot::channel();
+        let copied = copy(app, send, recv, connection.clone());
+        let link = link.clone();
+        link.stream_opened();
+        spawn_local(async move {
+            let reason = copied.await;
+            link.stream_ended();
+            live.ended(reason);
+            let _ = ended.send(reason);
+        });
+        (end, connection)
+    }
+
+    pub(super) fn links(&self) -> [&Rc<Link>; 2] {
+        [self.client.value(), self.server.value()]
+    }
+}

@@ -1,0 +1,202 @@
+//! Peers that stop at some point, or are not who they should be: each costs its time-out and no
+//! more, and the application is told by a reset.
+
+use std::{future::pending, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::spawn_local,
+    time::Instant,
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    node::{ALLOW, Node, OTHER, is_reset},
+    rig::{id, run},
+};
+use crate::config::{Limits, Ports, Timeouts};
+
+const LIMIT: Duration = Duration::from_millis(400);
+
+async fn impatient() -> Node {
+    let timeouts = Timeouts {
+        connect: LIMIT,
+        handshake: LIMIT,
+        request: LIMIT,
+        ..Timeouts::default()
+    };
+    Node::with(ALLOW, Limits::default(), timeouts).await
+}
+
+/// The tunnel port of [`OTHER`], which the test serves.
+fn other(node: &Node) -> TcpListener {
+    let socket = node.socket();
+    socket.set_reuseport(true).unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    let address = format!("{OTHER}:{}", Ports::default().tunnel);
+    socket.bind(address.parse().unwrap()).unwrap();
+    socket.listen(1).unwrap()
+}
+
+/// Serves connections at `other` with `serve`.
+fn serve<F: Future<Output = ()> + 'static>(node: &Node, serve: impl Fn(TcpStream) -> F + 'static) {
+    let listener = other(node);
+    spawn_local(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            spawn_local(serve(stream));
+        }
+    });
+}
+
+fn acceptor(node: &Node, name: &str) -> TlsAcceptor {
+    TlsAcceptor::from(node.identities.current(&id(name)).unwrap().server.clone())
+}
+
+async fn fails_in_time(node: &Node, reason: &str) {
+    let started = Instant::now();
+    is_reset(node.try_connect("10.0.0.3:80").await).await;
+    assert!(started.elapsed() < LIMIT + Duration::from_secs(2));
+    node.counts(&["connections_failed", "egress", reason]).await;
+}
+
+#[test]
+fn a_peer_that_does_not_accept() {
+    run(async {
+        let node = impatient().await;
+        let _listener = other(&node);
+        // The kernel accepts as many as the backlog holds.
+        let address = format!("{OTHER}:{}", Ports::default().tunnel);
+        let mut filling = Vec::new();
+        for _ in 0..4 {
+            let connecting = node.socket().connect(address.parse().unwrap());
+            filling.push(spawn_local(connecting));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        fails_in_time(&node, "peer_unreachable").await;
+    });
+}
+
+#[test]
+fn a_peer_that_has_no_such_workload() {
+    run(async {
+        // This node's own listener answers there, and knows of no workload with the address.
+        fails_in_time(&impatient().await, "handshake_failed").await;
+    });
+}
+
+#[test]
+fn a_peer_that_is_silent_in_the_handshake() {
+    run(async {
+        let node = impatient().await;
+        serve(&node, async |_stream| pending().await);
+        fails_in_time(&node, "timeout").await;
+    });
+}
+
+#[test]
+fn a_peer_that_sends_no_settings() {
+    run(async {
+        let node = impatient().await;
+        let acceptor = acceptor(&node, "other");
+        serve(&node, move |stream| {
+            let accepting = acceptor.accept(stream);
+            async {
+                let _tls = accepting.await.unwrap();
+                pending().await
+            }
+        });
+        fails_in_time(&node, "timeout").await;
+    });
+}
+
+#[test]
+fn a_peer_that_does_not_answer_connect() {
+    run(async {
+        let node = impatient().await;
+        let acceptor = acceptor(&node, "other");
+        serve(&node, move |stream| {
+            let accepting = acceptor.accept(stream);
+            async {
+                let tls = accepting.await.unwrap();
+                let mut connection = h2::server::handshake(tls).await.unwrap();
+                let mut requests = Vec::new();
+                while let Some(Ok(request)) = connection.accept().await {
+                    requests.push(request);
+                }
+            }
+        });
+        fails_in_time(&node, "timeout").await;
+    });
+}
+
+#[test]
+fn a_peer_that_closes_after_the_handshake() {
+    run(async {
+        let node = impatient().await;
+        let acceptor = acceptor(&node, "other");
+        serve(&node, move |stream| {
+            let accepting = acceptor.accept(stream);
+            async {
+                drop(accepting.await);
+            }
+        });
+        fails_in_time(&node, "handshake_failed").await;
+    });
+}
+
+#[test]
+fn a_peer_with_another_identity() {
+    run(async {
+        let node = impatient().await;
+        let acceptor = acceptor(&node, "stock");
+        serve(&node, move |stream| {
+            let accepting = acceptor.accept(stream);
+            async {
+                let _failed = accepting.await;
+            }
+        });
+        fails_in_time(&node, "peer_identity").await;
+        node.counts(&["handshakes", "client", "wrong_identity"])
+            .await;
+    });
+}
+
+#[test]
+fn a_client_that_is_silent_in_the_handshake() {
+    run(async {
+        let node = impatient().await;
+        let address = format!("10.0.0.2:{}", Ports::default().tunnel);
+        let stream = node
+            .socket()
+            .connect(address.parse().unwrap())
+            .await
+            .unwrap();
+        let started = Instant::now();
+        let mut buffer = [0; 16];
+        let read = tokio::io::AsyncReadExt::read(&mut { stream }, &mut buffer).await;
+        assert!(matches!(read, Ok(0) | Err(_)));
+        assert!(started.elapsed() < LIMIT + Duration::from_secs(2));
+        node.counts(&["handshakes", "server", "timeout"]).await;
+    });
+}
+
+#[test]
+fn a_client_that_asks_for_nothing_is_told_to_go() {
+    run(async {
+        let node = impatient().await;
+        let cart = node.identities.current(&id("cart")).unwrap();
+        let address = format!("10.0.0.2:{}", Ports::default().tunnel);
+        let stream = node
+            .socket()
+            .connect(address.parse().unwrap())
+            .await
+            .unwrap();
+        let tls = tokio_rustls::TlsConnector::from(cart.client(&id("stock")))
+            .connect(crate::identity::server_name_for(&id("stock")), stream)
+            .await
+            .unwrap();
+        let (_request, connection) = h2::client::handshake(tls).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(10), connection).await;
+        assert!(ended.is_ok(), "the tunnel stays open");
+    });
+}

@@ -1,0 +1,390 @@
+//! TLS over TCP as HTTP/2 sees it, built for many small frames and for few large ones.
+//!
+//! A plain `TlsStream` makes a record, and often a system call, of each frame that HTTP/2 writes,
+//! and reads 4 KiB at a time. Here what HTTP/2 writes is gathered, and sealed and sent when 64 KiB
+//! are there or when [`WireControl::poll_send`] is called at the end of a turn of the tunnel's
+//! driver; reads from the socket take 64 KiB. The buffers are borrowed from the thread while they
+//! hold something, so that an idle tunnel has none.
+
+use std::{
+    cell::{Cell, RefCell},
+    io::{self, BufRead, Write},
+    mem,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+    thread::LocalKey,
+};
+
+use rustls::Connection;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+/// One read from the socket, and what is gathered before it is sealed and sent: four records.
+const CHUNK: usize = 64 << 10;
+/// Room for a chunk that is one byte short and one more HTTP/2 frame.
+const OUTGOING: usize = CHUNK + (16 << 10) + 64;
+/// Bytes in one direction after which the driver lets other tasks run: a bulk transfer must not
+/// make small requests wait.
+const TURN: usize = 128 << 10;
+/// Buffers kept by a thread for the next tunnel that needs one.
+const SPARE_BUFFERS: usize = 4;
+
+/// HTTP/2's end of a tunnel's bytes.
+#[derive(Debug)]
+pub(super) struct Wire(Rc<RefCell<Session>>);
+
+/// The driver's end: sends what HTTP/2 has written.
+#[derive(Debug)]
+pub(super) struct WireControl(Rc<RefCell<Session>>);
+
+/// A session whose TLS handshake is done.
+#[derive(Debug)]
+struct Session {
+    tcp: TcpStream,
+    tls: Connection,
+    /// Sealed bytes read from the socket; empty, or of [`CHUNK`] bytes.
+    incoming: Box<[u8]>,
+    /// What of `incoming` is still to be opened.
+    unopened: std::ops::Range<usize>,
+    /// Bytes that HTTP/2 wrote and that are not sealed yet.
+    outgoing: Vec<u8>,
+    reading: Turn,
+    writing: Turn,
+    /// What TLS made of the peer's last bytes, kept because HTTP/2 passes on only its text.
+    fault: Option<rustls::Error>,
+}
+
+/// Counts the bytes since the task last gave way.
+#[derive(Debug, Default)]
+struct Turn(Cell<usize>);
+
+/// Makes the two ends of a session.
+pub(super) fn wire(tcp: TcpStream, mut tls: Connection) -> (Wire, WireControl) {
+    // What may wait to be sent is bounded here, by `outgoing`.
+    tls.set_buffer_limit(None);
+    let session = Rc::new(RefCell::new(Session {
+        tcp,
+        tls,
+        incoming: Box::default(),
+        unopened: 0..0,
+        outgoing: Vec::new(),
+        reading: Turn::default(),
+        writing: Turn::default(),
+        fault: None,
+    }));
+    (Wire(session.clone()), WireControl(session))
+}
+
+// === impl WireControl ===
+
+impl WireControl {
+    /// Seals and sends what HTTP/2 has written so far. Pending while the socket is full.
+    pub(super) fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.borrow_mut().poll_send(cx)
+    }
+
+    /// Says goodbye as far as the socket takes it without waiting.
+    pub(super) fn close(&self, cx: &mut Context<'_>) {
+        let mut session = self.0.borrow_mut();
+        session.tls.send_close_notify();
+        // The tunnel ends in any case: what cannot be sent now is not sent.
+        let _ = session.poll_send(cx);
+    }
+
+    /// The TLS error that ended the session, if one did.
+    pub(super) fn fault(&self) -> Option<rustls::Error> {
+        self.0.borrow().fault.clone()
+    }
+}
+
+// === impl Session ===
+
+impl Session {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.remaining();
+        loop {
+            let opened = self.take_opened(buf)?;
+            if buf.remaining() == 0 || matches!(opened, Opened::End) {
+                return Poll::Ready(Ok(()));
+            }
+            if !self.unopened.is_empty() {
+                self.open()?;
+                continue;
+            }
+            if buf.remaining() < before {
+                return Poll::Ready(Ok(()));
+            }
+            if ready!(self.poll_fill(cx))? == 0 {
+                // TCP ended. Without close_notify the next look at the plaintext is an error.
+                self.tls.read_tls(&mut io::empty())?;
+            }
+        }
+    }
+
+    /// Moves opened bytes to `buf`.
+    fn take_opened(&mut self, buf: &mut ReadBuf<'_>) -> io::Result<Opened> {
+        while buf.remaining() > 0 {
+            let mut reader = self.tls.reader();
+            let taken = match reader.fill_buf() {
+                Ok([]) => return Ok(Opened::End),
+                Ok(chunk) => {
+                    let taken = chunk.len().min(buf.remaining());
+                    buf.put_slice(&chunk[..taken]);
+                    taken
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            };
+            reader.consume(taken);
+        }
+        Ok(Opened::Some)
+    }
+
+    /// Gives TLS the next sealed bytes.
+    fn open(&mut self) -> io::Result<()> {
+        let mut sealed = self.incoming.get(self.unopened.clone()).unwrap_or_default();
+        self.unopened.start += self.tls.read_tls(&mut sealed)?;
+        if self.unopened.is_empty() {
+            READ_BUFFERS.give_back(&mut self.incoming);
+        }
+        if let Err(error) = self.tls.process_new_packets() {
+            self.fault = Some(error.clone());
+            // TLS has an alert to send that says what was wrong; the error stands in any case.
+            let _ = self.tls.write_tls(&mut TryWrite(&self.tcp));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        Ok(())
+    }
+
+    /// Reads sealed bytes from the socket.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if self.reading.is_over() {
+            return self.reading.give_way(cx);
+        }
+        if self.incoming.is_empty() {
+            self.incoming = READ_BUFFERS.lend(|| vec![0; CHUNK].into());
+        }
+        let mut buf = ReadBuf::new(&mut self.incoming);
+        let result = Pin::new(&mut self.tcp).poll_read(cx, &mut buf);
+        let read = buf.filled().len();
+        self.unopened = 0..read;
+        if read == 0 {
+            READ_BUFFERS.give_back(&mut self.incoming);
+        }
+        match result {
+            Poll::Ready(result) => {
+                self.reading.count(read);
+                Poll::Ready(result.map(|()| read))
+            }
+            Poll::Pending => {
+                self.reading.start();
+                Poll::Pending
+            }
+        }
+    }
+
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.outgoing.len() >= CHUNK {
+            ready!(self.poll_send(cx))?;
+        }
+        if self.outgoing.capacity() == 0 {
+            self.outgoing = WRITE_BUFFERS.lend(|| Vec::with_capacity(OUTGOING));
+        }
+        let mut written = 0;
+        for part in parts {
+            // A frame is 16 KiB and its head: only a caller with larger pieces is cut short.
+            let room = OUTGOING.saturating_sub(self.outgoing.len());
+            let taken = part.len().min(room);
+            self.outgoing.extend_from_slice(&part[..taken]);
+            written += taken;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            while self.tls.wants_write() {
+                let mut socket = PollWrite {
+                    tcp: &mut self.tcp,
+                    cx,
+                };
+                match self.tls.write_tls(&mut socket) {
+                    Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Ok(sent) => self.writing.count(sent),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        self.writing.start();
+                        return Poll::Pending;
+                    }
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+            }
+            if self.outgoing.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.writing.is_over() {
+                return self.writing.give_way(cx);
+            }
+            self.tls.writer().write_all(&self.outgoing)?;
+            self.outgoing.clear();
+            WRITE_BUFFERS.give_back(&mut self.outgoing);
+        }
+    }
+}
+
+enum Opened {
+    Some,
+    End,
+}
+
+// === impl Turn ===
+
+impl Turn {
+    fn start(&self) {
+        self.0.set(0);
+    }
+
+    fn count(&self, bytes: usize) {
+        self.0.set(self.0.get() + bytes);
+    }
+
+    fn is_over(&self) -> bool {
+        self.0.get() >= TURN
+    }
+
+    /// Ends the turn: the task goes to the end of the queue.
+    fn give_way<T>(&self, cx: &Context<'_>) -> Poll<T> {
+        self.start();
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+// === Buffers of the thread ===
+
+/// Buffers that no tunnel of the thread needs now.
+type Spare<T> = RefCell<Vec<T>>;
+
+thread_local! {
+    /// Of [`CHUNK`] bytes, with whatever their last user left in them.
+    static READ_BUFFERS: Spare<Box<[u8]>> = const { RefCell::new(Vec::new()) };
+    /// Empty, with room for [`OUTGOING`] bytes.
+    static WRITE_BUFFERS: Spare<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+trait Lend<T> {
+    /// A spare buffer, or one that `make` makes.
+    fn lend(&'static self, make: impl FnOnce() -> T) -> T;
+    /// Takes `buffer` back for the next user and leaves nothing in its place.
+    fn give_back(&'static self, buffer: &mut T);
+}
+
+impl<T: Default> Lend<T> for LocalKey<Spare<T>> {
+    fn lend(&'static self, make: impl FnOnce() -> T) -> T {
+        self.with_borrow_mut(Vec::pop).unwrap_or_else(make)
+    }
+
+    fn give_back(&'static self, buffer: &mut T) {
+        let buffer = mem::take(buffer);
+        self.with_borrow_mut(|spare| {
+            if spare.len() < SPARE_BUFFERS {
+                spare.push(buffer);
+            }
+        });
+    }
+}
+
+// === Adapters ===
+
+impl AsyncRead for Wire {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.0.borrow_mut().poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.0.borrow_mut().poll_write(cx, &[io::IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.0.borrow_mut().poll_write(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Does nothing: HTTP/2 flushes after each large frame, and the driver at the end of a turn.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut session = self.0.borrow_mut();
+        ready!(session.poll_send(cx))?;
+        session.tls.send_close_notify();
+        ready!(session.poll_send(cx))?;
+        Pin::new(&mut session.tcp).poll_shutdown(cx)
+    }
+}
+
+/// A socket that TLS writes to, within a task.
+struct PollWrite<'a, 'b> {
+    tcp: &'a mut TcpStream,
+    cx: &'a mut Context<'b>,
+}
+
+impl PollWrite<'_, '_> {
+    fn finish(result: Poll<io::Result<usize>>) -> io::Result<usize> {
+        match result {
+            Poll::Ready(result) => result,
+            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+}
+
+impl Write for PollWrite<'_, '_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        Self::finish(Pin::new(&mut *self.tcp).poll_write(self.cx, buf))
+    }
+
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        Self::finish(Pin::new(&mut *self.tcp).poll_write_vectored(self.cx, parts))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A socket that TLS writes to once, outside of any task.
+struct TryWrite<'a>(&'a TcpStream);
+
+impl Write for TryWrite<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.try_write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

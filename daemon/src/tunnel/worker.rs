@@ -1,0 +1,215 @@
+//! What one worker thread owns: its tunnels, its connections, and what it needs to make more.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use reeve_common::Reason;
+use socket2::Socket;
+use tokio::{
+    task::{AbortHandle, spawn_local},
+    time::sleep,
+};
+
+use crate::{
+    config::{Limits, Ports, Timeouts},
+    datapath::netns::Netns,
+};
+
+use super::{
+    Shared, TunnelStatus,
+    bounds::Bounds,
+    connection::Connection,
+    driver::End,
+    link::{Link, Order},
+    outbound,
+    pool::Pool,
+    registry::Registry,
+    server, socket,
+};
+
+/// How often a drain looks whether everything has ended.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
+/// For connections that were told to end, to do so and be logged.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// One worker's state. It never leaves its thread.
+pub(super) struct Worker {
+    pub(super) shared: Shared,
+    pub(super) limits: Limits,
+    pub(super) timeouts: Timeouts,
+    pub(super) ports: Ports,
+    pub(super) bounds: Arc<Bounds>,
+    pub(super) pool: Pool,
+    pub(super) links: Rc<Registry<Link>>,
+    pub(super) connections: Rc<Registry<Connection>>,
+    /// Nothing new is begun.
+    pub(super) draining: Cell<bool>,
+    /// Tasks that accept, by the cookie of their namespace.
+    listening: RefCell<HashMap<u64, Vec<AbortHandle>>>,
+}
+
+/// Open listeners of one namespace.
+#[derive(Debug)]
+pub(super) struct Listeners {
+    pub(super) netns: Arc<Netns>,
+    /// For redirected connections.
+    pub(super) outbound: Vec<Socket>,
+    /// For tunnels.
+    pub(super) tunnel: Socket,
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Shared,
+        limits: Limits,
+        timeouts: Timeouts,
+        ports: Ports,
+        bounds: Arc<Bounds>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            shared,
+            limits,
+            timeouts,
+            ports,
+            bounds,
+            pool: Pool::default(),
+            links: Registry::new(),
+            connections: Registry::new(),
+            draining: Cell::new(false),
+            listening: RefCell::default(),
+        })
+    }
+
+    /// Accepts what arrives at `listeners` until [`Self::unlisten`].
+    pub(super) fn listen(self: &Rc<Self>, listeners: Listeners) {
+        let netns = listeners.netns;
+        let mut tasks = Vec::new();
+        for socket in listeners.outbound {
+            let (worker, netns) = (self.clone(), netns.clone());
+            tasks.extend(self.accept(socket, None, move |tcp, from| {
+                outbound::serve(worker.clone(), netns.clone(), tcp, from)
+            }));
+        }
+        let (worker, user) = (self.clone(), self.timeouts.user);
+        let cookie = netns.cookie;
+        tasks.extend(self.accept(listeners.tunnel, Some(user), move |tcp, from| {
+            server::serve(worker.clone(), netns.clone(), tcp, from)
+        }));
+        self.listening.borrow_mut().insert(cookie, tasks);
+    }
+
+    fn accept<F: Future<Output = ()> + 'static>(
+        &self,
+        socket: Socket,
+        user: Option<Duration>,
+        serve: impl FnMut(tokio::net::TcpStream, std::net::SocketAddr) -> F + 'static,
+    ) -> Option<AbortHandle> {
+        match socket::listener(socket, user) {
+            Ok(listener) => Some(spawn_local(server::accept(listener, serve)).abort_handle()),
+            Err(error) => {
+                tracing::error!(%error, "cannot accept connections: the event loop refuses the listener");
+                None
+            }
+        }
+    }
+
+    /// Closes the listeners of a namespace. What they have accepted goes on.
+    pub(super) fn unlisten(&self, cookie: u64) {
+        let tasks = self.listening.borrow_mut().remove(&cookie);
+        tasks.into_iter().flatten().for_each(|task| task.abort());
+    }
+
+    /// A tunnel has ended.
+    pub(super) fn ended(&self, link: &Link, end: &End) {
+        let ends = &link.ends;
+        // Whoever still looks at it shall see that it takes nothing any more.
+        link.close(match end {
+            End::Closed => Reason::Closed,
+            End::Told(reason) => *reason,
+            End::Broken(_) => Reason::Reset,
+            End::Silent => Reason::Timeout,
+        });
+        if let End::Silent = end {
+            // To HTTP/2 it is a reset; what it was is known here.
+            self.stop_closed();
+        }
+        let Order::Close(reason) = link.order() else {
+            return;
+        };
+        tracing::debug!(
+            role = ends.role.as_str(),
+            id = %ends.own,
+            peer_id = %ends.peer,
+            peer = %ends.remote,
+            reason = reason.as_str(),
+            "tunnel ended: {end}"
+        );
+    }
+
+    /// Ends every connection that is no longer allowed.
+    pub(super) fn judge_again(&self) {
+        let snapshot = self.shared.snapshot.load_full();
+        self.connections
+            .for_each(|connection| connection.judge_again(&snapshot));
+    }
+
+    /// Ends the connections of all tunnels that are told to end.
+    pub(super) fn stop_closed(&self) {
+        self.connections.for_each(|connection| {
+            if let Order::Close(reason) = connection.link().order() {
+                connection.stop(reason);
+            }
+        });
+    }
+
+    /// Begins nothing new, lets what there is end until `deadline`, then ends it.
+    pub(super) async fn drain(&self, deadline: Instant) {
+        self.draining.set(true);
+        let tasks: Vec<_> = self.listening.borrow_mut().drain().collect();
+        for (_, tasks) in tasks {
+            tasks.into_iter().for_each(|task| task.abort());
+        }
+        self.pool.retire_all();
+        self.links.for_each(|link| link.retire());
+        self.until_empty(deadline).await;
+        self.connections
+            .for_each(|connection| connection.stop(Reason::Shutdown));
+        let last = Instant::now() + LAST_WORDS;
+        while self.connections.len() > 0 && Instant::now() < last {
+            sleep(DRAIN_LOOK).await;
+        }
+        self.links.for_each(|link| link.close(Reason::Shutdown));
+        self.until_empty(last).await;
+    }
+
+    async fn until_empty(&self, deadline: Instant) {
+        while self.connections.len() + self.links.len() > 0 && Instant::now() < deadline {
+            sleep(DRAIN_LOOK).await;
+        }
+    }
+
+    /// The first `most` tunnels, and how many there are.
+    pub(super) fn status(&self, most: usize) -> (usize, Vec<TunnelStatus>) {
+        let mut tunnels = Vec::new();
+        self.links.for_each(|link| {
+            if tunnels.len() < most {
+                let ends = &link.ends;
+                tunnels.push(TunnelStatus {
+                    role: ends.role.as_str(),
+                    local: ends.own.clone(),
+                    peer: ends.peer.clone(),
+                    address: ends.remote,
+                    streams: link.streams(),
+                    age: link.opened.elapsed(),
+                    retired: link.order() != Order::Serve,
+                });
+            }
+        });
+        (self.links.len(), tunnels)
+    }
+}

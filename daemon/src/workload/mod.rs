@@ -1,0 +1,90 @@
+//! Who runs here: workloads, found by cgroup, with their network namespace and addresses; and
+//! peers, who run elsewhere.
+//!
+//! In: the configuration's selectors and the node's cgroup tree. Out: [`Registry`]'s snapshots.
+
+pub mod cgroup;
+mod namespace;
+mod registry;
+
+pub use registry::{Declaration, Discovery, Registry, RegistryError};
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+use reeve_common::WorkloadId;
+
+use crate::{datapath::netns::Netns, identity::SpiffeId};
+
+/// What policies select by: the same for a workload here and for a peer elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Attributes {
+    /// Namespace (Kubernetes' meaning of the word).
+    pub namespace: String,
+    /// Service account.
+    pub service_account: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// SPIFFE ID.
+    pub spiffe_id: SpiffeId,
+}
+
+/// How a workload's cgroup is found.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum CgroupSelector {
+    /// Path below the cgroup2 mount, with a leading slash.
+    Cgroup(String),
+    /// Name of a systemd unit, as in `nginx.service`: the cgroup of that name.
+    Unit(String),
+}
+
+/// A workload as it is declared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Number in maps and events; stable while the name is declared.
+    pub id: WorkloadId,
+    /// Name in logs and metrics, unique on the node.
+    pub name: String,
+    /// Who it is.
+    pub attributes: Attributes,
+    /// Where it runs.
+    pub selector: CgroupSelector,
+    /// Ports that it owns where several workloads share a namespace's addresses.
+    pub ports: Vec<u16>,
+    /// Addresses, where they are not to be discovered from the namespace.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A workload as it runs now.
+#[derive(Clone, Debug)]
+pub struct RunningWorkload {
+    /// The declaration.
+    pub workload: Arc<Workload>,
+    /// Ids and depths of its cgroups (root is 0); empty when it does not run. One id stands here
+    /// with several depths where the daemon cannot see how deep it lies.
+    pub cgroups: Vec<(u64, u32)>,
+    /// Its network namespace, found from its processes; none until the first process runs.
+    pub netns: Option<Arc<Netns>>,
+    /// Whether it is the only workload of that namespace, and the namespace is not the daemon's.
+    pub owns_netns: bool,
+    /// Its addresses in that namespace, loopback and link-local excluded.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A far end that reeve knows: a workload on another node, or something without identity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Number in maps and events; not 0.
+    pub id: u32,
+    /// Name in logs and metrics.
+    pub name: String,
+    /// Addresses and networks.
+    pub addresses: Vec<IpNet>,
+    /// Ports that it owns, where several peers share an address.
+    pub ports: Vec<u16>,
+    /// Who it is; none for something without identity.
+    pub attributes: Option<Attributes>,
+    /// Port on which its tunnel listens; none where no tunnel reaches it.
+    pub tunnel_port: Option<u16>,
+}

@@ -1,0 +1,308 @@
+//! One look at everything that is declared.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Declaration, Discovery};
+use crate::{
+    datapath::netns::Netns,
+    workload::{
+        CgroupSelector, RunningWorkload, Workload,
+        cgroup::{self, CgroupTree},
+        namespace::{self, Namespaces},
+    },
+};
+
+/// For how long a new workload must be seen in the daemon's own namespace before it counts as
+/// being there: a container's first process is in the host's for a moment.
+pub(super) const SETTLE: Duration = Duration::from_millis(100);
+/// For how long a workload's namespace is kept after its last process, while its cgroup is there:
+/// a workload whose process is replaced finds its listeners standing.
+pub(super) const LINGER: Duration = Duration::from_secs(5);
+
+/// Looks, and remembers what it saw.
+pub(super) struct Scanner {
+    tree: CgroupTree,
+    own: Arc<Netns>,
+    namespaces: Namespaces,
+    pub(super) declared: Declaration,
+    pub(super) discovery: Arc<Discovery>,
+    /// Folders to watch, filled by the last look.
+    pub(super) folders: HashSet<PathBuf>,
+    /// When each workload, by name, had a process last.
+    alive: HashMap<String, Instant>,
+    /// Workloads, by name, that were seen in the daemon's own namespace a moment ago, and since when.
+    settling: HashMap<String, Instant>,
+    first: bool,
+}
+
+/// What a look comes across besides workloads.
+#[derive(Default)]
+struct Notes {
+    folders: HashSet<PathBuf>,
+    problems: Vec<String>,
+    settling: HashMap<String, Instant>,
+}
+
+/// A cgroup that was found.
+struct Cgroup {
+    folder: PathBuf,
+    /// Its id with its depth, or with all possible ones.
+    ids: Vec<(u64, u32)>,
+}
+
+// === impl Scanner ===
+
+impl Scanner {
+    pub(super) fn new(tree: CgroupTree, own: Netns, declared: Declaration) -> Self {
+        let own = Arc::new(own);
+        let mut namespaces = Namespaces::default();
+        namespaces.insert(&own);
+        Self {
+            tree,
+            own,
+            namespaces,
+            declared,
+            discovery: Arc::default(),
+            folders: HashSet::new(),
+            alive: HashMap::new(),
+            settling: HashMap::new(),
+            first: true,
+        }
+    }
+
+    /// Whether the next look should come soon.
+    pub(super) fn is_settling(&self) -> bool {
+        !self.settling.is_empty()
+    }
+
+    /// Looks at everything. Whether something is different from the last time.
+    pub(super) fn look(&mut self, now: Instant) -> bool {
+        let mut notes = Notes::default();
+        let declared = self.declared.clone();
+        let enforced_parents: Vec<(u64, u32)> = declared
+            .enforced_parents
+            .into_iter()
+            .flat_map(|path| {
+                let selector = CgroupSelector::Cgroup(path);
+                self.find("an enforced parent", &selector, &mut notes)
+            })
+            .flat_map(|cgroup| cgroup.ids)
+            .collect();
+        let last = self.discovery.clone();
+        let last: HashMap<&str, &RunningWorkload> = last
+            .workloads
+            .iter()
+            .map(|running| (running.workload.name.as_str(), &**running))
+            .collect();
+        let mut workloads: Vec<RunningWorkload> = declared
+            .workloads
+            .into_iter()
+            .map(|workload| {
+                let before = last.get(workload.name.as_str()).copied();
+                self.look_at(workload, before, now, &mut notes)
+            })
+            .collect();
+        mark_owners(&mut workloads, self.own.inode);
+        self.settling = notes.settling;
+        self.folders = notes.folders;
+        self.first = false;
+        self.alive
+            .retain(|name, _| workloads.iter().any(|found| found.workload.name == *name));
+        self.namespaces.tidy();
+
+        let different = workloads.len() != self.discovery.workloads.len()
+            || notes.problems != self.discovery.problems
+            || enforced_parents != self.discovery.enforced_parents
+            || !workloads
+                .iter()
+                .zip(&self.discovery.workloads)
+                .all(|(new, old)| same(new, old));
+        if different {
+            self.discovery = Arc::new(Discovery {
+                workloads: workloads.into_iter().map(Arc::new).collect(),
+                enforced_parents,
+                problems: notes.problems,
+            });
+        }
+        different
+    }
+
+    fn look_at(
+        &mut self,
+        workload: Arc<Workload>,
+        before: Option<&RunningWorkload>,
+        now: Instant,
+        notes: &mut Notes,
+    ) -> RunningWorkload {
+        let whose = format!("workload {}", workload.name);
+        let found = self.find(&whose, &workload.selector, notes);
+        let pids: Vec<u32> = found
+            .iter()
+            .flat_map(|cgroup| cgroup::processes(&cgroup.folder))
+            .collect();
+        let cgroups: Vec<(u64, u32)> = found.into_iter().flat_map(|cgroup| cgroup.ids).collect();
+        let is_there = !cgroups.is_empty();
+
+        let last = before.and_then(|running| running.netns.clone());
+        let netns = match self.namespace(&pids, last.as_ref()) {
+            Some(netns) => {
+                self.alive.insert(workload.name.clone(), now);
+                self.settled(&workload, netns, last.as_ref(), now, notes)
+            }
+            None => self.without_process(&workload, last, is_there, now),
+        };
+        let addresses = if workload.addresses.is_empty() {
+            let last = before.map(|running| running.addresses.as_slice());
+            addresses(&workload, netns.as_deref(), last, notes)
+        } else {
+            workload.addresses.clone()
+        };
+        RunningWorkload {
+            workload,
+            cgroups,
+            netns,
+            owns_netns: false,
+            addresses,
+        }
+    }
+
+    /// The namespace of a workload with processes, once it is sure.
+    fn settled(
+        &self,
+        workload: &Workload,
+        netns: Arc<Netns>,
+        last: Option<&Arc<Netns>>,
+        now: Instant,
+        notes: &mut Notes,
+    ) -> Option<Arc<Netns>> {
+        let is_own = |netns: &Arc<Netns>| netns.inode == self.own.inode;
+        if !is_own(&netns) || last.is_some_and(is_own) || self.first {
+            return Some(netns);
+        }
+        let since = self.settling.get(&workload.name).copied().unwrap_or(now);
+        if now.saturating_duration_since(since) >= SETTLE {
+            return Some(netns);
+        }
+        notes.settling.insert(workload.name.clone(), since);
+        None
+    }
+
+    /// The namespace of a workload without processes: where the next one is expected.
+    fn without_process(
+        &self,
+        workload: &Workload,
+        last: Option<Arc<Netns>>,
+        is_there: bool,
+        now: Instant,
+    ) -> Option<Arc<Netns>> {
+        let recent = self
+            .alive
+            .get(&workload.name)
+            .is_some_and(|seen| now.saturating_duration_since(*seen) < LINGER);
+        match (last, &workload.selector) {
+            (Some(last), _) if is_there && recent => Some(last),
+            // The daemon's own namespace goes on whoever is in it, and it is where systemd starts
+            // its units: they find the listeners standing.
+            (_, CgroupSelector::Unit(_)) => Some(self.own.clone()),
+            (Some(last), _) if is_there && last.inode == self.own.inode => Some(last),
+            _ => None,
+        }
+    }
+
+    fn namespace(&mut self, pids: &[u32], last: Option<&Arc<Netns>>) -> Option<Arc<Netns>> {
+        let (inode, pid) = namespace::of_processes(pids, last.map(|netns| netns.inode))?;
+        self.namespaces.get(inode, pid)
+    }
+
+    /// The cgroups that are meant and can be enrolled. They, and what must be watched to see
+    /// them come, are noted.
+    fn find(&self, whose: &str, selector: &CgroupSelector, notes: &mut Notes) -> Vec<Cgroup> {
+        let mut cgroups = Vec::new();
+        for folder in self.folders_of(selector, notes) {
+            let Ok(id) = cgroup::id(&folder) else {
+                continue;
+            };
+            let depths = self.tree.depths(&folder);
+            if depths.is_empty() {
+                notes.problems.push(format!(
+                    "{whose}: the cgroup {} lies deeper than {} levels and cannot be enforced",
+                    self.tree.path(&folder),
+                    reeve_common::MAX_CGROUP_DEPTH
+                ));
+                continue;
+            }
+            notes.folders.extend(folder.parent().map(PathBuf::from));
+            notes.folders.insert(folder.clone());
+            let ids = depths.into_iter().map(|depth| (id, depth)).collect();
+            cgroups.push(Cgroup { folder, ids });
+        }
+        cgroups
+    }
+
+    fn folders_of(&self, selector: &CgroupSelector, notes: &mut Notes) -> Vec<PathBuf> {
+        match selector {
+            CgroupSelector::Cgroup(path) => {
+                let folder = self.tree.folder(path);
+                if folder.is_dir() {
+                    return vec![folder];
+                }
+                let nearest = folder.ancestors().find(|folder| folder.is_dir());
+                notes.folders.extend(nearest.map(PathBuf::from));
+                Vec::new()
+            }
+            CgroupSelector::Unit(name) => {
+                let (found, slices) = self.tree.units(name);
+                notes.folders.extend(slices);
+                found
+            }
+        }
+    }
+}
+
+/// The addresses of a namespace; the last ones where they cannot be read.
+fn addresses(
+    workload: &Workload,
+    netns: Option<&Netns>,
+    last: Option<&[IpAddr]>,
+    notes: &mut Notes,
+) -> Vec<IpAddr> {
+    let Some(netns) = netns else {
+        return Vec::new();
+    };
+    namespace::addresses(netns).unwrap_or_else(|error| {
+        notes.problems.push(format!(
+            "workload {}: the addresses of its network namespace cannot be read: {error}",
+            workload.name
+        ));
+        last.unwrap_or_default().to_vec()
+    })
+}
+
+/// A workload owns its namespace when no other runs there and it is not the daemon's.
+fn mark_owners(workloads: &mut [RunningWorkload], own: u64) {
+    let mut residents: HashMap<u64, usize> = HashMap::new();
+    for netns in workloads.iter().filter_map(|found| found.netns.as_ref()) {
+        *residents.entry(netns.inode).or_default() += 1;
+    }
+    for running in workloads {
+        running.owns_netns = running
+            .netns
+            .as_ref()
+            .is_some_and(|netns| netns.inode != own && residents.get(&netns.inode) == Some(&1));
+    }
+}
+
+fn same(a: &RunningWorkload, b: &RunningWorkload) -> bool {
+    let inode = |running: &RunningWorkload| running.netns.as_ref().map(|netns| netns.inode);
+    a.workload == b.workload
+        && a.cgroups == b.cgroups
+        && inode(a) == inode(b)
+        && a.owns_netns == b.owns_netns
+        && a.addresses == b.addresses
+}

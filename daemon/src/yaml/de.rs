@@ -1,0 +1,525 @@
+//! Reads serde types from a [`Document`], and goes on after a mistake.
+
+use std::{cell::RefCell, collections::HashSet};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{
+        DeserializeSeed, EnumAccess, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
+        value::{StrDeserializer, U32Deserializer},
+    },
+    forward_to_deserialize_any,
+};
+
+use super::{
+    Document, Mistakes, NodeId,
+    error::Error,
+    located::LOCATED,
+    nearest, shown,
+    tree::{Content, Entry},
+};
+
+/// Mistakes of one document after which the reading stops: a file of another kind has thousands.
+const MAX_MISTAKES: usize = 100;
+
+/// What one document's readings found so far.
+struct Session<'d> {
+    document: &'d Document,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    mistakes: Mistakes,
+    /// Nodes that could not be read, and are read no more.
+    pruned: HashSet<NodeId>,
+    /// Mappings whose unknown keys are noted already.
+    checked: HashSet<NodeId>,
+    /// Every field of every mapping that was read, for comparing with the reference.
+    fields: std::collections::BTreeSet<String>,
+}
+
+/// Reads a whole document. None when not even a part of it could be read. A value that comes
+/// with mistakes lacks what was mistaken.
+pub(crate) fn read<T: for<'de> Deserialize<'de>>(
+    document: &Document,
+    mistakes: &mut Mistakes,
+) -> Option<T> {
+    let (value, state) = run(document);
+    mistakes.extend(state.mistakes);
+    value
+}
+
+/// As [`read`], and with the path of every field that could have been written in the mappings
+/// that were read.
+#[cfg(test)]
+pub(crate) fn read_tracing<T: for<'de> Deserialize<'de>>(
+    document: &Document,
+    mistakes: &mut Mistakes,
+) -> (Option<T>, std::collections::BTreeSet<String>) {
+    let (value, state) = run(document);
+    mistakes.extend(state.mistakes);
+    (value, state.fields)
+}
+
+fn run<T: for<'de> Deserialize<'de>>(document: &Document) -> (Option<T>, State) {
+    let session = Session {
+        document,
+        state: RefCell::default(),
+    };
+    loop {
+        let result = T::deserialize(Reader {
+            session: &session,
+            node: document.root(),
+        });
+        let error = match result {
+            Ok(value) => return (Some(value), session.state.into_inner()),
+            Err(error) => error,
+        };
+        let node = error.node.unwrap_or(document.root());
+        let mut state = session.state.borrow_mut();
+        let State {
+            mistakes, pruned, ..
+        } = &mut *state;
+        // A mapping or list that cannot be read because of what was pruned from it adds nothing.
+        let consequence =
+            error.what.is_empty() || pruned.iter().any(|child| document.parent(*child) == node);
+        if !consequence {
+            mistakes.push(document.mistake(node, error.what));
+        }
+        if node == document.root() || !pruned.insert(node) || mistakes.len() >= MAX_MISTAKES {
+            drop(state);
+            return (None, session.state.into_inner());
+        }
+    }
+}
+
+/// Reads one node.
+#[derive(Clone, Copy)]
+struct Reader<'s, 'd> {
+    session: &'s Session<'d>,
+    node: NodeId,
+}
+
+struct Items<'s, 'd> {
+    session: &'s Session<'d>,
+    items: std::slice::Iter<'d, NodeId>,
+}
+
+struct Entries<'s, 'd> {
+    session: &'s Session<'d>,
+    entries: std::slice::Iter<'d, Entry>,
+    /// Where only these keys are known.
+    known: Option<&'static [&'static str]>,
+    value: Option<NodeId>,
+}
+
+/// The two parts of a [`super::Located`].
+struct LocatedParts<'s, 'd> {
+    reader: Reader<'s, 'd>,
+    given: usize,
+}
+
+/// A variant's name and what stands beside it.
+struct Variant<'s, 'd> {
+    reader: Reader<'s, 'd>,
+    name: &'d str,
+    value: Option<NodeId>,
+}
+
+// === impl Session ===
+
+impl<'d> Session<'d> {
+    fn is_pruned(&self, node: NodeId) -> bool {
+        self.state.borrow().pruned.contains(&node)
+    }
+
+    /// Notes the keys of a mapping that no field has, and the fields that it could have.
+    fn check_keys(&self, mapping: NodeId, known: &'static [&'static str]) {
+        let mut state = self.state.borrow_mut();
+        if !state.checked.insert(mapping) {
+            return;
+        }
+        let path = self.document.path(mapping);
+        let pattern = without_indices(&path);
+        for field in known {
+            state.fields.insert(if pattern.is_empty() {
+                (*field).to_owned()
+            } else {
+                format!("{pattern}.{field}")
+            });
+        }
+        for entry in self.document.entries(mapping) {
+            if known.contains(&entry.key()) || state.mistakes.len() >= MAX_MISTAKES {
+                continue;
+            }
+            let mut what = "there is no such field".to_owned();
+            match nearest(entry.key(), known.iter().copied()) {
+                Some(near) => what.push_str(&format!("; did you mean `{near}`?")),
+                None => what.push_str(&format!("; expected one of {}", known.join(", "))),
+            }
+            let mistake = self.document.mistake_at_key(mapping, entry, what);
+            state.mistakes.push(mistake);
+        }
+    }
+}
+
+/// `workloads[2].name` as `workloads[].name`.
+pub(super) fn without_indices(path: &str) -> String {
+    let mut inside = false;
+    path.chars()
+        .filter(|c| {
+            inside = match c {
+                '[' => true,
+                ']' => false,
+                _ => inside,
+            };
+            !inside || *c == '['
+        })
+        .collect()
+}
+
+// === impl Reader ===
+
+impl<'d> Reader<'_, 'd> {
+    fn document(&self) -> &'d Document {
+        self.session.document
+    }
+
+    fn scalar(&self) -> Option<super::scalar::Scalar<'d>> {
+        match self.document().content(self.node)? {
+            Content::Scalar { text, plain } => Some(super::scalar::Scalar::resolve(text, *plain)),
+            _ => None,
+        }
+    }
+
+    fn unexpected(&self) -> &'static str {
+        match self.document().content(self.node) {
+            Some(Content::Sequence(_)) => "a list",
+            Some(Content::Mapping(_)) => "a mapping",
+            _ if self.document().is_null(self.node) => "nothing",
+            _ => "a single value",
+        }
+    }
+
+    fn wrong(&self, expected: &str) -> Error {
+        Error::new(
+            self.node,
+            format!("found {}; expected {expected}", self.unexpected()),
+        )
+    }
+
+    fn with<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        result.map_err(|error| error.or_at(self.node))
+    }
+}
+
+impl<'s, 'd> Reader<'s, 'd> {
+    fn visit_entries<'de, V: Visitor<'de>>(
+        self,
+        known: Option<&'static [&'static str]>,
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        let Some(Content::Mapping(entries)) = self.document().content(self.node) else {
+            return Err(self.wrong("a mapping (`key: value`)"));
+        };
+        let access: Entries<'s, 'd> = Entries {
+            session: self.session,
+            entries: entries.iter(),
+            known,
+            value: None,
+        };
+        self.with(visitor.visit_map(access))
+    }
+}
+
+impl<'de> Deserializer<'de> for Reader<'_, '_> {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        use super::scalar::Scalar;
+        let result = match self.document().content(self.node) {
+            Some(Content::Mapping(_)) => return self.visit_entries(None, visitor),
+            Some(Content::Sequence(_)) => return self.deserialize_seq(visitor),
+            _ => match self.scalar().unwrap_or(Scalar::Null) {
+                Scalar::Null => visitor.visit_unit(),
+                Scalar::Bool(value) => visitor.visit_bool(value),
+                Scalar::Unsigned(value) => visitor.visit_u64(value),
+                Scalar::Signed(value) => visitor.visit_i64(value),
+                Scalar::Float(value) => visitor.visit_f64(value),
+                Scalar::Text(text) => visitor.visit_str(text),
+            },
+        };
+        self.with(result)
+    }
+
+    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        use super::scalar::Scalar;
+        match self.scalar() {
+            Some(Scalar::Text(text)) => self.with(visitor.visit_str(text)),
+            None | Some(Scalar::Null) => Err(self.wrong("a text")),
+            Some(_) => {
+                let text = shown(self.document().text(self.node).unwrap_or_default());
+                Err(Error::new(
+                    self.node,
+                    format!("`{text}` is not a text; write it in quotes: \"{text}\""),
+                ))
+            }
+        }
+    }
+
+    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        use super::scalar::Scalar;
+        match self.scalar() {
+            Some(Scalar::Bool(value)) => self.with(visitor.visit_bool(value)),
+            Some(Scalar::Text(text)) => Err(Error::new(
+                self.node,
+                format!(
+                    "found the text `{}`; expected `true` or `false`, without quotes",
+                    shown(text)
+                ),
+            )),
+            _ => Err(self.wrong("`true` or `false`")),
+        }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        if self.document().is_null(self.node) {
+            self.with(visitor.visit_none())
+        } else {
+            self.with(visitor.visit_some(self))
+        }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        name: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        if name == LOCATED {
+            let parts = LocatedParts {
+                reader: self,
+                given: 0,
+            };
+            return self.with(visitor.visit_seq(parts));
+        }
+        self.with(visitor.visit_newtype_struct(self))
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        let Some(Content::Sequence(items)) = self.document().content(self.node) else {
+            return Err(self.wrong("a list (`- item` lines, or `[item, item]`)"));
+        };
+        self.with(visitor.visit_seq(Items {
+            session: self.session,
+            items: items.iter(),
+        }))
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        self.visit_entries(None, visitor)
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        if let Some(Content::Mapping(_)) = self.document().content(self.node) {
+            self.session.check_keys(self.node, fields);
+        }
+        self.visit_entries(Some(fields), visitor)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        use super::scalar::Scalar;
+        let (name, value) = match self.document().content(self.node) {
+            Some(Content::Mapping(entries)) => {
+                self.session.check_keys(self.node, variants);
+                let known: Vec<_> = entries
+                    .iter()
+                    .filter(|entry| variants.contains(&entry.key()))
+                    .filter(|entry| !self.session.is_pruned(entry.value))
+                    .collect();
+                let [entry] = known[..] else {
+                    if known.is_empty() && !entries.is_empty() {
+                        // The unknown names are mistakes already.
+                        return Err(Error::new(self.node, ""));
+                    }
+                    return Err(Error::new(
+                        self.node,
+                        format!("expected exactly one of {}", variants.join(", ")),
+                    ));
+                };
+                (entry.key(), Some(entry.value))
+            }
+            _ => match self.scalar() {
+                Some(Scalar::Text(text)) => (text, None),
+                _ => {
+                    return Err(self.wrong(&format!("one of {}", variants.join(", "))));
+                }
+            },
+        };
+        self.with(visitor.visit_enum(Variant {
+            reader: self,
+            name,
+            value,
+        }))
+    }
+
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_unit()
+    }
+
+    forward_to_deserialize_any! {
+        i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct
+        tuple tuple_struct identifier
+    }
+}
+
+// === impl Items ===
+
+impl<'de> SeqAccess<'de> for Items<'_, '_> {
+    type Error = Error;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, Error> {
+        let session = self.session;
+        let Some(node) = self.items.find(|node| !session.is_pruned(**node)) else {
+            return Ok(None);
+        };
+        let reader = Reader {
+            session,
+            node: *node,
+        };
+        reader.with(seed.deserialize(reader)).map(Some)
+    }
+}
+
+// === impl Entries ===
+
+impl<'de> MapAccess<'de> for Entries<'_, '_> {
+    type Error = Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, Error> {
+        let (session, known) = (self.session, self.known);
+        let wanted = |entry: &&Entry| {
+            known.is_none_or(|known| known.contains(&entry.key()))
+                && !session.is_pruned(entry.value)
+        };
+        let Some(entry) = self.entries.find(wanted) else {
+            return Ok(None);
+        };
+        self.value = Some(entry.value);
+        seed.deserialize(StrDeserializer::new(entry.key()))
+            .map(Some)
+            .map_err(|error: Error| error.or_at(entry.value))
+    }
+
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
+        let Some(node) = self.value.take() else {
+            return Err(serde::de::Error::invalid_type(
+                Unexpected::Unit,
+                &"a key first",
+            ));
+        };
+        let reader = Reader {
+            session: self.session,
+            node,
+        };
+        reader.with(seed.deserialize(reader))
+    }
+}
+
+// === impl LocatedParts ===
+
+impl<'de> SeqAccess<'de> for LocatedParts<'_, '_> {
+    type Error = Error;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, Error> {
+        self.given += 1;
+        match self.given {
+            1 => seed
+                .deserialize(U32Deserializer::new(self.reader.node.0))
+                .map(Some),
+            2 => seed.deserialize(self.reader).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+// === impl Variant ===
+
+impl<'de> EnumAccess<'de> for Variant<'_, '_> {
+    type Error = Error;
+    type Variant = Self;
+
+    fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Error> {
+        let name = seed.deserialize(StrDeserializer::new(self.name));
+        Ok((self.reader.with(name)?, self))
+    }
+}
+
+impl<'s, 'd> Variant<'s, 'd> {
+    fn content(&self) -> Result<Reader<'s, 'd>, Error> {
+        let node = self.value.ok_or_else(|| {
+            Error::new(
+                self.reader.node,
+                format!("`{0}` has settings; write `{0}: {{}}`", self.name),
+            )
+        })?;
+        Ok(Reader {
+            session: self.reader.session,
+            node,
+        })
+    }
+}
+
+impl<'de> VariantAccess<'de> for Variant<'_, '_> {
+    type Error = Error;
+
+    fn unit_variant(self) -> Result<(), Error> {
+        match self.value {
+            None => Ok(()),
+            Some(node) => Err(Error::new(
+                node,
+                format!("`{}` has no settings; write the name alone", self.name),
+            )),
+        }
+    }
+
+    fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, Error> {
+        let reader = self.content()?;
+        reader.with(seed.deserialize(reader))
+    }
+
+    fn tuple_variant<V: Visitor<'de>>(self, _len: usize, visitor: V) -> Result<V::Value, Error> {
+        self.content()?.deserialize_seq(visitor)
+    }
+
+    fn struct_variant<V: Visitor<'de>>(
+        self,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        self.content()?.deserialize_struct("", fields, visitor)
+    }
+}

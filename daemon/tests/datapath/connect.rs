@@ -1,0 +1,190 @@
+//! `connect()` of a workload.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+};
+
+use reeve_common::{Action, Direction, EventKind, Hook, PEER_TUNNEL, Reason, protocol::TCP};
+
+use crate::world::{CLASS, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
+
+#[test]
+fn who_is_not_enrolled_may_do_everything() {
+    let mut world = World::new();
+    let (id, depth) = (world.workload.id(), world.workload.depth());
+    world.add_workload(id, depth, WORKLOAD);
+    world.apply();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let client = world
+            .here
+            .run(&world.stranger, || TcpStream::connect(to).unwrap());
+        let (_, from) = server.accept().unwrap();
+        assert_eq!(from.port(), client.local_addr().unwrap().port());
+    }
+    assert_eq!(world.other_events(), []);
+}
+
+#[test]
+fn a_workload_without_a_policy_is_refused() {
+    let mut world = World::enrolled();
+    let _server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+        let event = world.verdict_event(Hook::Connect, false, Reason::NoPolicy);
+        assert_eq!(event.workload, WORKLOAD);
+        assert_eq!(event.remote, reeve::datapath::address(to.ip()));
+        assert_eq!((event.remote_port, event.protocol), (80, TCP));
+        assert_eq!(event.direction, Direction::Egress as u8);
+    }
+    assert_eq!(world.count(Direction::Egress, false, Reason::NoPolicy), 2);
+    let to = world.there.port4(53);
+    let socket = world.as_workload(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    assert_refused(world.as_workload(|| socket.connect(to)));
+}
+
+#[test]
+fn what_a_policy_allows_goes_as_it_is_where_no_tunnel_leads() {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.apply();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let mut client = world.as_workload(|| TcpStream::connect(to).unwrap());
+        let event = world.verdict_event(Hook::Connect, true, Reason::NoTunnel);
+        assert_eq!((event.peer, event.rule), (PEER, RULE));
+        let (mut accepted, _) = server.accept().unwrap();
+        client.write_all(b"hello").unwrap();
+        accepted.read_exact(&mut [0; 5]).unwrap();
+        accepted.write_all(b"hi").unwrap();
+        client.read_exact(&mut [0; 2]).unwrap();
+        drop(client);
+        assert_eq!(accepted.read(&mut [0; 1]).unwrap(), 0);
+        drop(accepted);
+        let closed = world.event("it was closed", |event| {
+            event.kind == EventKind::Closed as u8
+        });
+        assert_eq!((closed.bytes_sent, closed.bytes_received), (5, 2));
+        assert_eq!(
+            (closed.workload, closed.peer, closed.rule),
+            (WORKLOAD, PEER, RULE)
+        );
+        assert!(closed.duration > 0 && closed.duration < 10_000_000_000);
+    }
+    let other = world.there.port4(81);
+    assert_refused(world.as_workload(|| TcpStream::connect(other)));
+}
+
+#[test]
+fn a_rule_that_denies_is_named() {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Protocol(TCP));
+    world.verdict(Direction::Egress, CLASS, Scope::Port(TCP, 22), Action::Deny);
+    world.apply();
+    let to = world.there.port4(22);
+    assert_refused(world.as_workload(|| TcpStream::connect(to)));
+    let event = world.verdict_event(Hook::Connect, false, Reason::PolicyDeny);
+    assert_eq!(event.rule, RULE);
+}
+
+#[test]
+fn a_tunnels_connection_goes_to_the_daemon_and_looks_as_it_was_asked_for() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.listening();
+    world.apply();
+    let listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    let [v4, v6]: [TcpListener; 2] = listeners
+        .into_iter()
+        .map(|socket| {
+            socket.set_nonblocking(false).unwrap();
+            socket.into()
+        })
+        .collect::<Vec<_>>()
+        .try_into()
+        .unwrap();
+
+    let mapped: SocketAddr = "[::ffff:10.0.0.2]:80".parse().unwrap();
+    for (to, listener) in [
+        (world.there.port4(80), &v4),
+        (mapped, &v4),
+        (world.there.port6(80), &v6),
+    ] {
+        let client = world.as_workload(|| TcpStream::connect(to).unwrap());
+        assert_eq!(client.peer_addr().unwrap(), to, "getpeername()");
+        let (_, from) = listener.accept().unwrap();
+        let cookie = world.here.netns.cookie;
+        let origin = world.datapath().claim_origin(cookie, from).unwrap();
+        assert_eq!(
+            origin.address,
+            reeve::datapath::address(to.ip().to_canonical())
+        );
+        assert_eq!((origin.port, origin.workload), (80, WORKLOAD));
+        assert_eq!((origin.peer, origin.rule), (PEER, RULE));
+        let again = world.datapath().claim_origin(cookie, from);
+        assert_eq!(again, None, "an origin is claimed once");
+        world.verdict_event(Hook::Connect, true, Reason::Policy);
+    }
+    let tunnel_port = world.there.port4(15008);
+    world.allow(Direction::Egress, Scope::Protocol(TCP));
+    world.apply();
+    assert_refused(world.as_workload(|| TcpStream::connect(tunnel_port)));
+    world.verdict_event(Hook::Connect, false, Reason::ReservedPort);
+}
+
+#[test]
+fn a_tunnel_is_refused_without_a_listener() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    let to = world.there.port4(80);
+    assert_refused(world.as_workload(|| TcpStream::connect(to)));
+    world.verdict_event(Hook::Connect, false, Reason::NoListener);
+}
+
+#[test]
+fn what_stays_in_the_workload_is_not_judged() {
+    let mut world = World::enrolled();
+    let server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [
+        "127.0.0.1:80".parse().unwrap(),
+        "127.9.9.9:80".parse().unwrap(),
+        "[::1]:80".parse().unwrap(),
+        "0.0.0.0:80".parse().unwrap(),
+        "[::]:80".parse().unwrap(),
+        "[::ffff:127.0.0.1]:80".parse().unwrap(),
+        world.here.port4(80),
+        world.here.port6(80),
+    ] {
+        let mut client = world
+            .as_workload(|| TcpStream::connect(to))
+            .expect("connecting");
+        let (mut accepted, _) = server.accept().unwrap();
+        client.write_all(b"hello").unwrap();
+        accepted.read_exact(&mut [0; 5]).unwrap();
+    }
+    assert_eq!(world.other_events(), []);
+}
+
+#[test]
+fn reeves_ports_are_not_for_workloads() {
+    let mut world = World::enrolled();
+    let _reeve = world.as_reeve(|netns| {
+        (
+            netns.outbound_listeners(15001).unwrap(),
+            netns.tunnel_listener(15008).unwrap(),
+        )
+    });
+    for to in ["127.0.0.1:15001", "[::1]:15001", "127.0.0.1:15008"] {
+        let to: SocketAddr = to.parse().unwrap();
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+        world.verdict_event(Hook::Connect, false, Reason::ReservedPort);
+    }
+    let own = world.here.port4(15008);
+    assert_refused(world.as_workload(|| TcpStream::connect(own)));
+}

@@ -1,0 +1,87 @@
+//! The kernel's own sockets, which answer in a workload's namespace without a socket of its own:
+//! they belong to the root cgroup, and only a datapath that is attached there sees them.
+
+use std::{
+    io::{ErrorKind, Read},
+    net::{TcpListener, TcpStream},
+    time::Instant,
+};
+
+use reeve_common::{
+    Direction,
+    protocol::{ICMP, TCP},
+};
+
+use crate::{
+    place::ping,
+    world::{MOMENT, Scope, World},
+};
+
+fn enrolled() -> World {
+    let mut world = World::of_machine();
+    world.enrol();
+    world.peer(0);
+    world.apply();
+    world
+}
+
+#[test]
+fn the_kernel_answers_a_ping_that_a_policy_lets_in() {
+    let mut world = enrolled();
+    let both = [world.here.port4(0), world.here.port6(0)];
+    for to in both {
+        let silent = world.as_far_end(|| ping(to)).unwrap_err();
+        assert_eq!(silent.kind(), ErrorKind::WouldBlock);
+    }
+    world.allow(Direction::Ingress, Scope::Protocol(ICMP));
+    world.apply();
+    for to in both {
+        world.as_far_end(|| ping(to)).unwrap();
+    }
+}
+
+#[test]
+fn the_kernel_resets_what_nobody_listens_for() {
+    let mut world = enrolled();
+    for to in [world.here.port4(80), world.here.port6(80)] {
+        let start = Instant::now();
+        let refused = world.as_far_end(|| TcpStream::connect(to)).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        assert!(start.elapsed() < MOMENT);
+    }
+    assert_eq!(world.other_events(), []);
+}
+
+#[test]
+fn the_kernel_acknowledges_the_end_of_a_connection_that_is_gone() {
+    let mut world = enrolled();
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.apply();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let client = world.as_workload(|| TcpStream::connect(to).unwrap());
+        let (mut accepted, _) = server.accept().unwrap();
+        // The workload closes first, so that its end waits in TIME_WAIT.
+        drop(client);
+        assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+        drop(accepted);
+    }
+    // An end that is not acknowledged would wait in LAST_ACK.
+    let waiting = || {
+        let tables = world.there.netns.run(|| {
+            Ok(["tcp", "tcp6"].map(|table| {
+                std::fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap()
+            }))
+        });
+        tables
+            .unwrap()
+            .join("")
+            .lines()
+            .filter(|line| line.split_whitespace().nth(3) == Some("09"))
+            .count()
+    };
+    let deadline = Instant::now() + MOMENT;
+    while waiting() > 0 {
+        assert!(Instant::now() < deadline, "an end is not acknowledged");
+    }
+}

@@ -1,0 +1,102 @@
+//! The daemon's connections to local applications, with the client's own address.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+};
+
+use reeve_common::{Action, Direction, protocol::TCP};
+use socket2::Socket;
+
+use crate::world::{CLASS, MOMENT, PATIENCE, Scope, World};
+
+fn world() -> World {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.verdict(
+        Direction::Ingress,
+        CLASS,
+        Scope::Port(TCP, 80),
+        Action::TunnelOnly,
+    );
+    world.apply();
+    let datapath = world.datapath().clone();
+    datapath.attach_namespace(&world.here.netns).unwrap();
+    world
+        .block_on(datapath.prepare_namespace(&world.here.netns))
+        .unwrap();
+    // A second time is no mistake.
+    world
+        .block_on(datapath.prepare_namespace(&world.here.netns))
+        .unwrap();
+    world
+}
+
+fn connect(world: &World, client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
+    world.as_reeve(|netns| {
+        let socket: Socket = netns.onward_socket(client, to)?;
+        socket.set_nonblocking(false)?;
+        socket.connect_timeout(&to.into(), PATIENCE)?;
+        Ok(socket.into())
+    })
+}
+
+#[test]
+fn an_application_sees_the_clients_address() {
+    let mut world = world();
+    let server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    for (client, to) in [
+        (world.there.v4, world.here.port4(80)),
+        (world.there.v6, world.here.port6(80)),
+        // An address that is nowhere near.
+        ("203.0.113.9".parse().unwrap(), world.here.port4(80)),
+        ("2001:db8::9".parse().unwrap(), world.here.port6(80)),
+    ] {
+        let mut stream = connect(&world, client, to).unwrap();
+        let (mut accepted, from) = server.accept().unwrap();
+        assert_eq!(from.ip().to_canonical(), client);
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"hello").unwrap();
+        accepted.read_exact(&mut [0; 5]).unwrap();
+        accepted.write_all(b"hi").unwrap();
+        stream.read_exact(&mut [0; 2]).unwrap();
+        // A change of policy is the tunnel's matter here.
+        let verdicts = std::mem::take(&mut world.state.tables.verdicts);
+        world.apply();
+        stream.write_all(b"still").unwrap();
+        accepted.read_exact(&mut [0; 5]).unwrap();
+        world.state.tables.verdicts = verdicts;
+        world.apply();
+    }
+    assert_eq!(world.other_events(), [], "the tunnel tells of it");
+    let usage = world.datapath().map_usage();
+    let onward = usage.iter().find(|map| map.name == "ONWARD").unwrap();
+    assert_eq!(onward.entries, 0);
+}
+
+#[test]
+fn nothing_is_left_of_a_connection_that_the_application_refused() {
+    let world = world();
+    let to = world.here.port4(81);
+    let refused = connect(&world, world.there.v4, to).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    let usage = world.datapath().map_usage();
+    let onward = usage.iter().find(|map| map.name == "ONWARD").unwrap();
+    assert_eq!(onward.entries, 0);
+}
+
+#[test]
+fn a_mark_alone_opens_nothing() {
+    let world = world();
+    let _server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    let to = world.here.port4(80);
+    let client = world.there.v4;
+    // Not reeve's cgroup: neither a stranger nor the workload itself is believed.
+    let refused = world.here.run(&world.stranger, || {
+        let socket = world.here.netns.onward_socket(client, to)?;
+        socket.set_nonblocking(false)?;
+        socket.connect_timeout(&to.into(), MOMENT)
+    });
+    assert!(refused.is_err());
+}

@@ -1,0 +1,191 @@
+//! Where things run: cgroups and network namespaces, for threads.
+
+use std::{
+    fs,
+    io::Read,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sched::{CloneFlags, unshare};
+use reeve::datapath::netns::Netns;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::world::{MOMENT, PATIENCE};
+
+/// A threaded cgroup; dropping it removes it.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    depth: u32,
+}
+
+impl Cgroup {
+    pub(crate) fn root(name: &str) -> Self {
+        // Threads can only spread over cgroups below the one that their process is in.
+        fs::write(mount().join("cgroup.procs"), "0").unwrap();
+        Self::new(mount().join(name), 1)
+    }
+
+    fn new(path: PathBuf, depth: u32) -> Self {
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("cgroup.type"), "threaded").unwrap();
+        Self { path, depth }
+    }
+
+    /// A cgroup below this one.
+    pub(crate) fn child(&self, name: &str) -> Self {
+        Self::new(self.path.join(name), self.depth + 1)
+    }
+
+    /// The kernel's number for it.
+    pub(crate) fn id(&self) -> u64 {
+        fs::metadata(&self.path).unwrap().ino()
+    }
+
+    /// How far below the hierarchy's root it is.
+    pub(crate) fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    /// Its folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // A thread that has just ended may still be counted for a moment.
+        let deadline = Instant::now() + PATIENCE;
+        while fs::remove_dir(&self.path).is_err() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Where the cgroup2 hierarchy is mounted.
+pub(crate) fn mount() -> PathBuf {
+    fs::read_to_string("/proc/self/mountinfo")
+        .unwrap()
+        .lines()
+        .filter_map(|line| line.split_once(" - "))
+        .find(|(_, kind)| kind.starts_with("cgroup2 "))
+        .map(|(mount, _)| PathBuf::from(mount.split(' ').nth(4).unwrap()))
+        .expect("a cgroup2 hierarchy is mounted")
+}
+
+/// One end of the wire.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// Its network namespace.
+    pub(crate) netns: Arc<Netns>,
+    /// Its IPv4 address.
+    pub(crate) v4: IpAddr,
+    /// Its IPv6 address.
+    pub(crate) v6: IpAddr,
+}
+
+impl Place {
+    pub(crate) fn new(number: u8) -> Self {
+        let netns = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            Netns::open("/proc/thread-self/ns/net").unwrap()
+        })
+        .join()
+        .unwrap();
+        Self {
+            netns: Arc::new(netns),
+            v4: Ipv4Addr::new(10, 0, 0, number).into(),
+            v6: Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, number.into()).into(),
+        }
+    }
+
+    /// Does something in a cgroup and here.
+    pub(crate) fn run<T: Send>(&self, cgroup: &Cgroup, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    fs::write(cgroup.path.join("cgroup.threads"), "0").unwrap();
+                    self.netns.run(|| Ok(work())).unwrap()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Runs `ip` here with several command lines.
+    pub(crate) fn ip(&self, lines: &[String]) {
+        let status = self
+            .netns
+            .run(|| {
+                let mut child = Command::new("ip")
+                    .args(["-batch", "-"])
+                    .stdin(Stdio::piped())
+                    .spawn()?;
+                let mut input = child.stdin.take().unwrap();
+                std::io::Write::write_all(&mut input, lines.join("\n").as_bytes())?;
+                drop(input);
+                child.wait()
+            })
+            .unwrap();
+        assert!(status.success(), "ip: {lines:?}");
+    }
+
+    /// A port at the IPv4 address.
+    pub(crate) fn port4(&self, port: u16) -> SocketAddr {
+        (self.v4, port).into()
+    }
+
+    /// A port at the IPv6 address.
+    pub(crate) fn port6(&self, port: u16) -> SocketAddr {
+        (self.v6, port).into()
+    }
+}
+
+/// Joins two namespaces.
+pub(crate) fn wire(here: &Place, there: &Place) {
+    let path = format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        there.netns.fd.as_raw_fd()
+    );
+    here.ip(&[format!(
+        "link add wire type veth peer name wire netns {path}"
+    )]);
+    for place in [here, there] {
+        place.ip(&[
+            "link set lo up".into(),
+            "link set wire up".into(),
+            format!("addr add {}/24 dev wire", place.v4),
+            format!("addr add {}/64 dev wire nodad", place.v6),
+        ]);
+    }
+}
+
+/// Asks for an echo and waits for it, with a raw socket.
+pub(crate) fn ping(to: SocketAddr) -> std::io::Result<()> {
+    let (domain, protocol, request) = match to {
+        SocketAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8),
+        SocketAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128),
+    };
+    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+    socket.set_read_timeout(Some(MOMENT))?;
+    // The checksum is right for IPv4; for IPv6 the kernel sees to it.
+    let echo = [request, 0, 0xf7, 0xf7, 0, 7, 0, 1];
+    socket.send_to(&echo, &to.into())?;
+    let mut buffer = [0; 128];
+    loop {
+        let _ = (&socket).read(&mut buffer)?;
+        // IPv4's header is part of what is read.
+        let kind = buffer[if to.is_ipv4() { 20 } else { 0 }];
+        if [0, 129].contains(&kind) {
+            return Ok(());
+        }
+    }
+}

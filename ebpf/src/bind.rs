@@ -1,0 +1,63 @@
+//! `bind()`: reeve's ports are reeve's, in every namespace of a workload and for every workload.
+
+use aya_ebpf::{
+    bindings::bpf_sock_addr, helpers::bpf_get_netns_cookie, macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use reeve_common::{Direction, Hook, Reason};
+
+use crate::{
+    address::field,
+    connect::{PROCEED, REFUSE, STREAM, named_address, named_port, named_protocol},
+    event::{Connection, Outcome, report},
+    judge::{self, is_reeve},
+    maps::{NAMESPACES, settings},
+};
+
+#[cgroup_sock_addr(bind4)]
+pub fn reeve_bind4(ctx: SockAddrContext) -> i32 {
+    bind(ctx.sock_addr, false)
+}
+
+#[cgroup_sock_addr(bind6)]
+pub fn reeve_bind6(ctx: SockAddrContext) -> i32 {
+    bind(ctx.sock_addr, true)
+}
+
+#[inline(always)]
+fn bind(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
+    let Some(settings) = settings() else {
+        return REFUSE;
+    };
+    let port = named_port(ctx);
+    if port != settings.outbound_port && port != settings.tunnel_port {
+        return PROCEED;
+    }
+    // SAFETY: a field of the context. By type and not by protocol, for MPTCP takes TCP's ports.
+    let stream = field(unsafe { &raw const (*ctx).type_ }) == STREAM;
+    if settings.cgroup_depths == 0 || !stream {
+        return PROCEED;
+    }
+    let caller = judge::caller(settings.cgroup_depths);
+    let workload = match caller {
+        Some(entry) if is_reeve(&entry) => return PROCEED,
+        Some(entry) => entry.workload,
+        None => {
+            // SAFETY: `ctx` is the program's context.
+            let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+            // SAFETY: only asked whether it is there, and one word of it.
+            match unsafe { NAMESPACES.get(cookie) } {
+                Some(entry) => entry.workload,
+                None => return PROCEED,
+            }
+        }
+    };
+    let mut connection = Connection::new(Hook::Bind);
+    connection.local = named_address(ctx, inet6);
+    connection.local_port = port;
+    connection.protocol = named_protocol(ctx);
+    connection.direction = Direction::Ingress as u8;
+    connection.workload = workload;
+    report(&connection, Outcome::deny(Reason::ReservedPort));
+    REFUSE
+}

@@ -1,0 +1,279 @@
+//! `connect()`: judged, and sent through reeve where the policy wants a tunnel; `getpeername()`:
+//! shows what was asked for.
+
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::bpf_get_netns_cookie,
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use reeve_common::{
+    Address, Direction, Hook, NAMESPACE_LISTENING, ONWARD_MARK, Reason, Settings, SocketTag,
+    TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, WorkloadEntry, ipv4_mapped, protocol,
+};
+
+use crate::{
+    address::{self, field, is_loopback, is_mapped, to_words},
+    event::{Connection, Outcome, count_verdict, report},
+    judge::{self, is_reeve, is_unknown},
+    maps::{NAMESPACES, set_tag, settings, tag},
+};
+
+/// The call goes on.
+pub const PROCEED: i32 = 1;
+/// The call fails with `EPERM`.
+pub const REFUSE: i32 = 0;
+
+const LOCALHOST_V4: [u8; 4] = [127, 0, 0, 1];
+const LOCALHOST_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+const LOCALHOST_MAPPED: Address = ipv4_mapped(LOCALHOST_V4);
+
+/// `SOCK_STREAM`.
+pub const STREAM: u32 = 1;
+
+#[cgroup_sock_addr(connect4)]
+pub fn reeve_connect4(ctx: SockAddrContext) -> i32 {
+    connect(ctx.sock_addr, false)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn reeve_connect6(ctx: SockAddrContext) -> i32 {
+    connect(ctx.sock_addr, true)
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn reeve_peername4(ctx: SockAddrContext) -> i32 {
+    peername(ctx.sock_addr, false)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn reeve_peername6(ctx: SockAddrContext) -> i32 {
+    peername(ctx.sock_addr, true)
+}
+
+/// The socket of a call; never null.
+#[inline(always)]
+pub fn socket(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
+    // SAFETY: every socket address hook has a socket.
+    unsafe { (*ctx).__bindgen_anon_1.sk }
+}
+
+/// The address that a call names.
+#[inline(always)]
+pub fn named_address(ctx: *mut bpf_sock_addr, inet6: bool) -> Address {
+    // SAFETY: fields of the context, which is not null.
+    unsafe {
+        if inet6 {
+            address::v6(&raw const (*ctx).user_ip6)
+        } else {
+            address::v4(field(&raw const (*ctx).user_ip4))
+        }
+    }
+}
+
+/// The port that a call names, host byte order.
+#[inline(always)]
+pub fn named_port(ctx: *mut bpf_sock_addr) -> u16 {
+    // SAFETY: as above. The first two bytes are the port.
+    u16::from_be(field(unsafe { &raw const (*ctx).user_port }) as u16)
+}
+
+/// IP protocol of the socket of a call.
+#[inline(always)]
+pub fn named_protocol(ctx: *mut bpf_sock_addr) -> u8 {
+    // SAFETY: as above.
+    field(unsafe { &raw const (*ctx).protocol }) as u8
+}
+
+#[inline(always)]
+fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
+    let Some(settings) = settings() else {
+        return REFUSE;
+    };
+    let depths = settings.cgroup_depths;
+    if depths == 0 {
+        return PROCEED;
+    }
+    let socket = socket(ctx);
+    let Some(caller) = judge::caller(depths) else {
+        forget(socket);
+        return PROCEED;
+    };
+    if is_reeve(&caller) {
+        return connect_of_reeve(socket);
+    }
+    let mut connection = Connection::new(Hook::Connect);
+    connection.remote = named_address(ctx, inet6);
+    connection.remote_port = named_port(ctx);
+    connection.protocol = named_protocol(ctx);
+    connection.direction = Direction::Egress as u8;
+    connection.workload = caller.workload;
+
+    // What the socket remembered was said of another far end.
+    forget(socket);
+    let outcome = judge_connect(&mut connection, &settings, &caller);
+    let Some(outcome) = outcome else {
+        return PROCEED;
+    };
+    if !outcome.allowed() {
+        report(&connection, outcome);
+        return REFUSE;
+    }
+    let mut remembered = SocketTag {
+        remote: connection.remote,
+        since: 0,
+        workload: connection.workload,
+        peer: connection.peer,
+        rule: connection.rule,
+        generation: settings.generation,
+        remote_port: connection.remote_port,
+        protocol: connection.protocol,
+        direction: Direction::Egress as u8,
+        flags: TAG_ALLOWED | TAG_DIRECTION,
+    };
+    if outcome.through_tunnel() {
+        if !is_listening(ctx) {
+            report(&connection, Outcome::deny(Reason::NoListener));
+            return REFUSE;
+        }
+        remembered.flags |= TAG_REDIRECTED;
+    }
+    if !set_tag(socket, &mut remembered) {
+        report(&connection, Outcome::deny(Reason::MapFailure));
+        return REFUSE;
+    }
+    report(&connection, outcome);
+    if outcome.through_tunnel() {
+        redirect(ctx, inet6, &connection.remote, settings.outbound_port);
+    }
+    PROCEED
+}
+
+/// What becomes of a workload's connection; none where it stays in the workload.
+#[inline(always)]
+fn judge_connect(
+    connection: &mut Connection,
+    settings: &Settings,
+    caller: &WorkloadEntry,
+) -> Option<Outcome> {
+    let tcp = connection.protocol == protocol::TCP;
+    if is_loopback(&connection.remote) {
+        let reserved = connection.remote_port == settings.outbound_port
+            || connection.remote_port == settings.tunnel_port;
+        return (tcp && reserved).then_some(Outcome::deny(Reason::ReservedPort));
+    }
+    if is_unknown(caller) {
+        return Some(Outcome::deny(Reason::UnknownWorkload));
+    }
+    if judge::workload_at(&connection.remote) == Some(connection.workload) {
+        let reserved = connection.remote_port == settings.tunnel_port;
+        return (tcp && reserved).then_some(Outcome::deny(Reason::ReservedPort));
+    }
+    let outcome = judge::judge(connection);
+    if outcome.through_tunnel() && connection.remote_port == settings.tunnel_port {
+        return Some(Outcome::deny(Reason::ReservedPort));
+    }
+    Some(outcome)
+}
+
+/// Whether the daemon's listeners stand in the caller's namespace.
+#[inline(always)]
+fn is_listening(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: `ctx` is the program's context.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    // SAFETY: one word is read at once.
+    unsafe { NAMESPACES.get(cookie) }.is_some_and(|entry| entry.flags & NAMESPACE_LISTENING != 0)
+}
+
+/// Sends the call to the outbound listener of the namespace.
+#[inline(always)]
+fn redirect(ctx: *mut bpf_sock_addr, inet6: bool, remote: &Address, port: u16) {
+    // SAFETY: these fields of the context may be written in this hook.
+    unsafe {
+        (*ctx).user_port = u32::from(port.to_be());
+        if !inet6 {
+            (*ctx).user_ip4 = u32::from_ne_bytes(LOCALHOST_V4);
+            return;
+        }
+        let localhost = if is_mapped(remote) {
+            &LOCALHOST_MAPPED
+        } else {
+            &LOCALHOST_V6
+        };
+        write_v6(&raw mut (*ctx).user_ip6, localhost);
+    }
+}
+
+/// Writes an IPv6 address into a hook's context, word by word.
+///
+/// # Safety
+///
+/// `words` is a field of the context that the hook may write.
+#[inline(always)]
+unsafe fn write_v6(words: *mut [u32; 4], address: &Address) {
+    let word: *mut u32 = words.cast();
+    let address = to_words(address);
+    // SAFETY: four words long.
+    unsafe {
+        word.write_volatile(address[0]);
+        word.add(1).write_volatile(address[1]);
+        word.add(2).write_volatile(address[2]);
+        word.add(3).write_volatile(address[3]);
+    }
+}
+
+/// The verdict that a socket remembers ends with a new `connect()`; its workload stays.
+#[inline(always)]
+fn forget(socket: *mut bpf_sock) {
+    if let Some(tag) = tag(socket) {
+        tag.generation = 0;
+        tag.flags = 0;
+    }
+}
+
+/// reeve's own connections are not judged. Those to local applications are marked, and
+/// `sock_ops`, which sees no caller, shall know them.
+#[inline(always)]
+fn connect_of_reeve(socket: *mut bpf_sock) -> i32 {
+    // SAFETY: the socket of the hook.
+    if field(unsafe { &raw const (*socket).mark }) == ONWARD_MARK {
+        let mut onward = SocketTag {
+            remote: [0; 16],
+            since: 0,
+            workload: 0,
+            peer: 0,
+            rule: 0,
+            generation: 0,
+            remote_port: 0,
+            protocol: protocol::TCP,
+            direction: Direction::Egress as u8,
+            flags: TAG_ONWARD,
+        };
+        if !set_tag(socket, &mut onward) {
+            count_verdict(Direction::Egress as u8, Outcome::deny(Reason::MapFailure));
+            return REFUSE;
+        }
+    }
+    PROCEED
+}
+
+/// Shows a redirected socket the far end that its application asked for.
+#[inline(always)]
+fn peername(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
+    let Some(tag) = tag(socket(ctx)) else {
+        return PROCEED;
+    };
+    if tag.flags & TAG_REDIRECTED == 0 {
+        return PROCEED;
+    }
+    // SAFETY: these fields of the context may be written in this hook.
+    unsafe {
+        (*ctx).user_port = u32::from(tag.remote_port.to_be());
+        if inet6 {
+            write_v6(&raw mut (*ctx).user_ip6, &tag.remote);
+        } else {
+            (*ctx).user_ip4 = to_words(&tag.remote)[3];
+        }
+    }
+    PROCEED
+}

@@ -1,0 +1,208 @@
+//! Telling the daemon: counters for every verdict, and a record for each new one.
+
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_log_ebpf::debug;
+use reeve_common::{
+    Address, COUNTER_LOST_EVENTS, Event, EventKind, Hook, Reason, SocketTag, WorkloadId,
+    counter_slot,
+};
+
+use crate::maps::{COUNTERS, EVENTS};
+
+/// One connection as its workload sees it: the question that `judge` answers, and what an event
+/// says of it.
+#[derive(Clone, Copy)]
+pub struct Connection {
+    /// The workload's address, zero where not known.
+    pub local: Address,
+    /// The far end's.
+    pub remote: Address,
+    /// The judged workload.
+    pub workload: WorkloadId,
+    /// The workload's port, host byte order.
+    pub local_port: u16,
+    /// The far end's.
+    pub remote_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// `Direction` that is asked about.
+    pub direction: u8,
+    /// `Hook` that asks.
+    pub hook: u8,
+    /// Answer: number of the peer.
+    pub peer: u32,
+    /// Answer: rule.
+    pub rule: u32,
+}
+
+impl Connection {
+    /// A question about nothing yet.
+    #[inline(always)]
+    pub fn new(hook: Hook) -> Self {
+        Self {
+            local: [0; 16],
+            remote: [0; 16],
+            workload: 0,
+            local_port: 0,
+            remote_port: 0,
+            protocol: 0,
+            direction: 0,
+            hook: hook as u8,
+            peer: 0,
+            rule: 0,
+        }
+    }
+}
+
+/// What becomes of a connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Outcome(u32);
+
+const ALLOWED: u32 = 1 << 8;
+const THROUGH_TUNNEL: u32 = 1 << 9;
+
+impl Outcome {
+    /// It may go on.
+    #[inline(always)]
+    pub const fn allow(reason: Reason) -> Self {
+        Self(reason as u32 | ALLOWED)
+    }
+
+    /// It may go on through a tunnel, and only so.
+    #[inline(always)]
+    pub const fn tunnel() -> Self {
+        Self(Reason::Policy as u32 | ALLOWED | THROUGH_TUNNEL)
+    }
+
+    /// It may not.
+    #[inline(always)]
+    pub const fn deny(reason: Reason) -> Self {
+        Self(reason as u32)
+    }
+
+    /// Whether it may go on.
+    #[inline(always)]
+    pub const fn allowed(self) -> bool {
+        self.0 & ALLOWED != 0
+    }
+
+    /// Whether it may go on through a tunnel only.
+    #[inline(always)]
+    pub const fn through_tunnel(self) -> bool {
+        self.0 & THROUGH_TUNNEL != 0
+    }
+
+    /// Why, as a number.
+    #[inline(always)]
+    pub const fn reason(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Whether the reason is this one.
+    #[inline(always)]
+    pub const fn is(self, reason: Reason) -> bool {
+        self.0 as u8 == reason as u8
+    }
+}
+
+/// Adds one to a counter of this processor.
+#[inline(always)]
+fn count(slot: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(slot) {
+        // SAFETY: the value is this processor's, and no other program runs on it meanwhile; one
+        // that interrupts it loses a count at worst.
+        unsafe { *counter += 1 }
+    }
+}
+
+/// Counts a verdict without a record of it.
+#[inline(always)]
+pub fn count_verdict(direction: u8, outcome: Outcome) {
+    let of_reason = counter_slot(direction, outcome.allowed(), Reason::Policy);
+    count(of_reason + u32::from(outcome.reason() & 63));
+}
+
+/// Counts a verdict and tells the daemon of it.
+#[inline(never)]
+pub fn report(connection: &Connection, outcome: Outcome) {
+    count_verdict(connection.direction, outcome);
+    debug!(
+        (),
+        "hook {} workload {} port {} remote {:i} port {} protocol {} direction {} allowed {} reason {} rule {}",
+        connection.hook,
+        connection.workload,
+        connection.local_port,
+        connection.remote,
+        connection.remote_port,
+        connection.protocol,
+        connection.direction,
+        u8::from(outcome.allowed()),
+        outcome.reason(),
+        connection.rule
+    );
+    let Some(mut record) = EVENTS.reserve(0) else {
+        count(COUNTER_LOST_EVENTS);
+        return;
+    };
+    // SAFETY: asking for the time has no condition.
+    let timestamp = unsafe { bpf_ktime_get_ns() };
+    record.write(Event {
+        timestamp,
+        bytes_sent: 0,
+        bytes_received: 0,
+        duration: 0,
+        local: connection.local,
+        remote: connection.remote,
+        workload: connection.workload,
+        peer: connection.peer,
+        rule: connection.rule,
+        local_port: connection.local_port,
+        remote_port: connection.remote_port,
+        protocol: connection.protocol,
+        direction: connection.direction,
+        kind: EventKind::Verdict as u8,
+        hook: connection.hook,
+        allowed: u8::from(outcome.allowed()),
+        reason: outcome.reason(),
+        reserved: [0; 10],
+    });
+    record.submit(0);
+}
+
+/// Tells the daemon that a plaintext connection was closed.
+#[inline(always)]
+pub fn report_closed(
+    tag: &SocketTag,
+    local: Address,
+    local_port: u16,
+    bytes_sent: u64,
+    bytes_received: u64,
+) {
+    let Some(mut record) = EVENTS.reserve(0) else {
+        count(COUNTER_LOST_EVENTS);
+        return;
+    };
+    // SAFETY: asking for the time has no condition.
+    let timestamp = unsafe { bpf_ktime_get_ns() };
+    record.write(Event {
+        timestamp,
+        bytes_sent,
+        bytes_received,
+        duration: timestamp - tag.since,
+        local,
+        remote: tag.remote,
+        workload: tag.workload,
+        peer: tag.peer,
+        rule: tag.rule,
+        local_port,
+        remote_port: tag.remote_port,
+        protocol: tag.protocol,
+        direction: tag.direction,
+        kind: EventKind::Closed as u8,
+        hook: Hook::SocketState as u8,
+        allowed: 1,
+        reason: Reason::Closed as u8,
+        reserved: [0; 10],
+    });
+    record.submit(0);
+}

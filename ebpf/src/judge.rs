@@ -1,0 +1,165 @@
+//! Who is asking, who is at the far end, and what the policy says: shared by every hook.
+//!
+//! A verdict costs one look-up for the far end and at most two for the policy, whatever the
+//! number of rules. Nothing found is a deny.
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    btf_maps::lpm_trie::Key,
+    helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id},
+};
+use reeve_common::{
+    Action, Address, Direction, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
+    PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE,
+    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+};
+
+use crate::{
+    event::{Connection, Outcome},
+    maps::{LOCAL_ADDRESSES, PEER_PORTS, PEERS, VERDICTS, WORKLOADS},
+};
+
+/// Bits of an address.
+const ADDRESS_BITS: u32 = 128;
+
+/// Whether an entry is reeve itself.
+#[inline(always)]
+pub fn is_reeve(entry: &WorkloadEntry) -> bool {
+    entry.flags & WORKLOAD_IS_REEVE != 0
+}
+
+/// Whether an entry is an enforced parent of which no enrolled child matched.
+#[inline(always)]
+pub fn is_unknown(entry: &WorkloadEntry) -> bool {
+    entry.flags & WORKLOAD_UNKNOWN != 0
+}
+
+/// The entry of the deepest enrolled cgroup among the calling task's own and its ancestors.
+#[inline(always)]
+pub fn caller(depths: u32) -> Option<WorkloadEntry> {
+    // SAFETY: a depth that the task's cgroup does not reach gives 0.
+    deepest(depths, |depth| unsafe {
+        bpf_get_current_ancestor_cgroup_id(depth)
+    })
+}
+
+/// The same for the cgroup in which a packet's socket was made.
+#[inline(always)]
+pub fn owner(depths: u32, skb: *mut __sk_buff) -> Option<WorkloadEntry> {
+    // SAFETY: `skb` is the program's context.
+    deepest(depths, |depth| unsafe {
+        bpf_skb_ancestor_cgroup_id(skb, depth)
+    })
+}
+
+#[inline(always)]
+fn deepest(depths: u32, ancestor: impl Fn(i32) -> u64) -> Option<WorkloadEntry> {
+    let mut depth = MAX_CGROUP_DEPTH as i32;
+    while depth >= 0 {
+        if depths & (1 << depth) != 0 {
+            let id = ancestor(depth);
+            if id != 0 {
+                // SAFETY: the entry is copied at once; what is freed meanwhile stays readable
+                // until the program ends.
+                if let Some(entry) = unsafe { WORKLOADS.get(id) } {
+                    return Some(*entry);
+                }
+            }
+        }
+        depth -= 1;
+    }
+    None
+}
+
+/// The workload that alone has this address on the node.
+#[inline(always)]
+pub fn workload_at(address: &Address) -> Option<WorkloadId> {
+    // SAFETY: as in `deepest`.
+    unsafe { LOCAL_ADDRESSES.get(address) }.copied()
+}
+
+/// What is known of the far end. An address of which nothing is known is of class 0.
+#[inline(always)]
+fn peer(connection: &Connection) -> PeerEntry {
+    let key = Key::new(ADDRESS_BITS, connection.remote);
+    let Some(entry) = PEERS.get(&key).copied() else {
+        return PeerEntry {
+            class: 0,
+            peer: 0,
+            flags: 0,
+        };
+    };
+    // A client's port says nothing of who it is: anybody can choose it.
+    if entry.flags & PEER_BY_PORT != 0 && connection.direction == Direction::Egress as u8 {
+        let key = PeerPortKey {
+            address: connection.remote,
+            port: connection.remote_port,
+            protocol: connection.protocol,
+            reserved: 0,
+        };
+        // SAFETY: as in `deepest`.
+        if let Some(entry) = unsafe { PEER_PORTS.get(key) } {
+            return *entry;
+        }
+    }
+    entry
+}
+
+/// What the policy says, by the far end's class and then by class 0.
+#[inline(always)]
+fn verdict(connection: &Connection, class: u32) -> VerdictEntry {
+    let port = if connection.direction == Direction::Egress as u8 {
+        connection.remote_port
+    } else {
+        connection.local_port
+    };
+    let (protocol, port) = match connection.protocol {
+        protocol::ICMP | protocol::ICMPV6 => (protocol::ICMP, 0),
+        other => (other, port),
+    };
+    let mut key = Key::new(
+        VERDICT_PREFIX_FULL,
+        VerdictKey {
+            workload: connection.workload,
+            class,
+            direction: connection.direction,
+            protocol,
+            port: port.to_be_bytes(),
+        },
+    );
+    let mut found = VERDICTS.get(&key);
+    if found.is_none() && class != 0 {
+        key.data.class = 0;
+        found = VERDICTS.get(&key);
+    }
+    found.copied().unwrap_or(VerdictEntry {
+        action: Action::Deny as u32,
+        rule: 0,
+    })
+}
+
+/// Judges a connection and fills in the answer's peer and rule.
+#[inline(never)]
+pub fn judge(connection: &mut Connection) -> Outcome {
+    let peer = peer(connection);
+    let verdict = verdict(connection, peer.class);
+    connection.peer = peer.peer;
+    connection.rule = verdict.rule;
+    let egress = connection.direction == Direction::Egress as u8;
+    let tcp = connection.protocol == protocol::TCP;
+    if verdict.action == Action::Allow as u32 {
+        return match (tcp, egress && peer.flags & PEER_TUNNEL != 0) {
+            (true, true) => Outcome::tunnel(),
+            (true, false) => Outcome::allow(Reason::NoTunnel),
+            (false, _) => Outcome::allow(Reason::NotTunnelled),
+        };
+    }
+    if verdict.action == Action::TunnelOnly as u32 && !egress {
+        return Outcome::deny(Reason::PlaintextRefused);
+    }
+    Outcome::deny(if verdict.rule == 0 {
+        Reason::NoPolicy
+    } else {
+        Reason::PolicyDeny
+    })
+}

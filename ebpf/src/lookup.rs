@@ -1,0 +1,94 @@
+//! The look-up of a listener for an arriving TCP connection, in each workload's namespace: the
+//! place where a refusal reaches the client at once, as a reset.
+//!
+//! What passes here is judged once more when its packet reaches the listening socket, which
+//! reports it; here only refusals are.
+
+use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
+use reeve_common::{Direction, FlowKey, Hook, protocol};
+
+use crate::{
+    address::{self, field, is_loopback},
+    event::{Connection, report},
+    judge::{self, judge},
+    maps::{ONWARD, settings},
+};
+
+/// The kernel goes on looking.
+const PASS: u32 = 1;
+/// The connection is reset.
+const DROP: u32 = 0;
+
+#[sk_lookup]
+pub fn reeve_lookup(ctx: SkLookupContext) -> u32 {
+    lookup(ctx.lookup)
+}
+
+#[inline(always)]
+fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
+    // SAFETY: fields of the context, which is not null.
+    let (family, ip_protocol) = unsafe {
+        (
+            field(&raw const (*ctx).family),
+            field(&raw const (*ctx).protocol),
+        )
+    };
+    if ip_protocol != u32::from(protocol::TCP) {
+        return PASS;
+    }
+    let Some(settings) = settings() else {
+        return DROP;
+    };
+    let mut connection = Connection::new(Hook::SocketLookup);
+    // SAFETY: as above.
+    unsafe {
+        connection.local = address::of_family(
+            family,
+            &raw const (*ctx).local_ip4,
+            &raw const (*ctx).local_ip6,
+        );
+        connection.remote = address::of_family(
+            family,
+            &raw const (*ctx).remote_ip4,
+            &raw const (*ctx).remote_ip6,
+        );
+        connection.local_port = field(&raw const (*ctx).local_port) as u16;
+        connection.remote_port = u16::from_be(field(&raw const (*ctx).remote_port));
+    }
+    if is_loopback(&connection.local) || connection.local == connection.remote {
+        return PASS;
+    }
+    if connection.local_port == settings.tunnel_port {
+        return PASS;
+    }
+    let Some(workload) = judge::workload_at(&connection.local) else {
+        return PASS;
+    };
+    connection.workload = workload;
+    connection.protocol = protocol::TCP;
+    connection.direction = Direction::Ingress as u8;
+    // SAFETY: only asked whether it is there.
+    if unsafe { ONWARD.get(onward_key(&connection)) }.is_some() {
+        return PASS;
+    }
+    let outcome = judge(&mut connection);
+    if outcome.allowed() {
+        return PASS;
+    }
+    report(&connection, outcome);
+    DROP
+}
+
+/// The key of a workload's TCP connection in `ONWARD`.
+#[inline(always)]
+pub fn onward_key(connection: &Connection) -> FlowKey {
+    FlowKey {
+        local: connection.local,
+        remote: connection.remote,
+        local_port: connection.local_port,
+        remote_port: connection.remote_port,
+        workload: 0,
+        protocol: protocol::TCP,
+        reserved: [0; 7],
+    }
+}

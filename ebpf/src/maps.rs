@@ -1,0 +1,132 @@
+//! The maps. What each holds, who writes it and who reads it stands at its key in `reeve_common`.
+//!
+//! The daemon sets the capacities at load.
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
+    helpers::generated::bpf_sk_storage_get,
+    macros::btf_map,
+};
+use reeve_common::{
+    Address, Arriving, COUNTER_SLOTS, Event, FlowEntry, FlowKey, LocalAddressEntry, NamespaceEntry,
+    Origin, OriginKey, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag, VerdictEntry,
+    VerdictKey, WorkloadEntry,
+};
+
+use crate::address::field;
+
+/// Set at load where the kernel lets `cgroup_skb` programs ask for the network namespace.
+#[unsafe(no_mangle)]
+pub static PACKETS_KNOW_NAMESPACE: Global<u8> = Global::new(0);
+
+/// Stands for a capacity that the daemon sets.
+const SET_AT_LOAD: usize = 1;
+/// The same for the ring buffer, in bytes.
+const PAGE: usize = 4096;
+
+/// Hashes that only the daemon fills are allocated as they grow.
+const GROWING: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+#[btf_map]
+pub static WORKLOADS: HashMap<u64, WorkloadEntry, SET_AT_LOAD, GROWING> = HashMap::new();
+
+#[btf_map]
+pub static NAMESPACES: HashMap<u64, NamespaceEntry, SET_AT_LOAD, GROWING> = HashMap::new();
+
+#[btf_map]
+pub static LOCAL_ADDRESSES: HashMap<Address, LocalAddressEntry, SET_AT_LOAD, GROWING> =
+    HashMap::new();
+
+#[btf_map]
+pub static PEERS: LpmTrie<PeerKey, PeerEntry, SET_AT_LOAD> = LpmTrie::new();
+
+#[btf_map]
+pub static PEER_PORTS: HashMap<PeerPortKey, PeerEntry, SET_AT_LOAD, GROWING> = HashMap::new();
+
+#[btf_map]
+pub static VERDICTS: LpmTrie<VerdictKey, VerdictEntry, SET_AT_LOAD> = LpmTrie::new();
+
+#[btf_map]
+pub static ORIGINAL_DESTINATIONS: LruHashMap<OriginKey, Origin, SET_AT_LOAD> = LruHashMap::new();
+
+#[btf_map]
+pub static FLOWS: LruHashMap<FlowKey, FlowEntry, SET_AT_LOAD> = LruHashMap::new();
+
+#[btf_map]
+pub static ONWARD: LruHashMap<FlowKey, FlowEntry, SET_AT_LOAD> = LruHashMap::new();
+
+#[btf_map]
+pub static SOCKETS: SkStorage<SocketTag> = SkStorage::new();
+
+#[btf_map]
+pub static ARRIVING: PerCpuArray<Arriving, 1> = PerCpuArray::new();
+
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { COUNTER_SLOTS as usize }> = PerCpuArray::new();
+
+#[btf_map]
+pub static EVENTS: RingBuf<Event, PAGE> = RingBuf::new();
+
+/// The settings, as they are at this moment; there are always some, so none is a doubt.
+///
+/// A copy: a verdict is remembered with the generation that was in force before it was asked for,
+/// so that one that is changed meanwhile is asked for again.
+#[inline(always)]
+pub fn settings() -> Option<Settings> {
+    let settings = SETTINGS.get_ptr(0)?;
+    // SAFETY: the kernel keeps the one entry of the array for as long as there are programs.
+    unsafe {
+        Some(Settings {
+            layout_version: 0,
+            generation: field(&raw const (*settings).generation),
+            cgroup_depths: field(&raw const (*settings).cgroup_depths),
+            outbound_port: field(&raw const (*settings).outbound_port),
+            tunnel_port: field(&raw const (*settings).tunnel_port),
+        })
+    }
+}
+
+/// What a socket remembers, if it remembers anything. `socket` is never null.
+#[inline(always)]
+pub fn tag(socket: *mut bpf_sock) -> Option<&'static mut SocketTag> {
+    // SAFETY: the kernel keeps a socket's storage for as long as the program runs.
+    unsafe {
+        bpf_sk_storage_get(
+            core::ptr::from_ref(&SOCKETS).cast_mut().cast(),
+            socket.cast(),
+            core::ptr::null_mut(),
+            0,
+        )
+        .cast::<SocketTag>()
+        .as_mut()
+    }
+}
+
+/// Makes a socket remember `value` in place of what it remembered. False where the kernel has no
+/// memory for it. `socket` is never null.
+#[inline(always)]
+#[must_use]
+pub fn set_tag(socket: *mut bpf_sock, value: &mut SocketTag) -> bool {
+    // SAFETY: as in `tag`; a new storage is filled from `value`, an old one is written over here.
+    unsafe {
+        let stored = bpf_sk_storage_get(
+            core::ptr::from_ref(&SOCKETS).cast_mut().cast(),
+            socket.cast(),
+            core::ptr::from_mut(value).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+        .cast::<SocketTag>();
+        match stored.as_mut() {
+            Some(stored) => {
+                *stored = *value;
+                true
+            }
+            None => false,
+        }
+    }
+}

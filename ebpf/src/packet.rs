@@ -1,0 +1,278 @@
+//! Every packet of every socket: the backstop behind the other hooks, and the only one for
+//! sockets that were open before their workload was enrolled, for raw sockets, and for what
+//! arrives.
+//!
+//! A packet of an established connection costs one look-up of what its socket remembers. Events
+//! are emitted for new verdicts and for refused packets that no socket can remember.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, bpf_sock},
+    helpers::{bpf_get_netns_cookie, generated::bpf_sk_fullsock},
+    macros::cgroup_skb,
+    programs::SkBuffContext,
+};
+use reeve_common::{
+    Direction, Hook, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED,
+    TAG_TUNNELLED, WorkloadEntry, protocol,
+};
+
+use crate::{
+    address::{field, is_loopback},
+    event::{Connection, Outcome, report},
+    flow, icmp,
+    judge::{self, is_reeve, is_unknown},
+    maps::{NAMESPACES, PACKETS_KNOW_NAMESPACE, set_tag, settings, tag},
+    parse::{Packet, parse},
+    segment,
+};
+
+const PASS: i32 = 1;
+const DROP: i32 = 0;
+
+/// `SOCK_RAW`.
+const RAW: u32 = 3;
+/// `TCP_LISTEN`.
+const LISTEN: u32 = 10;
+/// The loopback device's index, in every namespace.
+const LOOPBACK_DEVICE: u32 = 1;
+
+#[cgroup_skb(egress)]
+pub fn reeve_egress(ctx: SkBuffContext) -> i32 {
+    filter(&ctx, false)
+}
+
+#[cgroup_skb(ingress)]
+pub fn reeve_ingress(ctx: SkBuffContext) -> i32 {
+    filter(&ctx, true)
+}
+
+/// Who sends or receives a packet, and through what.
+pub struct Subject {
+    /// The workload.
+    pub entry: WorkloadEntry,
+    /// Found by the socket or its cgroup; otherwise only by the namespace, in which the kernel's
+    /// own sockets are found too.
+    pub by_socket: bool,
+    /// The socket, not null.
+    pub socket: *mut bpf_sock,
+    /// Whether it is a raw one.
+    pub raw: bool,
+    /// Whether it listens.
+    pub listening: bool,
+}
+
+#[inline(always)]
+fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
+    let skb = ctx.skb.skb;
+    let Some(settings) = settings() else {
+        return DROP;
+    };
+    let depths = settings.cgroup_depths;
+    if depths == 0 {
+        return PASS;
+    }
+    // SAFETY: the hook is only run for packets of a socket; the verifier wants it checked.
+    let socket = unsafe { (*skb).__bindgen_anon_2.sk };
+    if socket.is_null() {
+        return DROP;
+    }
+    // SAFETY: not null.
+    let socket = unsafe { bpf_sk_fullsock(socket) };
+    if socket.is_null() {
+        return DROP;
+    }
+    // SAFETY: fields of a whole socket.
+    let (kind, state) = unsafe {
+        (
+            field(&raw const (*socket).type_),
+            field(&raw const (*socket).state),
+        )
+    };
+    let listening = state == LISTEN;
+    let remembered = tag(socket);
+    if !listening
+        && let Some(tag) = remembered.as_deref()
+        && tag.protocol == protocol::TCP
+    {
+        if tag.flags & (TAG_REDIRECTED | TAG_TUNNELLED) != 0 {
+            return PASS;
+        }
+        if tag.generation == settings.generation {
+            return if tag.flags & TAG_ALLOWED != 0 {
+                PASS
+            } else {
+                DROP
+            };
+        }
+    }
+    let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
+    let Some((entry, by_socket)) = subject(depths, skb, remembered_workload) else {
+        return PASS;
+    };
+    if is_reeve(&entry) {
+        return PASS;
+    }
+    let subject = Subject {
+        entry,
+        by_socket,
+        socket,
+        raw: kind == RAW,
+        listening,
+    };
+    if judge_packet(ctx, arrives, &settings, &subject) {
+        PASS
+    } else {
+        DROP
+    }
+}
+
+/// The workload of a packet: by the cgroup in which its socket was made, else by what a hook
+/// wrote down when a workload used the socket, else by the namespace.
+#[inline(always)]
+fn subject(depths: u32, skb: *mut __sk_buff, remembered: u32) -> Option<(WorkloadEntry, bool)> {
+    if let Some(entry) = judge::owner(depths, skb) {
+        return Some((entry, true));
+    }
+    let workload = |workload| WorkloadEntry { workload, flags: 0 };
+    if remembered != 0 {
+        return Some((workload(remembered), true));
+    }
+    if PACKETS_KNOW_NAMESPACE.load() != 0 {
+        // SAFETY: `skb` is the program's context.
+        let cookie = unsafe { bpf_get_netns_cookie(skb.cast()) };
+        // SAFETY: one word is read at once.
+        let owner = unsafe { NAMESPACES.get(cookie) }.map_or(0, |entry| entry.workload);
+        if owner != 0 {
+            return Some((workload(owner), false));
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn judge_packet(
+    ctx: &SkBuffContext,
+    arrives: bool,
+    settings: &Settings,
+    subject: &Subject,
+) -> bool {
+    let mut connection = Connection::new(if arrives {
+        Hook::PacketIngress
+    } else {
+        Hook::PacketEgress
+    });
+    connection.workload = subject.entry.workload;
+    connection.direction = if arrives {
+        Direction::Ingress as u8
+    } else {
+        Direction::Egress as u8
+    };
+    let mut packet = Packet::new();
+    if !parse(ctx.skb.skb, &mut packet) {
+        report(&connection, Outcome::deny(Reason::Malformed));
+        return false;
+    }
+    connection.protocol = packet.protocol;
+    if arrives {
+        connection.local = packet.destination;
+        connection.local_port = packet.destination_port;
+        connection.remote = packet.source;
+        connection.remote_port = packet.source_port;
+    } else {
+        connection.local = packet.source;
+        connection.local_port = packet.source_port;
+        connection.remote = packet.destination;
+        connection.remote_port = packet.destination_port;
+    }
+    if stays(ctx, &connection) {
+        if packet.protocol == protocol::TCP && !subject.raw && !subject.listening {
+            // Not remembered: the next packet takes this way again.
+            let _ = remember(
+                subject.socket,
+                &connection,
+                settings.generation,
+                TAG_ALLOWED | TAG_LOCAL,
+            );
+        }
+        return true;
+    }
+    match packet.protocol {
+        protocol::TCP => {
+            if subject.raw {
+                return segment::raw(&connection, &packet, settings, subject);
+            }
+            segment::tcp(arrives, settings, subject, &mut connection, &packet)
+        }
+        protocol::UDP if subject.raw => segment::raw(&connection, &packet, settings, subject),
+        // The other family's number is a protocol like any other.
+        protocol::ICMP if !packet.inet6 => {
+            icmp::icmp(arrives, settings, subject, &mut connection, &packet)
+        }
+        protocol::ICMPV6 if packet.inet6 => {
+            icmp::icmpv6(arrives, settings, subject, &mut connection, &packet)
+        }
+        _ => flow(settings, subject, &mut connection),
+    }
+}
+
+/// Whether a packet goes from the workload to itself: between addresses that nobody else has, and
+/// by way of the loopback device. The addresses alone say nothing, for whoever makes packets by
+/// hand can write what he likes into them.
+#[inline(always)]
+fn stays(ctx: &SkBuffContext, connection: &Connection) -> bool {
+    // SAFETY: a field of the context.
+    let device = field(unsafe { &raw const (*ctx.skb.skb).ifindex });
+    device == LOOPBACK_DEVICE
+        && (is_loopback(&connection.local)
+            || is_loopback(&connection.remote)
+            || judge::workload_at(&connection.remote) == Some(connection.workload))
+}
+
+/// Has the socket remember a verdict of this generation. Only sockets of TCP do, and raw ones.
+#[inline(never)]
+#[must_use]
+pub fn remember(
+    socket: *mut bpf_sock,
+    connection: &Connection,
+    generation: u32,
+    flags: u32,
+) -> bool {
+    if socket.is_null() {
+        return false;
+    }
+    let mut value = SocketTag {
+        remote: connection.remote,
+        since: 0,
+        workload: connection.workload,
+        peer: connection.peer,
+        rule: connection.rule,
+        generation,
+        remote_port: connection.remote_port,
+        protocol: protocol::TCP,
+        direction: connection.direction,
+        flags,
+    };
+    if let Some(tag) = tag(socket) {
+        value.since = tag.since;
+    }
+    set_tag(socket, &mut value)
+}
+
+/// Everything without a handshake.
+#[inline(always)]
+pub fn flow(settings: &Settings, subject: &Subject, connection: &mut Connection) -> bool {
+    if is_unknown(&subject.entry) {
+        report(connection, Outcome::deny(Reason::UnknownWorkload));
+        return false;
+    }
+    // `connect()` told of the verdict before the socket had a port.
+    let told = tag(subject.socket).is_some_and(|tag| {
+        tag.generation == settings.generation
+            && tag.flags & TAG_ALLOWED != 0
+            && tag.protocol == connection.protocol
+            && tag.direction == connection.direction
+            && tag.remote_port == connection.remote_port
+            && tag.remote == connection.remote
+    });
+    flow::pass(connection, settings.generation, told)
+}

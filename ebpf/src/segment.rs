@@ -1,0 +1,163 @@
+//! TCP segments of sockets that remember no verdict of this generation.
+
+use reeve_common::{Arriving, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, protocol};
+
+use crate::{
+    event::{Connection, Outcome, report},
+    flow,
+    judge::{is_unknown, judge},
+    lookup::onward_key,
+    maps::{ARRIVING, ONWARD, tag},
+    packet::{Subject, remember},
+    parse::{ACK, FIN, Packet, RST, SYN},
+};
+
+/// A raw socket speaks TCP or UDP: refused, and told once for each socket and generation. The
+/// kernel's own raw sockets answer for connections that have no socket any more; only in a
+/// namespace are they found, and what they send has nothing in it.
+#[inline(always)]
+pub fn raw(
+    connection: &Connection,
+    packet: &Packet,
+    settings: &Settings,
+    subject: &Subject,
+) -> bool {
+    let flags = packet.tcp_flags & (FIN | SYN | RST | ACK);
+    let bare = packet.protocol == protocol::TCP
+        && !packet.payload
+        && (flags == ACK || flags & !ACK == RST);
+    if !subject.by_socket && bare {
+        return true;
+    }
+    let outcome = Outcome::deny(Reason::RawSocket);
+    let told = tag(subject.socket)
+        .is_some_and(|tag| tag.generation == settings.generation && tag.flags & TAG_ALLOWED == 0);
+    if !told {
+        report(connection, outcome);
+        // Not remembered: told again at the next packet.
+        let _ = remember(subject.socket, connection, settings.generation, 0);
+    }
+    false
+}
+
+/// TCP, of a socket that remembers nothing of this generation.
+#[inline(always)]
+pub fn tcp(
+    arrives: bool,
+    settings: &Settings,
+    subject: &Subject,
+    connection: &mut Connection,
+    packet: &Packet,
+) -> bool {
+    if packet.tcp_flags & RST != 0 {
+        return true;
+    }
+    // SAFETY: only asked whether it is there.
+    if unsafe { ONWARD.get(onward_key(connection)) }.is_some() {
+        return true;
+    }
+    if subject.listening {
+        // The packet that asks was judged when it arrived.
+        return !arrives || tcp_arriving(settings, subject, connection);
+    }
+    let before = tag(subject.socket)
+        .as_deref()
+        .copied()
+        .filter(|tag| tag.protocol == protocol::TCP && tag.flags & TAG_DIRECTION != 0);
+    let opening = packet.tcp_flags & (SYN | ACK) == SYN;
+    let observed = connection.direction;
+    let outcome = if is_unknown(&subject.entry) {
+        Outcome::deny(Reason::UnknownWorkload)
+    } else {
+        match before {
+            Some(before) => {
+                connection.direction = before.direction;
+                plaintext(connection)
+            }
+            None if opening => plaintext(connection),
+            None => either(connection, observed),
+        }
+    };
+    let allowed = outcome.allowed();
+    let mut flags = if allowed {
+        TAG_ALLOWED | TAG_DIRECTION
+    } else {
+        0
+    };
+    let was_allowed = before.is_some_and(|before| before.flags & TAG_ALLOWED != 0);
+    if before.is_some() {
+        flags |= TAG_DIRECTION;
+    }
+    if !remember(subject.socket, connection, settings.generation, flags) {
+        report(connection, Outcome::deny(Reason::MapFailure));
+        return false;
+    }
+    if before.is_none() || was_allowed != allowed {
+        let revoked = was_allowed && !allowed;
+        report(
+            connection,
+            if revoked {
+                Outcome::deny(Reason::Revoked)
+            } else {
+                outcome
+            },
+        );
+    }
+    allowed
+}
+
+/// A packet for a listening socket: an opening, or the last of a handshake.
+#[inline(always)]
+fn tcp_arriving(settings: &Settings, subject: &Subject, connection: &mut Connection) -> bool {
+    let outcome = if is_unknown(&subject.entry) {
+        Outcome::deny(Reason::UnknownWorkload)
+    } else {
+        judge(connection)
+    };
+    if !outcome.allowed() {
+        report(connection, outcome);
+        return false;
+    }
+    let mut key = onward_key(connection);
+    key.workload = connection.workload;
+    if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
+        // SAFETY: the value is this processor's.
+        unsafe {
+            *arriving = Arriving {
+                key,
+                peer: connection.peer,
+                rule: connection.rule,
+                generation: settings.generation,
+                reserved: 0,
+            };
+        }
+    }
+    true
+}
+
+/// Judges TCP that goes as plaintext; a far end behind a tunnel does not get it.
+#[inline(always)]
+fn plaintext(connection: &mut Connection) -> Outcome {
+    let outcome = judge(connection);
+    if outcome.through_tunnel() {
+        return Outcome::deny(Reason::TunnelBypassed);
+    }
+    outcome
+}
+
+/// Judges an established connection of which nobody saw the beginning: either direction will do.
+#[inline(always)]
+fn either(connection: &mut Connection, observed: u8) -> Outcome {
+    connection.direction = flow::opposite(observed);
+    let other = plaintext(connection);
+    if other.allowed() {
+        return other;
+    }
+    connection.direction = observed;
+    let outcome = plaintext(connection);
+    if outcome.allowed() || !outcome.is(Reason::NoPolicy) {
+        return outcome;
+    }
+    // The more telling of the two.
+    other
+}

@@ -1,0 +1,25 @@
+//! The end-to-end tests: one module per capability. `cargo xtask test` runs them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "these are tests"
+)]
+
+mod arrange;
+mod certificates;
+mod command_line;
+mod concurrency;
+mod connect_requests;
+mod documents;
+mod harness_itself;
+mod hbone_itself;
+mod opposite;
+mod plaintext;
+mod restart;
+mod sockets;
+mod stalls;
+mod tcp;
+mod transfer;
+mod udp;

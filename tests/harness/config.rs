@@ -1,0 +1,135 @@
+//! The settings of a daemon under test.
+
+use std::{fs, path::PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use crate::{Daemon, Node, Workload};
+
+/// Settings of a daemon; [`Reeve::start`] writes them and starts it.
+#[derive(Debug)]
+pub struct Reeve<'n> {
+    node: &'n Node,
+    settings: Value,
+    policies: PathBuf,
+}
+
+impl<'n> Reeve<'n> {
+    pub(crate) fn new(node: &'n Node) -> Self {
+        let folder = node.folder();
+        let policies = folder.join("policies");
+        fs::create_dir_all(&policies).expect("making a folder for policies");
+        let settings = json!({
+            "trustDomain": "example.org",
+            "node": {
+                "name": node.name(),
+                "addresses": node.addresses().both(),
+                "cgroupRoot": node.cgroup().path(),
+                "bpffs": node.pins(),
+            },
+            "stateDir": folder.join("state"),
+            "workloads": [],
+            "peers": [],
+            "policies": {"folder": policies},
+            "certificates": {"embedded": {"caDir": node.network().trust()}},
+            // The node's network namespace is its own, so a fixed port collides with nothing.
+            "metrics": {"address": format!("127.0.0.1:{}", Daemon::METRICS_PORT)},
+            "admin": {"socket": folder.join("admin.sock")},
+            "log": {"format": "json", "level": "debug"},
+        });
+        Self {
+            node,
+            settings,
+            policies,
+        }
+    }
+
+    /// Enrols a workload of this node.
+    #[must_use]
+    pub fn enrol(self, workload: &Workload) -> Self {
+        self.enrol_with(workload, json!({}))
+    }
+
+    /// Enrols a workload of this node with more settings, or other ones.
+    #[must_use]
+    pub fn enrol_with(self, workload: &Workload, settings: Value) -> Self {
+        let place = json!({"cgroup": workload.cgroup().below_mount()});
+        self.push("workloads", [workload.attributes(), place, settings])
+    }
+
+    /// Tells it of a workload on another node.
+    #[must_use]
+    pub fn peer(self, workload: &Workload) -> Self {
+        self.peer_with(workload, json!({"tunnel": true}))
+    }
+
+    /// Tells it of something elsewhere, with more settings, or other ones.
+    #[must_use]
+    pub fn peer_with(self, workload: &Workload, settings: Value) -> Self {
+        let addresses = json!({"addresses": workload.addresses().both()});
+        self.push("peers", [workload.attributes(), addresses, settings])
+    }
+
+    /// Gives it a policy file.
+    #[must_use]
+    pub fn policy(self, text: &str) -> Self {
+        let number = fs::read_dir(&self.policies)
+            .expect("the folder of policies is there")
+            .count();
+        fs::write(self.policies.join(format!("{number}.yaml")), text).expect("writing a policy");
+        self
+    }
+
+    /// Trusts the authorities of another trust domain: certificates in PEM.
+    #[must_use]
+    pub fn trust(self, trust_domain: &str, authorities: &str) -> Self {
+        let file = self.node.folder().join(format!("{trust_domain}.pem"));
+        fs::write(&file, authorities).expect("writing a trust bundle");
+        let place = format!("/certificates/embedded/trustBundles/{trust_domain}");
+        self.set(&place, json!(file))
+    }
+
+    /// Sets anything, by JSON pointer: `/limits/handshakes`. What lies on the way is made.
+    #[must_use]
+    pub fn set(mut self, pointer: &str, value: Value) -> Self {
+        let mut place = &mut self.settings;
+        for key in pointer.split('/').skip(1) {
+            place = &mut place[key];
+        }
+        *place = value;
+        self
+    }
+
+    /// Writes the settings and starts the daemon; returns when it is ready.
+    #[must_use]
+    pub fn start(self) -> Daemon {
+        let mut daemon = self.start_unready();
+        daemon.wait_until_ready();
+        daemon
+    }
+
+    /// Writes the settings and starts the daemon.
+    #[must_use]
+    pub fn start_unready(self) -> Daemon {
+        let file = self.node.folder().join("reeve.yaml");
+        // JSON is YAML.
+        let text = serde_json::to_string_pretty(&self.settings).expect("settings are JSON");
+        fs::write(&file, text).expect("writing the configuration");
+        Daemon::start(self.node, file)
+    }
+
+    fn push<const N: usize>(mut self, list: &str, parts: [Value; N]) -> Self {
+        let mut entry = Map::new();
+        for part in parts {
+            let Value::Object(part) = part else {
+                panic!("settings of {list} are objects, not {part}");
+            };
+            entry.extend(part);
+        }
+        self.settings[list]
+            .as_array_mut()
+            .expect("it is a list")
+            .push(Value::Object(entry));
+        self
+    }
+}

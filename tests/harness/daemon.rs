@@ -1,0 +1,243 @@
+//! A daemon under test.
+
+use std::{
+    ffi::OsStr,
+    io::{Read, Write},
+    net::{Ipv4Addr, TcpStream},
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{Metrics, Node, Output, Place, Process, Programs, eventually, wait};
+
+/// For a daemon to stop after it was asked to; longer than its own longest wait.
+const STOP: Duration = Duration::from_secs(60);
+
+/// A running daemon; dropping it kills it, and shows its log if the test is failing.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Option<Process>,
+    place: Place,
+    config: PathBuf,
+    socket: PathBuf,
+    policies: PathBuf,
+}
+
+impl Daemon {
+    /// Where it serves metrics and its health, in the node's network namespace.
+    pub const METRICS_PORT: u16 = 15020;
+
+    pub(crate) fn start(node: &Node, config: PathBuf) -> Self {
+        let place = node
+            .host()
+            .with_cgroup(Arc::new(node.cgroup().child("daemon")));
+        let socket = node.folder().join("admin.sock");
+        let mut daemon = Self {
+            process: None,
+            place,
+            config,
+            socket,
+            policies: node.folder().join("policies"),
+        };
+        daemon.start_again();
+        daemon
+    }
+
+    /// Starts it, after it was stopped or killed, with the same files.
+    pub fn start_again(&mut self) {
+        assert!(self.process.is_none(), "the daemon runs");
+        let reeve = Programs::get().reeve.as_os_str();
+        let words = [
+            reeve,
+            OsStr::new("run"),
+            OsStr::new("--config"),
+            self.config.as_os_str(),
+        ];
+        self.process = Some(self.place.spawn(words));
+    }
+
+    /// Waits until it says that it is ready.
+    pub fn wait_until_ready(&mut self) {
+        let ready = wait::until(wait::SOON, || {
+            if let Some(status) = self.process_mut().ended() {
+                panic!("the daemon ended ({status}): {}", self.log());
+            }
+            self.is_ready().then_some(())
+        });
+        assert!(
+            ready.is_some(),
+            "the daemon does not become ready: {}",
+            self.log()
+        );
+    }
+
+    /// Whether it says that it is ready.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.get("/readyz")
+            .is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
+    }
+
+    /// What it says about a path of its HTTP endpoint, headers and all; none without an answer.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Option<String> {
+        let netns = self.place.netns().expect("a node has a namespace");
+        netns
+            .enter(|| {
+                let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, Self::METRICS_PORT))?;
+                stream.set_read_timeout(Some(wait::SOON))?;
+                let request =
+                    format!("GET {path} HTTP/1.1\r\nHost: reeve\r\nConnection: close\r\n\r\n");
+                stream.write_all(request.as_bytes())?;
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer)?;
+                std::io::Result::Ok(answer)
+            })
+            .ok()
+    }
+
+    /// Its metrics as they are now.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let answer = self.get("/metrics").expect("the daemon answers");
+        let (_, body) = answer
+            .split_once("\r\n\r\n")
+            .expect("the answer has a body");
+        Metrics::parse(body)
+    }
+
+    /// Waits until series of its metrics, summed, have reached a value.
+    #[track_caller]
+    pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], at_least: f64) {
+        eventually(&format!("{name}{labels:?} is at least {at_least}"), || {
+            self.metrics().sum(name, labels) >= at_least
+        });
+    }
+
+    /// Where its policy files are; it is for the daemon to notice what is done there.
+    #[must_use]
+    pub fn policies(&self) -> &Path {
+        &self.policies
+    }
+
+    /// Its admin socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// What `reeve status --json` prints.
+    #[must_use]
+    pub fn status(&self) -> Value {
+        self.command(["status", "--json"]).json()
+    }
+
+    /// Takes away what it left in the kernel when it stopped.
+    pub fn detach(&self) -> Output {
+        assert!(self.process.is_none(), "the daemon runs");
+        let reeve = Programs::get().reeve.as_os_str();
+        let words = ["detach", "--config"].map(OsStr::new);
+        let config = [self.config.as_os_str()];
+        self.place
+            .exec(std::iter::once(reeve).chain(words).chain(config))
+    }
+
+    /// Runs a command that talks to it.
+    pub fn command<'a>(&'a self, words: impl IntoIterator<Item = &'a str>) -> Output {
+        let reeve = Programs::get().reeve.as_os_str();
+        let socket = [OsStr::new("--socket"), self.socket.as_os_str()];
+        let words = words.into_iter().map(OsStr::new);
+        self.place
+            .exec(std::iter::once(reeve).chain(words).chain(socket))
+    }
+
+    /// Its log until now.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.process
+            .as_ref()
+            .map_or_else(String::new, |process| process.stdout() + &process.stderr())
+    }
+
+    /// The lines of its log that have all of these texts.
+    #[must_use]
+    pub fn logged(&self, texts: &[&str]) -> Vec<String> {
+        let has_all = |line: &&str| texts.iter().all(|text| line.contains(text));
+        self.log()
+            .lines()
+            .filter(has_all)
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Waits until there is a line in its log that has all of these texts.
+    #[track_caller]
+    pub fn wait_for_log(&self, texts: &[&str]) -> String {
+        let line = wait::until(wait::SOON, || self.logged(texts).pop());
+        line.unwrap_or_else(|| panic!("the daemon did not log {texts:?}: {}", self.log()))
+    }
+
+    /// Files and sockets that it has open.
+    #[must_use]
+    pub fn open_files(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.id());
+        std::fs::read_dir(folder).expect("the daemon runs").count()
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.process.as_ref().expect("the daemon runs").id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.process
+            .as_ref()
+            .expect("the daemon runs")
+            .signal(signal);
+    }
+
+    /// How it ended, once it has by itself.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process_mut().ended()
+    }
+
+    /// Asks it to stop, and waits until it has.
+    pub fn stop(&mut self) -> Output {
+        self.process.take().expect("the daemon runs").stop(STOP)
+    }
+
+    /// Kills it as the kernel's memory killer would.
+    pub fn kill(&mut self) {
+        self.process.take().expect("the daemon runs");
+    }
+
+    fn process_mut(&mut self) -> &mut Process {
+        self.process.as_mut().expect("the daemon runs")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!(
+                "--- log of the daemon with {} ---\n{}",
+                self.config.display(),
+                self.log()
+            );
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `cargo xtask bench`: plain TCP against the tunnel, in one run, on the same network.
+//!
+//! Every measurement is made for plain TCP and for the tunnel in turn, several rounds of it, and
+//! the medians are compared: what else the machine does then hurts both alike. Plain TCP runs
+//! between two namespaces that are joined to the same bridge in the same way and that no daemon
+//! knows: in the workloads' own, reeve's programs would be part of what is compared with.
+
+mod hooks;
+mod measure;
+mod memory;
+mod report;
+mod scene;
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+use harness::Programs;
+use report::Report;
+use scene::{Scene, Way};
+
+use crate::{build, setup, workspace::Workspace};
+
+/// What to measure, and how long.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Options {
+    /// Seconds of one measurement
+    #[arg(long, default_value_t = 4)]
+    seconds: u32,
+    /// Rounds of each measurement, for plain TCP and for the tunnel
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// Where to write the result as JSON; in the target folder otherwise
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Fail if a ratio or a limit is not reached
+    #[arg(long)]
+    check: bool,
+}
+
+/// Sets up, builds with optimisation, measures, and prints.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let workspace = Workspace::find()?;
+    setup::for_running(&workspace)?;
+    let built = build::build(&workspace, &build::Options { release: true })?;
+    Programs {
+        reeve: built.daemon,
+        peer: built.peer,
+    }
+    .set();
+
+    let scene = Scene::set();
+    let mut report = Report::default();
+    memory::idle(&scene, &mut report);
+    memory::connections(&scene, &mut report);
+    for round in 1..=options.rounds {
+        eprintln!("round {round} of {}", options.rounds);
+        for measurement in measure::ALL {
+            // Turn and turn about, so that neither way is always the first.
+            let ways = if round % 2 == 1 {
+                [Way::Plain, Way::Tunnel]
+            } else {
+                [Way::Tunnel, Way::Plain]
+            };
+            for way in ways {
+                measurement(&scene, way, options.seconds, &mut report);
+            }
+        }
+        hooks::measure(&scene, options.seconds, &mut report);
+    }
+    memory::after(&scene, &mut report);
+    drop(scene);
+
+    report.print();
+    let file = options
+        .json
+        .clone()
+        .unwrap_or_else(|| workspace.target.join("bench.json"));
+    fs::write(&file, report.json()).with_context(|| format!("writing {}", file.display()))?;
+    println!("also as JSON in {}", file.display());
+    if options.check {
+        report.check()
+    } else {
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! What plain cargo cannot do. `cargo xtask help` lists it; one module per subcommand.
+
+mod bench;
+mod build;
+mod demo;
+mod licences;
+mod lint;
+mod run;
+mod setup;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, build, demo, test and bench of reeve. Each does the set-up that it lacks first.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make this machine ready, and say what is done; nothing the second time
+    Setup,
+    /// Build the daemon with its kernel programs
+    Build(build::Options),
+    /// Show what reeve does, on two node-like namespaces of this machine
+    Demo(demo::Options),
+    /// Run the unit tests and the end-to-end tests
+    Test(test::Options),
+    /// Measure the tunnel against plain TCP
+    Bench(bench::Options),
+    /// Run clippy on the workspace and on the kernel programs, warnings being errors
+    Lint,
+    /// Check the dependencies' licences and the banned crates against deny.toml
+    Licences,
+}
+
+fn main() -> ExitCode {
+    match dispatch(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Setup => setup::everything(),
+        Command::Build(options) => build::run(&options),
+        Command::Demo(options) => demo::run(&options),
+        Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
+        Command::Lint => lint::run(),
+        Command::Licences => licences::check(),
+    }
+}

@@ -1,0 +1,40 @@
+//! `cargo xtask setup`: makes a Debian-like machine ready. Looks first, says what it does, and
+//! does nothing where nothing is lacking.
+//!
+//! Everything that a build needs goes into the workspace's target folder, except the compiler's
+//! own library sources: cargo looks for those beside the compiler only.
+
+mod host;
+mod packages;
+mod rust_src;
+mod tools;
+
+use anyhow::Result;
+
+use crate::workspace::Workspace;
+
+/// `cargo xtask setup`.
+pub(crate) fn everything() -> Result<()> {
+    for_running(&Workspace::find()?)?;
+    println!("ready: try `cargo xtask demo` or `cargo xtask test`");
+    Ok(())
+}
+
+/// What building lacks.
+pub(crate) fn for_building(workspace: &Workspace) -> Result<()> {
+    rust_src::ensure(workspace)?;
+    tools::ensure(workspace)
+}
+
+/// What building and running lack. The host is looked at first: nobody should wait for a build
+/// to learn that the kernel is too old.
+pub(crate) fn for_running(workspace: &Workspace) -> Result<()> {
+    host::ensure()?;
+    packages::ensure()?;
+    for_building(workspace)
+}
+
+/// Says what is being done.
+fn say(what: &str) {
+    println!("setup: {what}");
+}

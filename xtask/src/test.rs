@@ -1,0 +1,35 @@
+//! `cargo xtask test`: unit tests, then real daemons in real namespaces.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::{build, run, setup, workspace::Workspace};
+
+/// What to test.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Options {
+    /// Passed on to the tests: a filter, `--nocapture`, …
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    filter: Vec<String>,
+}
+
+/// Sets up, builds the daemon, and runs all tests.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let workspace = Workspace::find()?;
+    setup::for_running(&workspace)?;
+    let started = Instant::now();
+    let built = build::build(&workspace, &build::Options::default())?;
+    let mut cargo = workspace.cargo()?;
+    cargo
+        .args(["test", "--locked", "--workspace", "--"])
+        .args(&options.filter)
+        .env("REEVE", &built.daemon)
+        .env("REEVE_PEER", &built.peer);
+    run::run(&mut cargo)?;
+    println!(
+        "all tests passed in {} s, building included",
+        started.elapsed().as_secs()
+    );
+    Ok(())
+}
