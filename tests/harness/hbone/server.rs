@@ -129,11 +129,17 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.accepting.abort();
-        for connection in &lock(&self.shared).connections {
-            connection.abort();
-        }
+        end(&self.accepting);
+        // Not under the lock, which they take themselves.
+        let connections = std::mem::take(&mut lock(&self.shared).connections);
+        connections.iter().for_each(end);
     }
+}
+
+/// Ends a task. Its sockets are closed, and their ports are free, only when it has gone.
+fn end(task: &JoinHandle<()>) {
+    task.abort();
+    wait::until(wait::SOON, || task.is_finished().then_some(()));
 }
 
 /// Nothing that is done under this lock can fail half way.
