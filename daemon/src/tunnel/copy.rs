@@ -1,21 +1,22 @@
 //! Copies bytes between an application's TCP connection and its stream in a tunnel.
 //!
 //! Both directions live in one task. Nothing is held for a connection that moves nothing: bytes
-//! from the application go through a buffer of the thread, and bytes from the tunnel stay in
-//! HTTP/2's. A direction waits when the other side of it does: HTTP/2 sends only as much as the
-//! stream's window allows, and gives the window back only for what the application has taken.
+//! from the application go through a buffer of the thread, and bytes from the tunnel are the frames
+//! that HTTP/2 received. A direction waits when the other side of it does: HTTP/2 sends only as much
+//! as the stream's window allows, and gives the window back only for what the application has taken.
 
 use std::{
     cell::RefCell,
     collections::VecDeque,
     future::Future,
     io::{self, IoSlice},
+    mem,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use reeve_common::Reason;
 use tokio::{
@@ -29,6 +30,10 @@ use super::{connection::Connection, socket};
 const CHUNK: usize = 64 << 10;
 /// Frames that are written to the application at once: at least a chunk in frames of 16 KiB.
 const FRAMES: usize = 8;
+/// A frame with less in it costs more to keep than it holds: behind an application that does not
+/// read, such frames are put together. HTTP/2 bounds what it keeps of them itself, and beyond that
+/// ends the tunnel with all its streams.
+const SMALL: usize = 512;
 /// Bytes in one direction after which a connection lets others run: a bulk transfer must not make small requests
 /// wait.
 const TURN: usize = 128 << 10;
@@ -53,6 +58,7 @@ pub(super) async fn copy(
         into: In {
             stream: recv,
             waiting: VecDeque::new(),
+            pile: BytesMut::new(),
             state: InState::Open,
         },
         connection,
@@ -77,8 +83,10 @@ struct Out {
 /// From the tunnel to the application.
 struct In {
     stream: RecvStream,
-    /// Received, and not taken by the application yet.
+    /// Received, and not taken by the application yet; a stream's window at most.
     waiting: VecDeque<Bytes>,
+    /// Small frames that come after those.
+    pile: BytesMut,
     state: InState,
 }
 
@@ -268,12 +276,12 @@ impl In {
         Poll::Ready(Ok(()))
     }
 
-    /// Takes what the tunnel has, up to what one write can carry.
+    /// Takes what the tunnel has.
     fn gather(&mut self, cx: &mut Context<'_>) -> Result<(), Broken> {
-        while self.state == InState::Open && self.waiting.len() < FRAMES {
+        while self.state == InState::Open {
             match self.stream.poll_data(cx) {
                 Poll::Ready(Some(Ok(data))) if data.is_empty() => {}
-                Poll::Ready(Some(Ok(data))) => self.waiting.push_back(data),
+                Poll::Ready(Some(Ok(data))) => self.keep(data),
                 Poll::Ready(Some(Err(error))) => match Broken::of(&error) {
                     // What came before the end is the application's.
                     Broken::Cancelled if !self.waiting.is_empty() => self.state = InState::Ended,
@@ -283,7 +291,26 @@ impl In {
                 Poll::Pending => break,
             }
         }
+        if self.waiting.len() < FRAMES {
+            self.seal();
+        }
         Ok(())
+    }
+
+    fn keep(&mut self, data: Bytes) {
+        if self.waiting.len() >= FRAMES && data.len() < SMALL {
+            self.pile.extend_from_slice(&data);
+        } else {
+            self.seal();
+            self.waiting.push_back(data);
+        }
+    }
+
+    /// The pile is next after what waits.
+    fn seal(&mut self) {
+        if !self.pile.is_empty() {
+            self.waiting.push_back(mem::take(&mut self.pile).freeze());
+        }
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, app: &mut TcpStream) -> Poll<io::Result<usize>> {

@@ -99,6 +99,11 @@ impl Link {
         (self.streams() == 0).then(|| now.saturating_duration_since(self.idle_since.get()))
     }
 
+    /// Time since the tunnel was opened.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.opened)
+    }
+
     /// Takes no new streams from now on.
     pub(super) fn retire(&self) {
         if self.order.get() == Order::Serve {

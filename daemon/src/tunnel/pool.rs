@@ -203,7 +203,7 @@ impl Pool {
         self.entries.borrow_mut().retain(|_, entry| {
             for tunnel in &*entry.tunnels.borrow() {
                 let idle = tunnel.link.idle(now).unwrap_or_default();
-                let age = now.duration_since(tunnel.link.opened);
+                let age = tunnel.link.age(now);
                 if idle >= limits.tunnel_idle || age >= limits.tunnel_age {
                     tunnel.link.retire();
                 }

@@ -48,8 +48,13 @@ fn sweep(worker: &Worker) {
     let wall_clock = SystemTime::now();
     // The wall clock at every tick: a clock that was set makes no certificate live longer.
     worker.links.for_each(|link| {
-        if wall_clock >= link.ends.not_after {
-            link.close(Reason::Revoked);
+        match link.ends.not_after.duration_since(wall_clock) {
+            Ok(left) if !left.is_zero() => {
+                if expires_soon(left, link.age(now), worker.timeouts.drain) {
+                    link.retire();
+                }
+            }
+            _ => link.close(Reason::Revoked),
         }
         if link.ends.role == Role::Server {
             sweep_server(worker, link, now);
@@ -58,6 +63,14 @@ fn sweep(worker: &Worker) {
     worker.pool.sweep(worker, now);
     worker.stop_closed();
     sweep_connections(worker, now);
+}
+
+/// Whether a tunnel whose certificates have this much left is to take no more streams, so that
+/// those it has can end by themselves. A peer may keep a tunnel for as long as it has certificates,
+/// as ztunnel does; the next tunnel is opened with renewed ones. Never before half of the time that
+/// the tunnel had: where a peer does not renew, each next one lives half as long, and not a moment.
+fn expires_soon(left: Duration, age: Duration, drain: Duration) -> bool {
+    left <= drain && left <= age
 }
 
 /// The client's tunnels are the pool's to look after. The server's grace is longer by a drain: it
@@ -110,4 +123,21 @@ fn is_trusted(bundles: &TrustBundles, link: &Link) -> bool {
         return false;
     };
     verify_chain(bundles, leaf, intermediates, UnixTime::now()).is_ok_and(|id| id == link.ends.peer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tunnel_retires_a_drain_before_its_certificates_expire_and_not_before_half_of_its_time() {
+        let seconds = Duration::from_secs;
+        let drain = seconds(30);
+        // Opened with an hour to go.
+        assert!(!expires_soon(seconds(31), seconds(3569), drain));
+        assert!(expires_soon(seconds(30), seconds(3570), drain));
+        // Opened with 20 seconds to go.
+        assert!(!expires_soon(seconds(11), seconds(9), drain));
+        assert!(expires_soon(seconds(10), seconds(10), drain));
+    }
 }

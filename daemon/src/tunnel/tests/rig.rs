@@ -294,6 +294,20 @@ impl Pair {
         }
     }
 
+    /// A stream that HTTP/2 itself is at the near end of, and at the far end an application for
+    /// which the kernel keeps next to nothing.
+    pub(super) async fn half_pipe(&self) -> (SendStream<Bytes>, RecvStream, TcpStream) {
+        let [(near_send, near_recv), far] = self.stream().await;
+        let (far_tcp, far_app) = tcp_pair().await;
+        for socket in [&far_tcp, &far_app] {
+            let socket = socket2::SockRef::from(socket);
+            socket.set_send_buffer_size(4 << 10).unwrap();
+            socket.set_recv_buffer_size(4 << 10).unwrap();
+        }
+        self.carry(self.server.value(), far_tcp, far);
+        (near_send, near_recv, far_app)
+    }
+
     fn carry(
         &self,
         link: &Rc<Link>,
