@@ -94,4 +94,8 @@ reasons! {
     Closed = 28 => "closed",
     /// A change of policy, workload or certificate no longer allows the connection.
     Revoked = 29 => "revoked",
+    /// The packet names a route of its own: where it goes is not what its header says.
+    SourceRouted = 30 => "source_routed",
+    /// The packet claims an address that is not its sender's.
+    ForgedSource = 31 => "forged_source",
 }

@@ -1,4 +1,5 @@
-//! `bind()`: reeve's ports are reeve's, in every namespace of a workload and for every workload.
+//! `bind()`: reeve's ports are reeve's, in every namespace of a workload and for every workload;
+//! and a socket that a workload binds is the workload's, whoever made it.
 
 use aya_ebpf::{
     bindings::bpf_sock_addr, helpers::bpf_get_netns_cookie, macros::cgroup_sock_addr,
@@ -8,7 +9,7 @@ use reeve_common::{Direction, Hook, Reason};
 
 use crate::{
     address::field,
-    connect::{PROCEED, REFUSE, STREAM, named_address, named_port, named_protocol},
+    connect::{PROCEED, REFUSE, STREAM, adopt, named_address, named_port, named_protocol, socket},
     event::{Connection, Outcome, report},
     judge::{self, is_reeve},
     maps::{NAMESPACES, settings},
@@ -29,19 +30,27 @@ fn bind(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     let Some(settings) = settings() else {
         return REFUSE;
     };
-    let port = named_port(ctx);
-    if port != settings.outbound_port && port != settings.tunnel_port {
+    if settings.cgroup_depths == 0 {
         return PROCEED;
     }
+    let port = named_port(ctx);
     // SAFETY: a field of the context. By type and not by protocol, for MPTCP takes TCP's ports.
     let stream = field(unsafe { &raw const (*ctx).type_ }) == STREAM;
-    if settings.cgroup_depths == 0 || !stream {
-        return PROCEED;
-    }
+    let reserved = stream && (port == settings.outbound_port || port == settings.tunnel_port);
     let caller = judge::caller(settings.cgroup_depths);
     let workload = match caller {
         Some(entry) if is_reeve(&entry) => return PROCEED,
+        Some(entry) if !reserved => {
+            if adopt(socket(ctx), &entry, named_protocol(ctx)) {
+                return PROCEED;
+            }
+            let mut connection = Connection::new(Hook::Bind);
+            connection.workload = entry.workload;
+            report(&connection, Outcome::deny(Reason::MapFailure));
+            return REFUSE;
+        }
         Some(entry) => entry.workload,
+        None if !reserved => return PROCEED,
         None => {
             // SAFETY: `ctx` is the program's context.
             let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };

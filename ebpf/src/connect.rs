@@ -1,5 +1,6 @@
 //! `connect()`: judged, and sent through reeve where the policy wants a tunnel; `getpeername()`:
-//! shows what was asked for.
+//! shows what was asked for. `accept()` asks for the peer's name too, which tells whose the
+//! connection is that a listener from elsewhere has accepted.
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
@@ -8,8 +9,9 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use reeve_common::{
-    Address, Direction, Hook, NAMESPACE_LISTENING, ONWARD_MARK, Reason, Settings, SocketTag,
-    TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, WorkloadEntry, ipv4_mapped, protocol,
+    Address, Direction, Hook, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, ONWARD_MARK,
+    Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED,
+    WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 
 use crate::{
@@ -119,6 +121,10 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         report(&connection, outcome);
         return REFUSE;
     }
+    if is_forged(ctx, socket, caller.workload) {
+        report(&connection, Outcome::deny(Reason::ForgedSource));
+        return REFUSE;
+    }
     let mut remembered = SocketTag {
         remote: connection.remote,
         since: 0,
@@ -176,13 +182,38 @@ fn judge_connect(
     Some(outcome)
 }
 
+/// Whether the socket is bound to an address that the workload has no right to. The packets of a
+/// connection that is allowed are not asked for theirs.
+#[inline(always)]
+fn is_forged(ctx: *mut bpf_sock_addr, socket: *mut bpf_sock, workload: WorkloadId) -> bool {
+    // SAFETY: fields of the hook's socket.
+    let source = unsafe {
+        address::of_family(
+            field(&raw const (*socket).family),
+            &raw const (*socket).src_ip4,
+            &raw const (*socket).src_ip6,
+        )
+    };
+    // Bound to none, it gets one of the namespace's own.
+    !is_loopback(&source)
+        && judge::is_forged(&source, workload, || {
+            namespace(ctx).map_or(NO_WORKLOAD, |entry| entry.workload)
+        })
+}
+
+/// What the daemon says of the caller's namespace.
+#[inline(always)]
+fn namespace(ctx: *mut bpf_sock_addr) -> Option<NamespaceEntry> {
+    // SAFETY: `ctx` is the program's context.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    // SAFETY: the entry is copied at once.
+    unsafe { NAMESPACES.get(cookie) }.copied()
+}
+
 /// Whether the daemon's listeners stand in the caller's namespace.
 #[inline(always)]
 fn is_listening(ctx: *mut bpf_sock_addr) -> bool {
-    // SAFETY: `ctx` is the program's context.
-    let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    // SAFETY: one word is read at once.
-    unsafe { NAMESPACES.get(cookie) }.is_some_and(|entry| entry.flags & NAMESPACE_LISTENING != 0)
+    namespace(ctx).is_some_and(|entry| entry.flags & NAMESPACE_LISTENING != 0)
 }
 
 /// Sends the call to the outbound listener of the namespace.
@@ -231,6 +262,47 @@ fn forget(socket: *mut bpf_sock) {
     }
 }
 
+/// Has a socket be the workload's that uses it, if it is nobody's yet: its packets are judged then
+/// even if it was made elsewhere and handed over. False where the kernel has no memory for it.
+#[inline(always)]
+#[must_use]
+pub fn adopt(socket: *mut bpf_sock, caller: &WorkloadEntry, protocol: u8) -> bool {
+    if let Some(tag) = tag(socket) {
+        if tag.workload == 0 {
+            tag.workload = caller.workload;
+        }
+        return true;
+    }
+    let mut nothing = SocketTag {
+        remote: [0; 16],
+        since: 0,
+        workload: caller.workload,
+        peer: 0,
+        rule: 0,
+        generation: 0,
+        remote_port: 0,
+        protocol,
+        direction: 0,
+        flags: 0,
+    };
+    set_tag(socket, &mut nothing)
+}
+
+/// The same for a connection of which nobody has seen the beginning.
+#[inline(always)]
+fn adopt_accepted(socket: *mut bpf_sock, protocol: u8) {
+    let depths = settings().map_or(0, |settings| settings.cgroup_depths);
+    if depths == 0 {
+        return;
+    }
+    if let Some(caller) = judge::caller(depths)
+        && !is_reeve(&caller)
+    {
+        // A socket without memory is judged by the cgroup that made it, as ever.
+        let _ = adopt(socket, &caller, protocol);
+    }
+}
+
 /// reeve's own connections are not judged. Those to local applications are marked, and
 /// `sock_ops`, which sees no caller, shall know them.
 #[inline(always)]
@@ -260,7 +332,9 @@ fn connect_of_reeve(socket: *mut bpf_sock) -> i32 {
 /// Shows a redirected socket the far end that its application asked for.
 #[inline(always)]
 fn peername(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
-    let Some(tag) = tag(socket(ctx)) else {
+    let socket = socket(ctx);
+    let Some(tag) = tag(socket) else {
+        adopt_accepted(socket, named_protocol(ctx));
         return PROCEED;
     };
     if tag.flags & TAG_REDIRECTED == 0 {

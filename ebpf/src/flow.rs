@@ -39,6 +39,7 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
     let direction = connection.direction;
     // SAFETY: asking for the time has no condition.
     let now = unsafe { bpf_ktime_get_ns() };
+    let mut revoked = false;
     if let Some(entry) = FLOWS.get_ptr_mut(key) {
         // SAFETY: an entry that is removed meanwhile stays readable until the program ends, and
         // what is written to it then is lost with it.
@@ -55,6 +56,7 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
                     entry.generation = generation;
                 }
             }
+            revoked = !live;
             if live {
                 if entry.direction == u32::from(direction) && idle > REFRESH_NANOSECONDS {
                     entry.last_seen = now;
@@ -65,7 +67,16 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
     }
     let outcome = judge(connection);
     if !outcome.allowed() {
-        report(connection, outcome);
+        // Whoever takes the entry away tells that it was revoked: so it is told once.
+        let revoked = revoked && FLOWS.remove(key).is_ok();
+        report(
+            connection,
+            if revoked {
+                Outcome::deny(Reason::Revoked)
+            } else {
+                outcome
+            },
+        );
         return false;
     }
     let entry = FlowEntry {

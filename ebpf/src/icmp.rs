@@ -55,11 +55,12 @@ pub fn icmpv6(
     packet: &Packet,
 ) -> bool {
     let kind = packet.icmp_type;
-    if (NDP_FIRST..=NDP_LAST).contains(&kind) && packet.hops == NDP_HOPS {
-        return true;
-    }
-    let mld = (MLD_QUERY..=MLD_DONE).contains(&kind) || kind == MLD_V2_REPORT;
-    if mld && packet.hops == MLD_HOPS {
+    let ndp = (NDP_FIRST..=NDP_LAST).contains(&kind) && packet.hops == NDP_HOPS;
+    let mld = ((MLD_QUERY..=MLD_DONE).contains(&kind) || kind == MLD_V2_REPORT)
+        && packet.hops == MLD_HOPS;
+    // It is the kernel that speaks so. A workload that does is judged: it may write into such
+    // messages what it likes, and send them to whom it likes.
+    if (ndp || mld) && (arrives || !subject.by_socket) {
         return true;
     }
     let error = kind <= ICMPV6_LAST_ERROR;

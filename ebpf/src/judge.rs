@@ -78,6 +78,24 @@ pub fn workload_at(address: &Address) -> Option<WorkloadId> {
     unsafe { LOCAL_ADDRESSES.get(address) }.copied()
 }
 
+/// Whether an address under which a workload sends is somebody else's whom reeve knows: another
+/// workload's, or, in a namespace that is the workload's alone, a peer's. `namespace_owner` says
+/// whose the namespace is, and is asked only where it matters.
+#[inline(always)]
+pub fn is_forged(
+    source: &Address,
+    workload: WorkloadId,
+    namespace_owner: impl FnOnce() -> WorkloadId,
+) -> bool {
+    match workload_at(source) {
+        Some(owner) => owner != workload,
+        None => {
+            let key = Key::new(ADDRESS_BITS, *source);
+            PEERS.get(&key).is_some_and(|entry| entry.peer != 0) && namespace_owner() == workload
+        }
+    }
+}
+
 /// What is known of the far end. An address of which nothing is known is of class 0.
 #[inline(always)]
 fn peer(connection: &Connection) -> PeerEntry {

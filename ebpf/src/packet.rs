@@ -12,8 +12,8 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use reeve_common::{
-    Direction, Hook, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED,
-    TAG_TUNNELLED, WorkloadEntry, protocol,
+    Address, Direction, Hook, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED,
+    TAG_TUNNELLED, WorkloadEntry, WorkloadId, protocol,
 };
 
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
     flow, icmp,
     judge::{self, is_reeve, is_unknown},
     maps::{NAMESPACES, PACKETS_KNOW_NAMESPACE, set_tag, settings, tag},
-    parse::{Packet, parse},
+    parse::{Packet, RST, is_plain, parse},
     segment,
 };
 
@@ -93,17 +93,9 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
     if !listening
         && let Some(tag) = remembered.as_deref()
         && tag.protocol == protocol::TCP
+        && let Some(verdict) = of_remembered(ctx, tag, &settings)
     {
-        if tag.flags & (TAG_REDIRECTED | TAG_TUNNELLED) != 0 {
-            return PASS;
-        }
-        if tag.generation == settings.generation {
-            return if tag.flags & TAG_ALLOWED != 0 {
-                PASS
-            } else {
-                DROP
-            };
-        }
+        return verdict;
     }
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
     let Some((entry, by_socket)) = subject(depths, skb, remembered_workload) else {
@@ -126,6 +118,34 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
     }
 }
 
+/// What a TCP socket remembers decides, as long as the packet is what the socket was judged for.
+#[inline(always)]
+fn of_remembered(ctx: &SkBuffContext, tag: &SocketTag, settings: &Settings) -> Option<i32> {
+    let stays = is_on_loopback(ctx);
+    if tag.flags & (TAG_REDIRECTED | TAG_TUNNELLED) != 0 {
+        // The tunnel judges it, and both its ends are here. What leaves all the same was turned
+        // aside, and is judged like a connection that nobody has seen before.
+        return stays.then_some(PASS);
+    }
+    if tag.generation != settings.generation || (tag.flags & TAG_LOCAL != 0 && !stays) {
+        return None;
+    }
+    if tag.flags & TAG_ALLOWED != 0 {
+        // One with options or further headers may go elsewhere than its socket is connected to.
+        return (stays || is_plain(ctx)).then_some(PASS);
+    }
+    Some(if is_reset(ctx) { PASS } else { DROP })
+}
+
+/// Whether a packet ends its connection: the other end of one that is refused shall know.
+#[inline(always)]
+fn is_reset(ctx: &SkBuffContext) -> bool {
+    let mut packet = Packet::new();
+    parse(ctx.skb.skb, &mut packet)
+        && packet.protocol == protocol::TCP
+        && packet.tcp_flags & RST != 0
+}
+
 /// The workload of a packet: by the cgroup in which its socket was made, else by what a hook
 /// wrote down when a workload used the socket, else by the namespace.
 #[inline(always)]
@@ -137,16 +157,30 @@ fn subject(depths: u32, skb: *mut __sk_buff, remembered: u32) -> Option<(Workloa
     if remembered != 0 {
         return Some((workload(remembered), true));
     }
-    if PACKETS_KNOW_NAMESPACE.load() != 0 {
-        // SAFETY: `skb` is the program's context.
-        let cookie = unsafe { bpf_get_netns_cookie(skb.cast()) };
-        // SAFETY: one word is read at once.
-        let owner = unsafe { NAMESPACES.get(cookie) }.map_or(0, |entry| entry.workload);
-        if owner != 0 {
-            return Some((workload(owner), false));
-        }
+    let owner = namespace_owner(skb);
+    (owner != 0).then(|| (workload(owner), false))
+}
+
+/// The workload that alone owns the namespace of a packet's socket; 0 where there is none, or the
+/// kernel does not tell.
+#[inline(always)]
+fn namespace_owner(skb: *mut __sk_buff) -> WorkloadId {
+    if PACKETS_KNOW_NAMESPACE.load() == 0 {
+        return 0;
     }
-    None
+    // SAFETY: `skb` is the program's context.
+    let cookie = unsafe { bpf_get_netns_cookie(skb.cast()) };
+    // SAFETY: one word is read at once.
+    unsafe { NAMESPACES.get(cookie) }.map_or(0, |entry| entry.workload)
+}
+
+/// Whether a workload sends under an address that it has no right to.
+#[inline(always)]
+fn is_forged(skb: *mut __sk_buff, subject: &Subject, source: &Address) -> bool {
+    let workload = subject.entry.workload;
+    subject.by_socket
+        && workload != 0
+        && judge::is_forged(source, workload, || namespace_owner(skb))
 }
 
 #[inline(always)]
@@ -184,6 +218,10 @@ fn judge_packet(
         connection.remote = packet.destination;
         connection.remote_port = packet.destination_port;
     }
+    if packet.routed {
+        report(&connection, Outcome::deny(Reason::SourceRouted));
+        return false;
+    }
     if stays(ctx, &connection) {
         if packet.protocol == protocol::TCP && !subject.raw && !subject.listening {
             // Not remembered: the next packet takes this way again.
@@ -195,6 +233,10 @@ fn judge_packet(
             );
         }
         return true;
+    }
+    if !arrives && is_forged(ctx.skb.skb, subject, &connection.local) {
+        report(&connection, Outcome::deny(Reason::ForgedSource));
+        return false;
     }
     match packet.protocol {
         protocol::TCP => {
@@ -220,12 +262,16 @@ fn judge_packet(
 /// hand can write what he likes into them.
 #[inline(always)]
 fn stays(ctx: &SkBuffContext, connection: &Connection) -> bool {
-    // SAFETY: a field of the context.
-    let device = field(unsafe { &raw const (*ctx.skb.skb).ifindex });
-    device == LOOPBACK_DEVICE
+    is_on_loopback(ctx)
         && (is_loopback(&connection.local)
             || is_loopback(&connection.remote)
             || judge::workload_at(&connection.remote) == Some(connection.workload))
+}
+
+#[inline(always)]
+fn is_on_loopback(ctx: &SkBuffContext) -> bool {
+    // SAFETY: a field of the context.
+    field(unsafe { &raw const (*ctx.skb.skb).ifindex }) == LOOPBACK_DEVICE
 }
 
 /// Has the socket remember a verdict of this generation. Only sockets of TCP do, and raw ones.

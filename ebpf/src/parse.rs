@@ -1,6 +1,8 @@
 //! A packet's headers, as far as a verdict needs them.
 
-use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
+use aya_ebpf::{
+    bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes, programs::SkBuffContext,
+};
 use reeve_common::{Address, ipv4_mapped, protocol};
 
 /// What a packet says of itself.
@@ -28,6 +30,8 @@ pub struct Packet {
     pub inet6: bool,
     /// Whether a TCP segment carries anything behind its header.
     pub payload: bool,
+    /// Whether it names a route of its own, and so has another far end than its header says.
+    pub routed: bool,
 }
 
 /// TCP's flags.
@@ -42,6 +46,20 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
+
+/// IPv4's header without options, its longest, and what lies between.
+const V4_HEADER: usize = 20;
+const V4_LONGEST: usize = 60;
+const V4_OPTIONS: usize = V4_LONGEST - V4_HEADER;
+/// IPv4 options (RFC 791): the end of them, one byte of nothing, and routes of the sender's own.
+const END_OF_OPTIONS: u8 = 0;
+const NO_OPERATION: u8 = 1;
+const LOOSE_SOURCE_ROUTE: u8 = 131;
+const STRICT_SOURCE_ROUTE: u8 = 137;
+/// First byte of an IPv4 header without options.
+const V4_PLAIN: u8 = 0x45;
+/// Where an IPv6 header names what follows it.
+const V6_NEXT_HEADER: usize = 6;
 
 /// Protocols whose header begins with two ports, beside TCP, UDP and SCTP.
 const DCCP: u8 = 33;
@@ -71,8 +89,29 @@ impl Packet {
             icmp_id: 0,
             inet6: false,
             payload: false,
+            routed: false,
         }
     }
+}
+
+/// Whether nothing stands between a TCP packet's first header and TCP's own: no option and no
+/// further header, in which a route could be named. Where that cannot be seen, it is not so.
+#[inline(always)]
+pub fn is_plain(ctx: &SkBuffContext) -> bool {
+    let skb = ctx.skb.skb;
+    // SAFETY: fields of the context, which the kernel gives as addresses of the packet.
+    let (data, end) = unsafe { ((*skb).data as usize, (*skb).data_end as usize) };
+    if data + V6_NEXT_HEADER + 1 > end {
+        return false;
+    }
+    // SAFETY: the packet is longer than that.
+    let (first, next) = unsafe {
+        (
+            *(data as *const u8),
+            *((data + V6_NEXT_HEADER) as *const u8),
+        )
+    };
+    first == V4_PLAIN || (first >> 4 == 6 && next == protocol::TCP)
 }
 
 /// Reads a packet's headers. False: truncated, a fragment, or more headers than allowed.
@@ -131,7 +170,56 @@ fn parse_v4(ctx: &SkBuffContext, packet: &mut Packet) -> Option<usize> {
     packet.source = ipv4_mapped([header[12], header[13], header[14], header[15]]);
     packet.destination = ipv4_mapped([header[16], header[17], header[18], header[19]]);
     let length = usize::from(header[0] & 0xf) * 4;
-    (length >= 20).then_some(length)
+    if length > V4_HEADER {
+        packet.routed = names_route(ctx.skb.skb, length as u32)?;
+    }
+    (length >= V4_HEADER).then_some(length)
+}
+
+/// Whether an IPv4 header of this length holds a source route. None: it cannot be read.
+///
+/// A function of its own, for its buffer not to lie on the stack with the caller's.
+#[inline(never)]
+fn names_route(skb: *mut __sk_buff, header: u32) -> Option<bool> {
+    let length = header.wrapping_sub(V4_HEADER as u32);
+    if length == 0 || length > V4_OPTIONS as u32 {
+        return None;
+    }
+    // One byte more than there are options, for the length of an option that begins in the last.
+    let mut options = [0_u8; V4_OPTIONS + 1];
+    // SAFETY: `options` has room for `length` bytes.
+    let read = unsafe {
+        bpf_skb_load_bytes(
+            skb.cast(),
+            V4_HEADER as u32,
+            options.as_mut_ptr().cast(),
+            length,
+        )
+    };
+    if read != 0 {
+        return None;
+    }
+    let mut next = 0;
+    let mut at = 0;
+    // Byte by byte, and not from option to option: so the verifier knows where a byte is read.
+    while at < V4_OPTIONS {
+        if at == next {
+            match options[at] {
+                END_OF_OPTIONS => return Some(false),
+                LOOSE_SOURCE_ROUTE | STRICT_SOURCE_ROUTE => return Some(true),
+                NO_OPERATION => next = at + 1,
+                _ => {
+                    let length = usize::from(options[at + 1]);
+                    if length < 2 {
+                        return None;
+                    }
+                    next = at + length;
+                }
+            }
+        }
+        at += 1;
+    }
+    Some(false)
 }
 
 #[inline(always)]
@@ -155,6 +243,11 @@ fn parse_v6(ctx: &SkBuffContext, packet: &mut Packet) -> Option<usize> {
                         return None;
                     }
                     FRAGMENT => 8,
+                    // Once the last of its stops is reached, it says nothing any more.
+                    ROUTING if start[3] != 0 => {
+                        packet.routed = true;
+                        (usize::from(start[1]) + 1) * 8
+                    }
                     AUTHENTICATION => (usize::from(start[1]) + 2) * 4,
                     _ => (usize::from(start[1]) + 1) * 8,
                 }

@@ -189,3 +189,36 @@ pub(crate) fn ping(to: SocketAddr) -> std::io::Result<()> {
         }
     }
 }
+
+/// Sets an option that the standard library and socket2 have no word for.
+#[track_caller]
+pub(crate) fn set_option(socket: &impl AsRawFd, level: i32, name: i32, value: &[u8]) {
+    // SAFETY: `value` is as long as is said.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Takes back what `connect()` did: connects to the address family "none".
+pub(crate) fn disconnect(socket: &impl AsRawFd) {
+    let mut nowhere = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    // SAFETY: `nowhere` is as long as is said.
+    let done = unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            &raw mut nowhere,
+            size_of::<libc::sockaddr>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}

@@ -1,0 +1,277 @@
+//! What a packet says of itself cannot lead it past its verdict: routes in options and further
+//! headers, addresses of others, messages that only the kernel has reason to send.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+};
+
+use reeve_common::{Direction, Hook, PeerEntry, Reason, protocol::TCP};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    place::set_option,
+    world::{CLASS, MOMENT, PATIENCE, Scope, World, assert_refused},
+};
+
+/// Options of IPv4: a loose source route by way of 10.0.0.9.
+const ROUTE_V4: [u8; 8] = [131, 7, 4, 10, 0, 0, 9, 1];
+/// Options that mean nothing: a time stamp's room for one, and filling.
+const HARMLESS_V4: [u8; 12] = [68, 8, 5, 0, 0, 0, 0, 0, 1, 1, 1, 1];
+
+/// A segment routing header of IPv6 (RFC 8754) by way of fd00::9.
+fn route_v6() -> [u8; 40] {
+    let mut header = [0; 40];
+    // 32 bytes behind the first eight, type 4, one stop left of two.
+    header[1..5].copy_from_slice(&[4, 4, 1, 1]);
+    for stop in [8, 24] {
+        header[stop..stop + 2].copy_from_slice(&[0xfd, 0]);
+        header[stop + 15] = 9;
+    }
+    header
+}
+
+/// Has a socket's packets travel by way of somebody whom no policy allows.
+fn route(socket: &Socket, to: SocketAddr) {
+    match to {
+        SocketAddr::V4(_) => set_option(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &ROUTE_V4),
+        SocketAddr::V6(_) => set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &route_v6()),
+    }
+}
+
+fn socket(to: SocketAddr, kind: Type) -> Socket {
+    Socket::new(Domain::for_address(to), kind, None).unwrap()
+}
+
+/// A workload that may send everything to the far end.
+fn open() -> World {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    world
+}
+
+#[test]
+fn a_connection_goes_nowhere_by_a_route_of_its_own() {
+    let mut world = open();
+    let _server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let failed = world.as_workload(|| {
+            let socket = socket(to, Type::STREAM);
+            route(&socket, to);
+            socket.connect_timeout(&to.into(), MOMENT)
+        });
+        assert_eq!(failed.unwrap_err().kind(), ErrorKind::TimedOut);
+        let event = world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
+        assert_eq!(event.remote_port, 80);
+    }
+}
+
+#[test]
+fn a_route_that_is_named_later_ends_what_was_allowed() {
+    let mut world = open();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let mut client = world.as_workload(|| TcpStream::connect(to).unwrap());
+        let (mut accepted, _) = server.accept().unwrap();
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"x").unwrap();
+        accepted.read_exact(&mut [0]).unwrap();
+
+        let client = Socket::from(client);
+        route(&client, to);
+        accepted.set_read_timeout(Some(MOMENT)).unwrap();
+        let _ = world.as_workload(|| client.send(b"x"));
+        assert!(accepted.read(&mut [0]).is_err());
+        world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
+    }
+}
+
+#[test]
+fn options_that_name_no_route_are_no_matter() {
+    let mut world = open();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    let to = world.there.port4(80);
+    let mut client: TcpStream = world.as_workload(|| {
+        let socket = socket(to, Type::STREAM);
+        set_option(&socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &HARMLESS_V4);
+        socket.connect_timeout(&to.into(), PATIENCE).unwrap();
+        socket.into()
+    });
+    let (mut accepted, _) = server.accept().unwrap();
+    accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.write_all(b"hello").unwrap();
+    accepted.read_exact(&mut [0; 5]).unwrap();
+    world.verdict_event(Hook::Connect, true, Reason::NoTunnel);
+    assert_eq!(world.other_events(), [], "and judged once");
+
+    // They cannot carry anybody past a change of policy either.
+    world.state.tables.verdicts.clear();
+    world.apply();
+    accepted.set_read_timeout(Some(MOMENT)).unwrap();
+    let _ = client.write_all(b"x");
+    assert!(accepted.read(&mut [0]).is_err());
+    world.verdict_event(Hook::PacketEgress, false, Reason::Revoked);
+}
+
+#[test]
+fn a_datagram_goes_nowhere_by_a_route_of_its_own() {
+    let mut world = open();
+    for to in [world.there.port4(53), world.there.port6(53)] {
+        for connect in [false, true] {
+            let sent = world.as_workload(|| {
+                let socket = socket(to, Type::DGRAM);
+                route(&socket, to);
+                if connect {
+                    socket.connect(&to.into()).unwrap();
+                    return socket.send(b"x");
+                }
+                socket.send_to(b"x", &to.into())
+            });
+            assert_refused(sent);
+            world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
+        }
+    }
+}
+
+#[test]
+fn what_is_written_by_hand_may_name_no_route() {
+    let mut world = open();
+    let raw = world.as_workload(|| {
+        let any = Protocol::from(libc::IPPROTO_RAW);
+        Socket::new(Domain::IPV4, Type::RAW, Some(any)).unwrap()
+    });
+    let to = world.there.port4(0);
+    let packet = |options: &[u8]| {
+        let mut packet = vec![0_u8; 20];
+        packet[0] = 0x45 + (options.len() / 4) as u8;
+        packet[8..10].copy_from_slice(&[64, 253]);
+        packet[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+        packet.extend_from_slice(options);
+        packet.extend_from_slice(&[0; 20]);
+        packet
+    };
+    let send = |options: &[u8]| {
+        let packet = packet(options);
+        world.as_workload(|| raw.send_to(&packet, &to.into()))
+    };
+    // Behind others; the strict kind; and where an option is longer than the header.
+    assert_refused(send(&[1, 1, 1, 131, 7, 4, 10, 0, 0, 9, 0, 0]));
+    assert_refused(send(&[137, 7, 4, 10, 0, 0, 9, 0]));
+    for malformed in [&[68, 0, 0, 0][..], &[68, 1, 131, 7]] {
+        // The kernel itself may be the one who refuses.
+        send(malformed).unwrap_err();
+    }
+    send(&[1, 1, 1, 0]).unwrap();
+    // What stands behind the end of the options is none.
+    send(&[0, 131, 7, 4]).unwrap();
+    for _ in 0..2 {
+        world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
+    }
+}
+
+#[test]
+fn a_workload_sends_under_nobody_elses_address() {
+    let mut world = open();
+    let others: [IpAddr; 2] = ["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
+    for ip in others {
+        let entry = PeerEntry {
+            class: CLASS,
+            peer: 9,
+            flags: 0,
+        };
+        let address = reeve::datapath::address(ip);
+        world.state.tables.peers.push((128, address, entry));
+    }
+    world.apply();
+    let _server = world.as_far_end(|| UdpSocket::bind("[::]:53").unwrap());
+    for (ip, to) in others
+        .into_iter()
+        .zip([world.there.port4(53), world.there.port6(53)])
+    {
+        // For IPv6 anybody may do this, without any capability.
+        let from = |kind: Type| {
+            let socket = socket(to, kind);
+            match to {
+                SocketAddr::V4(_) => socket.set_ip_transparent_v4(true).unwrap(),
+                SocketAddr::V6(_) => {
+                    set_option(
+                        &socket,
+                        libc::IPPROTO_IPV6,
+                        libc::IPV6_FREEBIND,
+                        &1_i32.to_ne_bytes(),
+                    );
+                }
+            }
+            socket.bind(&SocketAddr::new(ip, 0).into()).unwrap();
+            socket
+        };
+        let sent = world.as_workload(|| from(Type::DGRAM).send_to(b"x", &to.into()));
+        assert_refused(sent);
+        world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
+        let connected =
+            world.as_workload(|| from(Type::STREAM).connect_timeout(&to.into(), MOMENT));
+        assert_refused(connected);
+        world.verdict_event(Hook::Connect, false, Reason::ForgedSource);
+    }
+    // Its own it may name.
+    let own = [
+        (world.here.v4, world.there.port4(53)),
+        (world.here.v6, world.there.port6(53)),
+    ];
+    for (ip, to) in own {
+        let socket = world.as_workload(|| UdpSocket::bind((ip, 0)).unwrap());
+        world.as_workload(|| socket.send_to(b"x", to)).unwrap();
+    }
+}
+
+#[test]
+fn messages_of_the_link_are_the_kernels_to_send() {
+    let mut world = World::enrolled();
+    // ICMPv6 sockets fill in the checksum.
+    let raw = world.as_workload(|| {
+        let raw = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6)).unwrap();
+        raw.set_unicast_hops_v6(255).unwrap();
+        raw
+    });
+    let to = world.there.port6(0);
+    // A neighbour's advertisement with a message in it, and an error about nothing.
+    for kind in [136_u8, 1] {
+        let message = [&[kind, 0, 0, 0][..], &[0; 20]].concat();
+        assert_refused(world.as_workload(|| raw.send_to(&message, &to.into())));
+        world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+    }
+    let raw =
+        world.as_workload(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).unwrap());
+    let message = [3, 1, 0xfc, 0xfe, 0, 0, 0, 0];
+    let to = world.there.port4(0);
+    assert_refused(world.as_workload(|| raw.send_to(&message, &to.into())));
+    world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+}
+
+#[test]
+fn packets_inside_of_packets_are_judged_as_what_carries_them() {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Protocol(TCP));
+    world.apply();
+    let to = world.there.port4(0);
+    // IP in IP, GRE, IPsec, and a protocol that is nobody's.
+    for protocol in [4, 41, 47, 50, 51, 253] {
+        let raw = world.as_workload(|| {
+            let protocol = Protocol::from(protocol);
+            Socket::new(Domain::IPV4, Type::RAW, Some(protocol)).unwrap()
+        });
+        assert_refused(world.as_workload(|| raw.send_to(&[0x45; 40], &to.into())));
+        let event = world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+        assert_eq!(i32::from(event.protocol), protocol);
+    }
+    // A lighter UDP is not UDP.
+    world.allow(Direction::Egress, Scope::Protocol(17));
+    world.apply();
+    let light = world
+        .as_workload(|| Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDPLITE)).unwrap());
+    let to = world.there.port4(53);
+    assert_refused(world.as_workload(|| light.send_to(b"x", &to.into())));
+}
