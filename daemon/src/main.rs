@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         },
         Command::Check { config } => cli::check(&config),
         Command::Status { json, socket } => cli::status(&socket, json),
+        Command::Ca { command } => cli::ca(&command),
         Command::Detach { config } => cli::detach(&config),
         Command::Completions { shell } => cli::completions(shell),
     }

@@ -115,13 +115,13 @@ fn folders_that_documents_name_exist() {
 
 // === documents ===
 
-struct Block {
-    language: String,
+pub(crate) struct Block {
+    pub(crate) language: String,
     line: usize,
-    text: String,
+    pub(crate) text: String,
 }
 
-fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .unwrap()
@@ -150,7 +150,7 @@ fn files_below(folder: &Path, extension: &str) -> Vec<PathBuf> {
 }
 
 /// The fenced blocks of a page.
-fn blocks(document: &Path) -> Vec<Block> {
+pub(crate) fn blocks(document: &Path) -> Vec<Block> {
     let text = fs::read_to_string(document).unwrap();
     let mut blocks = Vec::new();
     let mut open: Option<Block> = None;
@@ -204,10 +204,19 @@ fn is_xtask(subcommand: &str) -> bool {
 
 /// Fails the test unless `reeve` knows these words; they are not executed.
 fn accepts(words: &[&str], line: &str) {
-    let (subcommand, rest) = words.split_first().unwrap_or((&"--help", &[]));
-    let help = reeve(&[subcommand, "--help"]);
-    assert!(help.status.success(), "{line}");
-    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    let (subcommand, mut rest) = words.split_first().unwrap_or((&"--help", &[]));
+    let help_of = |words: &[&str]| {
+        let help = reeve(&[words, &["--help"]].concat());
+        assert!(help.status.success(), "{line}");
+        String::from_utf8_lossy(&help.stdout).into_owned()
+    };
+    let mut help = help_of(&[subcommand]);
+    // A command that has commands of its own lists them.
+    if let Some((second, after)) = rest.split_first()
+        && help.contains(&format!("\n  {second} "))
+    {
+        (help, rest) = (help_of(&[subcommand, second]), after);
+    }
     for flag in rest.iter().filter(|word| word.starts_with('-')) {
         let flag = flag.split('=').next().unwrap();
         assert!(help.contains(flag), "{line}: there is no {flag}");

@@ -8,6 +8,7 @@
 )]
 
 mod arrange;
+mod ca;
 mod certificates;
 mod command_line;
 mod concurrency;

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use super::CaCommand;
+
 const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
 const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
 
@@ -96,6 +98,26 @@ Exit codes: 0 the daemon answered, ready or not; 1 it did not."
         /// The daemon's admin socket (`admin.socket` of its configuration)
         #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
         socket: PathBuf,
+    },
+
+    /// Make, renew, revoke and show the certificates of the embedded CA
+    #[command(
+        long_about = "\
+Make, renew, revoke and show the certificates of the embedded CA.
+
+Works on the CA's folder, with or without a daemon that uses it; the daemon notices what is done. \
+docs/certificates.md shows how a fleet is set up and kept with it.",
+        after_help = "\
+Examples:
+  reeve ca init --trust-domain example.org --dir ./root
+  reeve ca show
+
+Exit codes: 0 done, 1 failed, 2 the command line is wrong."
+    )]
+    Ca {
+        /// What to do.
+        #[command(subcommand)]
+        command: CaCommand,
     },
 
     /// Remove what a stopped daemon left in the kernel: nothing is enforced any more

@@ -3,6 +3,7 @@
 //! In: words. Out: a [`Command`]; the ones that need no daemon of their own run here.
 
 mod args;
+mod ca;
 mod status;
 mod table;
 
@@ -15,6 +16,7 @@ use std::{
 use clap::CommandFactory;
 
 pub use args::{Cli, Command};
+pub use ca::{CaCommand, ca};
 
 use crate::{
     admin::{self, Answer},

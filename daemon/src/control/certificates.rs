@@ -7,6 +7,7 @@ use std::{
 
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 
+use super::ca;
 use crate::{
     config::{Certificates, Config},
     identity::{
@@ -43,7 +44,7 @@ pub enum CertificatesError {
     },
 }
 
-/// Opens the source. Identities are named to the store later.
+/// Opens the source. Identities are named to the store later. Needs a tokio runtime.
 ///
 /// # Errors
 /// When the source cannot be used.
@@ -54,7 +55,9 @@ pub fn identity_store(config: &Config) -> Result<IdentityStore, CertificatesErro
         &config.trust_domain,
         embedded.leaf_lifetime,
     )?;
-    let store = IdentityStore::new(Arc::new(ca), Arc::new(TrustStore::default()));
+    let ca = Arc::new(ca);
+    ca::follow(ca.clone());
+    let store = IdentityStore::new(ca, Arc::new(TrustStore::default()));
     store.replace_bundles(&trust_bundles(config)?);
     Ok(store)
 }

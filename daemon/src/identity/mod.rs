@@ -3,9 +3,11 @@
 //! In: certificate material from a source. Out: whole, checked TLS configurations per identity.
 
 mod bundle;
-mod ca;
+pub mod ca;
 mod clock;
 mod crypto;
+mod describe;
+mod key_kind;
 mod reject;
 mod renewal;
 mod server_name;
@@ -22,6 +24,8 @@ mod verify;
 pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
 pub use crypto::{ALPN, provider};
+pub use describe::CertificateSummary;
+pub use key_kind::KeyKind;
 pub use reject::RejectReason;
 pub use server_name::{server_name_for, server_name_matches};
 pub use source::{CertificateSource, Material, SourceError};

@@ -217,6 +217,16 @@ pub fn uri(uri: &str) -> SanType {
 // === impl Issued ===
 
 impl Issued {
+    /// A certificate that exists already, as in files.
+    pub fn from_pem(chain: &str, key: &str) -> Self {
+        use rustls_pki_types::pem::PemObject;
+        let chain = CertificateDer::pem_slice_iter(chain.as_bytes());
+        Self {
+            chain: chain.map(|der| der.unwrap()).collect(),
+            key: PrivatePkcs8KeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+        }
+    }
+
     /// The key in the type that rustls takes.
     pub fn private_key(&self) -> PrivateKeyDer<'static> {
         self.key.clone_key().into()

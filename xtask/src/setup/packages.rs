@@ -8,7 +8,7 @@ use super::say;
 use crate::run;
 
 /// Each program with the Debian package that has it.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
@@ -17,6 +17,9 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("iperf3", "iperf3"),
     ("wrk", "wrk"),
     ("h2load", "nghttp2-client"),
+    // The alert rules' own tests, and a scrape of a daemon.
+    ("prometheus", "prometheus"),
+    ("promtool", "prometheus"),
 ];
 
 /// Asked by Debian's maintainer scripts before they start a service.

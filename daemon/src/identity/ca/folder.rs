@@ -1,4 +1,13 @@
-//! The files of the embedded CA: nobody else may reach them, and both are there or neither.
+//! The files of a CA: nobody else may reach the keys, and each file is whole or not there.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `root.key`, `root.pem` | the root that signs |
+//! | `intermediate.key`, `intermediate.pem` | instead of a root: the intermediate that signs, with those above it |
+//! | `next.key`, `next.pem` | a root that is trusted and does not sign yet |
+//! | `bundle.pem` | every root that is trusted; where it is missing, `root.pem` is |
+//! | `crl.pem` | revocation lists; where it is missing, revocation is not checked |
+//! | `lock` | held by whoever works in the folder |
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -7,113 +16,284 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rcgen::{Certificate, KeyPair};
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rcgen::KeyPair;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
 use zeroize::Zeroizing;
 
 use super::CaError;
 
-const KEY: &str = "root.key";
-const CERTIFICATE: &str = "root.pem";
+pub(super) const ROOT: Names = Names("root.key", "root.pem");
+pub(super) const NEXT: Names = Names("next.key", "next.pem");
+pub(super) const INTERMEDIATE: Names = Names("intermediate.key", "intermediate.pem");
+pub(super) const BUNDLE: &str = "bundle.pem";
+pub(super) const LISTS: &str = "crl.pem";
 const LOCK: &str = "lock";
 
 const FOLDER_MODE: u32 = 0o700;
 const KEY_MODE: u32 = 0o600;
-const CERTIFICATE_MODE: u32 = 0o644;
+const PUBLIC_MODE: u32 = 0o644;
 
-/// A root as it was found or made.
-pub(super) struct Files {
+/// Names of a key and of its certificate.
+#[derive(Clone, Copy)]
+pub(super) struct Names(&'static str, &'static str);
+
+/// A key and its certificate, with those above it but the root.
+pub(super) struct Pair {
     pub(super) key: KeyPair,
     pub(super) key_path: PathBuf,
-    pub(super) certificate: CertificateDer<'static>,
-    pub(super) certificate_path: PathBuf,
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    pub(super) chain_path: PathBuf,
 }
 
-/// Reads the root in `folder`; makes one where there is none.
-pub(super) fn open(
-    folder: &Path,
-    make: impl FnOnce() -> Result<(Certificate, KeyPair), CaError>,
-) -> Result<Files, CaError> {
+/// Everything in a folder.
+pub(super) struct Contents {
+    /// Who signs.
+    pub(super) signer: Pair,
+    /// Whether that is an intermediate.
+    pub(super) is_intermediate: bool,
+    /// The root that is to sign next.
+    pub(super) next: Option<Pair>,
+    /// The roots that are trusted, each once, the signing one first.
+    pub(super) trusted: Vec<CertificateDer<'static>>,
+    /// Revocation lists.
+    pub(super) lists: Vec<CertificateRevocationListDer<'static>>,
+}
+
+/// A folder that nobody else works in for as long as this value lives.
+pub(super) struct Folder {
+    path: PathBuf,
+    opened: File,
+    _lock: Option<File>,
+}
+
+// === impl Folder ===
+
+impl Folder {
+    /// Opens and locks a folder, and makes it where it is not there.
+    pub(super) fn create(path: &Path) -> Result<Self, CaError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(FOLDER_MODE)
+            .create(path)
+            .map_err(io_error("create", path))?;
+        Self::open(path)
+    }
+
+    /// Opens and locks a folder.
+    pub(super) fn open(path: &Path) -> Result<Self, CaError> {
+        let opened = File::open(path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => CaError::Missing {
+                folder: path.to_owned(),
+            },
+            _ => io_error("open", path)(error),
+        })?;
+        check_private(&opened, path, FOLDER_MODE)?;
+        Ok(Self {
+            path: path.to_owned(),
+            opened,
+            _lock: lock(path)?,
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Everything in it; none where no CA was ever made.
+    pub(super) fn read(&self) -> Result<Option<Contents>, CaError> {
+        let next = self.file(NEXT.1)?;
+        // A switch of roots renames the key first: where it was interrupted, the key's certificate
+        // is still the next one.
+        let next_key = self.file(NEXT.0)?;
+        let root = match (&next_key, &next) {
+            (None, Some(_)) => Names(ROOT.0, NEXT.1),
+            _ => ROOT,
+        };
+        let root_key = self.file(ROOT.0)?;
+        let intermediate = self.pair(INTERMEDIATE)?;
+        let (signer, is_intermediate) = match intermediate {
+            Some(_) if root_key.is_some() => {
+                return Err(CaError::TwoKeys {
+                    folder: self.path.clone(),
+                });
+            }
+            Some(pair) => (pair, true),
+            None => match self.pair(root)? {
+                Some(pair) => (pair, false),
+                None => return Ok(None),
+            },
+        };
+        let next = match next_key {
+            Some(_) => self.pair(NEXT)?,
+            None => None,
+        };
+
+        let mut trusted = match is_intermediate {
+            true => Vec::new(),
+            false => signer.chain.clone(),
+        };
+        match self.file(BUNDLE)? {
+            Some(file) => {
+                for root in read_pem(file, &self.path.join(BUNDLE), "certificate")? {
+                    if !trusted.contains(&root) {
+                        trusted.push(root);
+                    }
+                }
+            }
+            None if is_intermediate => {
+                return Err(CaError::NoRoots {
+                    path: self.path.join(BUNDLE),
+                });
+            }
+            None => {}
+        }
+        let lists = match self.file(LISTS)? {
+            Some(file) => read_pem(file, &self.path.join(LISTS), "revocation list")?,
+            None => Vec::new(),
+        };
+        Ok(Some(Contents {
+            signer,
+            is_intermediate,
+            next,
+            trusted,
+            lists,
+        }))
+    }
+
+    /// Everything in it.
+    pub(super) fn contents(&self) -> Result<Contents, CaError> {
+        self.read()?.ok_or_else(|| CaError::Missing {
+            folder: self.path.clone(),
+        })
+    }
+
+    /// Writes a key and its certificates.
+    pub(super) fn write_pair(
+        &self,
+        names: Names,
+        key: &KeyPair,
+        chain: &[CertificateDer<'_>],
+    ) -> Result<(), CaError> {
+        let Names(key_name, chain_name) = names;
+        let pem = Zeroizing::new(key.serialize_pem());
+        write(&self.path, key_name, KEY_MODE, pem.as_bytes())?;
+        write(
+            &self.path,
+            chain_name,
+            PUBLIC_MODE,
+            pem_of("CERTIFICATE", chain).as_bytes(),
+        )?;
+        self.sync()
+    }
+
+    /// Writes the roots that are trusted.
+    pub(super) fn write_bundle(&self, roots: &[CertificateDer<'_>]) -> Result<(), CaError> {
+        let pem = pem_of("CERTIFICATE", roots);
+        write(&self.path, BUNDLE, PUBLIC_MODE, pem.as_bytes())?;
+        self.sync()
+    }
+
+    /// Writes the revocation lists.
+    pub(super) fn write_lists(
+        &self,
+        lists: &[CertificateRevocationListDer<'_>],
+    ) -> Result<(), CaError> {
+        let pem = pem_of("X509 CRL", lists);
+        write(&self.path, LISTS, PUBLIC_MODE, pem.as_bytes())?;
+        self.sync()
+    }
+
+    /// Makes the next root the one that signs. The old one's key is overwritten where it lay, as far
+    /// as the file system lets anybody do that.
+    pub(super) fn switch_root(&self) -> Result<(), CaError> {
+        let (from, to) = (self.path.join(NEXT.0), self.path.join(ROOT.0));
+        if from.exists() {
+            let old = OpenOptions::new().write(true).open(&to);
+            fs::rename(&from, &to).map_err(io_error("rename a file to", &to))?;
+            self.sync()?;
+            if let Ok(mut old) = old {
+                let length = old.metadata().map_or(0, |file| file.len());
+                // Nothing depends on it: the file has no name any more.
+                let _ = io::copy(&mut io::repeat(0).take(length), &mut old);
+                let _ = old.sync_all();
+            }
+        }
+        let (from, to) = (self.path.join(NEXT.1), self.path.join(ROOT.1));
+        fs::rename(&from, &to).map_err(io_error("rename a file to", &to))?;
+        self.sync()
+    }
+
+    fn pair(&self, names: Names) -> Result<Option<Pair>, CaError> {
+        let (key_path, chain_path) = (self.path.join(names.0), self.path.join(names.1));
+        let half = |present: &Path, missing: &Path| CaError::Half {
+            present: present.to_owned(),
+            missing: missing.to_owned(),
+        };
+        match (self.file(names.0)?, self.file(names.1)?) {
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(half(&key_path, &chain_path)),
+            (None, Some(_)) => Err(half(&chain_path, &key_path)),
+            (Some(key), Some(chain)) => {
+                check_private(&key, &key_path, KEY_MODE)?;
+                Ok(Some(Pair {
+                    key: read_key(key, &key_path)?,
+                    chain: read_pem(chain, &chain_path, "certificate")?,
+                    key_path,
+                    chain_path,
+                }))
+            }
+        }
+    }
+
+    fn file(&self, name: &str) -> Result<Option<File>, CaError> {
+        let path = self.path.join(name);
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error("open", &path)(error)),
+        }
+    }
+
+    fn sync(&self) -> Result<(), CaError> {
+        self.opened.sync_all().map_err(io_error("sync", &self.path))
+    }
+}
+
+/// Writes what another machine is to have: only its owner may read it, be it secret or not.
+pub(super) fn write_private(folder: &Path, name: &str, contents: &[u8]) -> Result<(), CaError> {
     DirBuilder::new()
         .recursive(true)
         .mode(FOLDER_MODE)
         .create(folder)
         .map_err(io_error("create", folder))?;
-    let opened = File::open(folder).map_err(io_error("open", folder))?;
-    check_private(&opened, folder, FOLDER_MODE)?;
-
-    match read(folder) {
-        Ok(None) | Err(CaError::Half { .. }) => {}
-        Ok(Some(files)) => return Ok(files),
-        Err(error) => return Err(error),
-    }
-    // Another daemon may be making one right now: whoever holds the lock sees what is really there.
-    let _lock = lock(folder)?;
-    if let Some(files) = read(folder)? {
-        return Ok(files);
-    }
-    let (certificate, key) = make()?;
-    let pem = Zeroizing::new(key.serialize_pem());
-    write(folder, KEY, KEY_MODE, pem.as_bytes())?;
-    write(
-        folder,
-        CERTIFICATE,
-        CERTIFICATE_MODE,
-        certificate.pem().as_bytes(),
-    )?;
-    opened.sync_all().map_err(io_error("sync", folder))?;
-    tracing::info!(folder = %folder.display(), "made a new root certificate");
-    Ok(Files {
-        key,
-        key_path: folder.join(KEY),
-        certificate: certificate.into(),
-        certificate_path: folder.join(CERTIFICATE),
-    })
+    write(folder, name, KEY_MODE, contents)
 }
 
-/// Waits until no other daemon is at work in the folder; the lock ends with the value.
-fn lock(folder: &Path) -> Result<File, CaError> {
+/// PEM of DER values.
+pub(super) fn pem_of(label: &str, ders: &[impl AsRef<[u8]>]) -> String {
+    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    let block =
+        |der: &dyn AsRef<[u8]>| pem::encode_config(&pem::Pem::new(label, der.as_ref()), config);
+    ders.iter().map(|der| block(der)).collect()
+}
+
+/// Waits until nobody else is at work in the folder; the lock ends with the value. Where nothing can
+/// be written nobody can be at work.
+fn lock(folder: &Path) -> Result<Option<File>, CaError> {
     let path = folder.join(LOCK);
-    let lock = OpenOptions::new()
+    let opened = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(KEY_MODE)
-        .open(&path)
-        .map_err(io_error("open", &path))?;
-    lock.lock().map_err(io_error("lock", &path))?;
-    Ok(lock)
-}
-
-/// Both files; none where neither is there.
-fn read(folder: &Path) -> Result<Option<Files>, CaError> {
-    let (key_path, certificate_path) = (folder.join(KEY), folder.join(CERTIFICATE));
-    let half = |present: &Path, missing: &Path| CaError::Half {
-        present: present.to_owned(),
-        missing: missing.to_owned(),
+        .open(&path);
+    let lock = match opened {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => return Ok(None),
+        Err(error) => return Err(io_error("open", &path)(error)),
     };
-    match (open_existing(&key_path)?, open_existing(&certificate_path)?) {
-        (None, None) => Ok(None),
-        (Some(_), None) => Err(half(&key_path, &certificate_path)),
-        (None, Some(_)) => Err(half(&certificate_path, &key_path)),
-        (Some(key), Some(certificate)) => {
-            check_private(&key, &key_path, KEY_MODE)?;
-            Ok(Some(Files {
-                key: read_key(key, &key_path)?,
-                certificate: read_certificate(certificate, &certificate_path)?,
-                key_path,
-                certificate_path,
-            }))
-        }
-    }
-}
-
-fn open_existing(path: &Path) -> Result<Option<File>, CaError> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(io_error("open", path)(error)),
-    }
+    lock.lock().map_err(io_error("lock", &path))?;
+    Ok(Some(lock))
 }
 
 /// Looks at the open file, not at the path, which could be another file by now.
@@ -149,21 +329,32 @@ fn read_key(mut file: File, path: &Path) -> Result<KeyPair, CaError> {
     })
 }
 
-fn read_certificate(mut file: File, path: &Path) -> Result<CertificateDer<'static>, CaError> {
+/// Every block of one kind, of which there is at least one.
+fn read_pem<T: PemObject>(
+    mut file: File,
+    path: &Path,
+    what: &'static str,
+) -> Result<Vec<T>, CaError> {
     let mut pem = Vec::new();
     file.read_to_end(&mut pem).map_err(io_error("read", path))?;
-    CertificateDer::from_pem_slice(&pem).map_err(|error| CaError::Unreadable {
-        path: path.to_owned(),
-        what: "certificate",
-        error: error.to_string(),
-    })
+    T::pem_slice_iter(&pem)
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|found| match found.is_empty() {
+            true => Err(rustls_pki_types::pem::Error::NoItemsFound),
+            false => Ok(found),
+        })
+        .map_err(|error| CaError::Unreadable {
+            path: path.to_owned(),
+            what,
+            error: error.to_string(),
+        })
 }
 
 /// Writes a file that is whole or not there, even after a power cut.
 fn write(folder: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaError> {
     let path = folder.join(name);
     let unfinished = folder.join(format!(".{name}.new"));
-    // Left by a daemon that was killed at this; nobody else is at it, since we hold the lock.
+    // Left by a process that was killed at this; nobody else is at it, since we hold the lock.
     match fs::remove_file(&unfinished) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(io_error("remove", &unfinished)(error));

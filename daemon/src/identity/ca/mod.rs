@@ -1,9 +1,17 @@
-//! The embedded CA: a root of one's own, for a node or a small fleet that has no other.
+//! The embedded CA: a CA of one's own, for a node or a fleet that has no other.
 //!
-//! In: a folder that holds the root's key and certificate, made at the first start. Out: a
-//! short-lived certificate for whichever identity of the trust domain is asked for.
+//! In: a folder that holds a key and certificates (see `folder`), made by `reeve ca` or at the
+//! first start. Out: a short-lived certificate for whichever identity of the trust domain is asked
+//! for. A folder that changes, as it does when its root is rotated or a certificate is revoked, is
+//! read again while the daemon runs: checked as a whole, and put in force as a whole.
 
+mod authority;
+mod error;
 mod folder;
+mod lists;
+mod operations;
+mod show;
+mod template;
 
 use std::{
     fmt,
@@ -12,219 +20,100 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use futures_util::{FutureExt, future::BoxFuture};
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
-};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
-use zeroize::{Zeroize, Zeroizing};
 
-use super::{
-    BundleError, CertificateSource, Material, RejectReason, SourceError, SpiffeId, TrustBundle,
-    TrustDomain, clock, svid_rules,
+use super::{CertificateSource, Material, SourceError, SpiffeId, TrustBundle, TrustDomain};
+use authority::Authority;
+use folder::Folder;
+
+pub use error::CaError;
+pub use operations::{
+    ROOT_LIFETIME, Revocation, drop_old_roots, init_intermediate, init_root, issue, prepare_root,
+    renew_intermediate, revoke, switch_root,
 };
-
-/// Ten years: replacing a root means visiting every node.
-const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
-/// How far another node's clock may be behind ours.
-const CLOCK_SKEW: Duration = Duration::from_secs(60);
-/// Of random in a serial number; RFC 5280 allows 20, CAs are asked for at least 8.
-const SERIAL_BYTES: usize = 16;
+pub use show::{CaStatus, RevocationListStatus, RevokedStatus, Role, RootStatus, show};
 
 /// A CA whose key is in a file of this machine.
 pub struct EmbeddedCa {
+    folder: PathBuf,
     trust_domain: TrustDomain,
     leaf_lifetime: Duration,
-    issuer: Issuer<'static, CaKey>,
-    root_not_after: SystemTime,
-    bundle: Arc<TrustBundle>,
+    authority: ArcSwap<Authority>,
     changes: watch::Sender<u64>,
 }
-
-/// Why the embedded CA cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum CaError {
-    /// Something could not be done to a file or folder.
-    #[error("cannot {action} {path}: {error}", path = path.display())]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// To what.
-        path: PathBuf,
-        /// What the operating system says.
-        error: std::io::Error,
-    },
-    /// Others than the owner may get at the CA's key.
-    #[error(
-        "{path} has mode {mode:04o}: whoever can read it can forge every identity. \
-         If nobody else had access to it, `chmod {wanted:04o} {path}`; otherwise make a new CA",
-        path = path.display()
-    )]
-    Permissions {
-        /// File or folder.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-        /// The widest that is accepted.
-        wanted: u32,
-    },
-    /// The folder or the key belongs to somebody else.
-    #[error(
-        "{path} belongs to user {owner}, and this process runs as user {user}: \
-         make it this user's own", path = path.display()
-    )]
-    Owner {
-        /// File or folder.
-        path: PathBuf,
-        /// Its owner.
-        owner: u32,
-        /// Effective user of this process.
-        user: u32,
-    },
-    /// Only one of key and certificate is there.
-    #[error(
-        "{missing} is missing and {present} is there: put back the one that belongs to it, \
-         or remove the other to have a new CA made",
-        missing = missing.display(), present = present.display()
-    )]
-    Half {
-        /// The file that is there.
-        present: PathBuf,
-        /// The file that is not.
-        missing: PathBuf,
-    },
-    /// A file does not hold what it should.
-    #[error("{path} holds no usable {what}: {error}", path = path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What it should hold.
-        what: &'static str,
-        /// What is wrong.
-        error: String,
-    },
-    /// The certificate may not be a root.
-    #[error("{path} cannot be the root certificate: {error}", path = path.display())]
-    Root {
-        /// The file.
-        path: PathBuf,
-        /// Which rule it breaks.
-        error: BundleError,
-    },
-    /// The certificate is another trust domain's.
-    #[error(
-        "{path} is the root of {found}, and the configuration's trust domain is {wanted}: \
-         give this trust domain a CA folder of its own", path = path.display(),
-        found = found.as_deref().unwrap_or("no SPIFFE trust domain")
-    )]
-    TrustDomain {
-        /// The file.
-        path: PathBuf,
-        /// The trust domain's ID that the certificate holds.
-        found: Option<String>,
-        /// The one that it should be.
-        wanted: TrustDomain,
-    },
-    /// The key is another certificate's.
-    #[error(
-        "the key in {key} does not fit the certificate in {certificate}: \
-         put back the one that belongs to the other",
-        key = key.display(), certificate = certificate.display()
-    )]
-    KeyMismatch {
-        /// The key's file.
-        key: PathBuf,
-        /// The certificate's file.
-        certificate: PathBuf,
-    },
-    /// No key or certificate could be made.
-    #[error("cannot make a certificate: {0}")]
-    Generate(#[from] rcgen::Error),
-    /// No random numbers.
-    #[error("cannot make a certificate: the operating system gives no random numbers")]
-    Random,
-}
-
-/// The root's key, which is wiped from memory with the CA.
-struct CaKey(KeyPair);
 
 // === impl EmbeddedCa ===
 
 impl EmbeddedCa {
-    /// Opens the CA in `folder`, or makes a new one where the folder is empty or not there.
+    /// Opens the CA in `folder`, or makes a new root where the folder is empty or not there.
     /// Several daemons may share the folder, or have copies of it: they then have the same root.
-    /// Leaves are valid for `leaf_lifetime`, and never longer than the root.
+    /// Leaves are valid for `leaf_lifetime`, and never longer than what signs them.
     ///
     /// # Errors
-    /// When the folder or the key can be reached by others, when only half of the CA is there, or
-    /// when it is not the CA of `trust_domain`. Nothing is repaired: a CA replaced by mistake cuts
-    /// the node off from all others.
+    /// When the folder or the key can be reached by others, when only half of the CA is there, when
+    /// it is not the CA of `trust_domain`, or nobody would accept what it issues. Nothing is
+    /// repaired: a CA replaced by mistake cuts the node off from all others.
     pub fn open(
         folder: &Path,
         trust_domain: &TrustDomain,
         leaf_lifetime: Duration,
     ) -> Result<Self, CaError> {
-        let files = folder::open(folder, || new_root(trust_domain))?;
-        let bundle = TrustBundle::new(
-            trust_domain.clone(),
-            vec![files.certificate.clone()],
-            vec![],
-        )
-        .map_err(|error| CaError::Root {
-            path: files.certificate_path.clone(),
-            error,
-        })?;
-        let unreadable = |error: String| CaError::Unreadable {
-            path: files.certificate_path.clone(),
-            what: "certificate",
-            error,
+        let opened = Folder::create(folder)?;
+        let contents = match opened.read()? {
+            Some(contents) => contents,
+            None => {
+                operations::make_root(&opened, trust_domain, ROOT_LIFETIME)?;
+                tracing::info!(folder = %folder.display(), "made a new root certificate");
+                opened.contents()?
+            }
         };
-        let root = svid_rules::parse(&files.certificate)
-            .map_err(|reason| unreadable(reason.to_string()))?;
-        let wanted = format!("spiffe://{trust_domain}");
-        let found = svid_rules::only_uri(&root).ok();
-        if found != Some(&wanted) {
-            return Err(CaError::TrustDomain {
-                found: found.map(str::to_owned),
-                wanted: trust_domain.clone(),
-                path: files.certificate_path,
-            });
-        }
-        if root.public_key().raw != files.key.subject_public_key_info() {
-            return Err(CaError::KeyMismatch {
-                key: files.key_path,
-                certificate: files.certificate_path,
-            });
-        }
-        let root_not_after = clock::from_asn1(root.validity().not_after);
-        if root_not_after < SystemTime::now() {
-            return Err(CaError::Root {
-                error: BundleError::Certificate {
-                    trust_domain: trust_domain.clone(),
-                    position: 1,
-                    reason: RejectReason::Expired,
-                },
-                path: files.certificate_path,
-            });
-        }
-        let issuer = Issuer::from_ca_cert_der(&files.certificate, CaKey(files.key))
-            .map_err(|error| unreadable(error.to_string()))?;
+        let authority = Authority::check(folder, contents, Some(trust_domain))?;
         Ok(Self {
+            folder: folder.to_owned(),
             trust_domain: trust_domain.clone(),
             leaf_lifetime,
-            issuer,
-            root_not_after,
-            bundle: Arc::new(bundle),
+            authority: ArcSwap::from_pointee(authority),
             changes: watch::Sender::new(0),
         })
     }
 
+    /// Reads the folder again; certificates are renewed at once where it has changed. Returns
+    /// whether it has.
+    ///
+    /// # Errors
+    /// As [`Self::open`], but that nothing is made; what was in force before stays so.
+    pub fn reload(&self) -> Result<bool, CaError> {
+        let contents = Folder::open(&self.folder)?.contents()?;
+        let new = Authority::check(&self.folder, contents, Some(&self.trust_domain))?;
+        let old = self.authority.load();
+        if new.signer == old.signer && new.bundle.same_as(&old.bundle) {
+            return Ok(false);
+        }
+        self.authority.store(Arc::new(new));
+        self.changes
+            .send_modify(|number| *number = number.wrapping_add(1));
+        Ok(true)
+    }
+
+    /// The folder that it lives in.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// The bundle that peers need in order to trust what this CA issues.
     #[must_use]
-    pub fn bundle(&self) -> &Arc<TrustBundle> {
-        &self.bundle
+    pub fn bundle(&self) -> Arc<TrustBundle> {
+        self.authority.load().bundle.clone()
+    }
+
+    /// Validity of the certificate that signs.
+    #[must_use]
+    pub fn validity(&self) -> (SystemTime, SystemTime) {
+        let authority = self.authority.load();
+        (authority.not_before, authority.not_after)
     }
 
     /// Issues a certificate with a new key.
@@ -232,78 +121,9 @@ impl EmbeddedCa {
     /// # Errors
     /// When the identity is of another trust domain, or nothing could be generated.
     pub fn issue(&self, id: &SpiffeId) -> Result<Material, SourceError> {
-        if *id.trust_domain() != self.trust_domain {
-            return Err(SourceError::Unavailable(format!(
-                "the embedded CA issues for trust domain {} only, not for {id}",
-                self.trust_domain
-            )));
-        }
-        let issued = self.sign(id);
-        let (certificate, key) = issued.map_err(|e| SourceError::Unavailable(e.to_string()))?;
-        Ok(Material {
-            chain: vec![certificate],
-            key,
-            bundles: vec![self.bundle.clone()],
-        })
+        let issued = self.authority.load().issue(id, self.leaf_lifetime);
+        issued.map_err(|error| SourceError::Unavailable(format!("the embedded CA: {error}")))
     }
-
-    fn sign(
-        &self,
-        id: &SpiffeId,
-    ) -> Result<(CertificateDer<'static>, Zeroizing<PrivateKeyDer<'static>>), CaError> {
-        let now = SystemTime::now();
-        // The subject stays empty, which makes the alternative name critical: it is the only name.
-        let mut leaf = params(id.as_str(), DistinguishedName::new())?;
-        // A lifetime of seconds, as tests have, is not to be over before it begins.
-        leaf.not_before = (now - CLOCK_SKEW.min(self.leaf_lifetime)).into();
-        leaf.not_after = (now + self.leaf_lifetime).min(self.root_not_after).into();
-        leaf.is_ca = IsCa::ExplicitNoCa;
-        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        leaf.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        leaf.use_authority_key_identifier_extension = true;
-
-        let mut key = KeyPair::generate()?;
-        let certificate = leaf.signed_by(&key, &self.issuer);
-        let der = PrivatePkcs8KeyDer::from(key.serialize_der());
-        key.zeroize();
-        Ok((certificate?.into(), Zeroizing::new(der.into())))
-    }
-}
-
-/// A root's certificate and key.
-fn new_root(trust_domain: &TrustDomain) -> Result<(rcgen::Certificate, KeyPair), CaError> {
-    let mut serial = [0; 4];
-    aws_lc_rs::rand::fill(&mut serial).map_err(|_| CaError::Random)?;
-    let mut name = DistinguishedName::new();
-    name.push(DnType::OrganizationName, "reeve");
-    // Tells one root from another for people; verifiers go by the key.
-    name.push(
-        DnType::CommonName,
-        format!("reeve root {}", super::hex(&serial)),
-    );
-    let mut root = params(&format!("spiffe://{trust_domain}"), name)?;
-    let now = SystemTime::now();
-    root.not_before = (now - CLOCK_SKEW).into();
-    root.not_after = (now + ROOT_LIFETIME).into();
-    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let key = KeyPair::generate()?;
-    let certificate = root.self_signed(&key)?;
-    Ok((certificate, key))
-}
-
-/// What every certificate has: one URI, and a random serial number.
-fn params(uri: &str, name: DistinguishedName) -> Result<CertificateParams, CaError> {
-    let mut serial = [0; SERIAL_BYTES];
-    aws_lc_rs::rand::fill(&mut serial).map_err(|_| CaError::Random)?;
-    let mut params = CertificateParams::default();
-    params.serial_number = Some(SerialNumber::from_slice(&serial));
-    params.distinguished_name = name;
-    params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
-    Ok(params)
 }
 
 impl CertificateSource for EmbeddedCa {
@@ -323,33 +143,9 @@ impl CertificateSource for EmbeddedCa {
 impl fmt::Debug for EmbeddedCa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EmbeddedCa")
-            .field("trust_domain", &self.trust_domain)
+            .field("folder", &self.folder)
             .field("leaf_lifetime", &self.leaf_lifetime)
-            .field("root_not_after", &self.root_not_after)
+            .field("authority", &self.authority.load())
             .finish_non_exhaustive()
-    }
-}
-
-// === impl CaKey ===
-
-impl rcgen::SigningKey for CaKey {
-    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        self.0.sign(message)
-    }
-}
-
-impl PublicKeyData for CaKey {
-    fn der_bytes(&self) -> &[u8] {
-        self.0.der_bytes()
-    }
-
-    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-        PublicKeyData::algorithm(&self.0)
-    }
-}
-
-impl Drop for CaKey {
-    fn drop(&mut self) {
-        self.0.zeroize();
     }
 }

@@ -64,8 +64,8 @@ fn domain(name: &str) -> TrustDomain {
     TrustDomain::parse(name).unwrap()
 }
 
-fn root(ca: &EmbeddedCa) -> &[u8] {
-    &ca.bundle().certificates()[0]
+fn root(ca: &EmbeddedCa) -> Vec<u8> {
+    ca.bundle().certificates()[0].to_vec()
 }
 
 #[test]
@@ -77,7 +77,8 @@ fn the_first_start_makes_a_root_that_the_next_ones_find() {
     assert_eq!(root(&first), root(&folder.open().unwrap()));
     assert_ne!(root(&first), root(&Folder::new().open().unwrap()));
 
-    let parsed = svid_rules::parse(root(&first)).unwrap();
+    let root = root(&first);
+    let parsed = svid_rules::parse(&root).unwrap();
     assert_eq!(svid_rules::only_uri(&parsed), Ok("spiffe://example.org"));
     let ten_years = 10 * 365 * 24 * HOUR;
     let left = first.bundle().earliest_not_after().unwrap();
@@ -92,7 +93,7 @@ fn daemons_that_start_at_once_have_one_root() {
         let roots: Vec<_> = std::thread::scope(|scope| {
             let open = || {
                 start.wait();
-                root(&folder.open().unwrap()).to_vec()
+                root(&folder.open().unwrap())
             };
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
             threads
@@ -182,7 +183,7 @@ fn another_trust_domains_root_is_refused() {
     let error = EmbeddedCa::open(&folder.path, &domain("other.example"), HOUR).unwrap_err();
     let text = error.to_string();
     assert!(
-        text.contains("is the root of spiffe://example.org"),
+        text.contains("root.pem is of spiffe://example.org"),
         "{text}"
     );
 }
@@ -196,6 +197,7 @@ fn an_expired_root_is_refused() {
     let expired = Authority::root_of("example.org", key, super::certs::expire);
     let pem = pem::encode(&pem::Pem::new("CERTIFICATE", &*expired.certificate()));
     fs::write(folder.file("root.pem"), pem).unwrap();
+    fs::remove_file(folder.file("bundle.pem")).unwrap();
     let text = folder.refusal();
     assert!(text.contains("expired"), "{text}");
 }

@@ -1,5 +1,6 @@
 //! Real handshakes in memory, with right and wrong certificates.
 
+mod ca_life;
 #[expect(
     dead_code,
     unreachable_pub,

@@ -1,0 +1,28 @@
+//! Follows the folder of the embedded CA.
+
+use std::sync::Arc;
+
+use tokio::task::block_in_place;
+
+use super::files::Files;
+use crate::identity::EmbeddedCa;
+
+/// Reads the CA's folder again at each change, for as long as the daemon runs. Needs a tokio runtime.
+pub(super) fn follow(ca: Arc<EmbeddedCa>) {
+    let mut files = Files::watch(vec![ca.folder().to_owned()], Vec::new());
+    tokio::spawn(async move {
+        loop {
+            files.changed().await;
+            match block_in_place(|| ca.reload()) {
+                Ok(true) => tracing::info!(
+                    folder = %ca.folder().display(),
+                    "the embedded CA has changed: certificates are renewed"
+                ),
+                Ok(false) => {}
+                Err(error) => tracing::error!(
+                    "the changed CA is not used, the one before stays in force: {error}"
+                ),
+            }
+        }
+    });
+}
