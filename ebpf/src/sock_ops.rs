@@ -8,13 +8,14 @@ use aya_ebpf::{
         BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
         BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns},
+    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt},
     macros::sock_ops,
     programs::SockOpsContext,
 };
 use reeve_common::{
-    Address, Direction, FlowEntry, FlowKey, Hook, Origin, OriginKey, Reason, Settings, SocketTag,
-    TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD, TAG_REDIRECTED, TAG_TUNNELLED, protocol,
+    Address, Direction, FlowEntry, FlowKey, Hook, LOCAL_CONGESTION_CONTROL, Origin, OriginKey,
+    Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD, TAG_REDIRECTED,
+    TAG_TUNNELLED, protocol,
 };
 
 use crate::{
@@ -115,6 +116,27 @@ fn watch(ctx: &SockOpsContext) {
     let _ = ctx.set_cb_flags(flags as i32);
 }
 
+/// The other end is on this host: see [`LOCAL_CONGESTION_CONTROL`].
+#[inline(always)]
+fn stays_local(ctx: &SockOpsContext) {
+    /// `IPPROTO_TCP` as a level of socket options.
+    const SOL_TCP: i32 = 6;
+    /// linux/tcp.h.
+    const TCP_CONGESTION: i32 = 13;
+    let mut name = LOCAL_CONGESTION_CONTROL;
+    // SAFETY: `ctx.ops` is the program's context, and `name` outlives the call.
+    let _ = unsafe {
+        // A socket that keeps the host's own is only slower.
+        bpf_setsockopt(
+            ctx.ops.cast(),
+            SOL_TCP,
+            TCP_CONGESTION,
+            name.as_mut_ptr().cast(),
+            name.len() as i32,
+        )
+    };
+}
+
 /// reeve opens a connection to a local application: its packets shall be known again.
 #[inline(always)]
 fn going_onward(ctx: &SockOpsContext, settings: &Settings) {
@@ -128,6 +150,7 @@ fn going_onward(ctx: &SockOpsContext, settings: &Settings) {
     let key = seen_from_workload(tuple(ctx));
     // Without an entry the connection is refused like any other.
     let _ = ONWARD.insert(key, entry, 0);
+    stays_local(ctx);
     watch(ctx);
 }
 
@@ -154,6 +177,7 @@ fn connected(ctx: &SockOpsContext, tag: &mut SocketTag) {
         }
         return;
     }
+    stays_local(ctx);
     let (address, port) = local(ctx.ops);
     let key = OriginKey {
         // SAFETY: `ctx.ops` is the program's context.
@@ -205,6 +229,7 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
         remembered.flags |= TAG_TUNNELLED;
         // Without a tag the next packet is judged, and refused: the entry is gone.
         let _ = set_tag(socket, &mut remembered);
+        stays_local(ctx);
         return;
     }
     let Some(arriving) = ARRIVING.get_ptr_mut(0) else {

@@ -295,3 +295,30 @@ fn only_tls_passed(captured: &Captured) {
     assert!(!starts("22").is_empty(), "no handshake");
     assert!(!starts("23").is_empty(), "no application data");
 }
+
+#[test]
+fn what_stays_on_a_node_is_not_paced() {
+    let pair = Pair::new();
+    for place in [&*pair.client, &*pair.server] {
+        // The one that every kernel offers besides: what is in force by default must not decide.
+        place.sysctl("ipv4/tcp_congestion_control", "cubic");
+    }
+    let (_one, _two) = (
+        pair.allowing_at_one().start(),
+        pair.allowing_at_two().start(),
+    );
+    let _echo = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT).to_string();
+    let mut open = pair
+        .client
+        .spawn_peer(["flood", &to, "--connections", "1", "--hold", "60"]);
+    open.wait_for("open");
+    for (place, port) in [(&pair.client, 15001), (&pair.server, PORT)] {
+        let ends = format!("( sport = :{port} or dport = :{port} )");
+        let said = place
+            .exec(["ss", "-tin", "state", "established", &ends])
+            .ok();
+        assert_eq!(said.matches("reno wscale").count(), 2, "{said}");
+        assert!(!said.contains("cubic"), "{said}");
+    }
+}

@@ -1,6 +1,7 @@
 //! Network namespaces: entered by a thread for as long as a socket takes to open.
 
 use std::{
+    cell::OnceCell,
     fs::File,
     io,
     os::{
@@ -34,6 +35,11 @@ fn netns_cookie(socket: &impl AsRawFd) -> io::Result<u64> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+thread_local! {
+    /// Where the thread comes back to. Kept open: each connection to an application needs it.
+    static HOME: OnceCell<File> = const { OnceCell::new() };
 }
 
 /// An open network namespace. It lives as long as the value does.
@@ -73,15 +79,16 @@ impl Netns {
         Ok(namespace)
     }
 
-    /// Runs `work` with the calling thread inside this namespace, and brings the thread back.
-    /// `work` must not await. A thread that cannot come back aborts the process.
+    /// Runs `work` with the calling thread inside this namespace, and brings the thread back to the
+    /// one in which it first did this. `work` must not await. A thread that cannot come back aborts
+    /// the process.
     ///
     /// # Errors
     /// When the namespace cannot be entered, or `work`'s own.
     pub fn run<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         /// Brings the thread back even when `work` panics.
-        struct Back(File);
-        impl Drop for Back {
+        struct Back<'a>(&'a File);
+        impl Drop for Back<'_> {
             fn drop(&mut self) {
                 if let Err(error) = setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET) {
                     tracing::error!(%error, "a thread cannot leave a workload's network namespace");
@@ -89,10 +96,18 @@ impl Netns {
                 }
             }
         }
-        let own = File::open("/proc/thread-self/ns/net")?;
-        setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET)?;
-        let _back = Back(own);
-        work()
+        HOME.with(|home| {
+            let home = match home.get() {
+                Some(home) => home,
+                None => {
+                    let file = File::open("/proc/thread-self/ns/net")?;
+                    home.get_or_init(|| file)
+                }
+            };
+            setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET)?;
+            let _back = Back(home);
+            work()
+        })
     }
 }
 
@@ -112,9 +127,9 @@ mod tests {
         assert_ne!(own.cookie, other.cookie);
         assert_ne!(own.inode, other.inode);
         let inside = other
-            .run(|| Netns::open("/proc/thread-self/ns/net"))
+            .run(|| netns_cookie(&Socket::new(Domain::IPV4, Type::DGRAM, None)?))
             .unwrap();
-        assert_eq!(inside.cookie, other.cookie);
+        assert_eq!(inside, other.cookie);
         let after = Netns::open("/proc/thread-self/ns/net").unwrap();
         assert_eq!(after.cookie, own.cookie);
     }

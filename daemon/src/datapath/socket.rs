@@ -6,7 +6,7 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
-use reeve_common::ONWARD_MARK;
+use reeve_common::{LOCAL_CONGESTION_CONTROL, ONWARD_MARK};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::netns::Netns;
@@ -51,13 +51,20 @@ impl Netns {
 
     /// Listening, non-blocking sockets for redirected connections: `127.0.0.1` and `::1`
     /// (only the first where the namespace has no IPv6). `SO_REUSEPORT`, one set per worker.
+    /// What they accept inherits [`LOCAL_CONGESTION_CONTROL`]; the kernel programs set it for the
+    /// other ends, and for both ends of onward connections.
     ///
     /// # Errors
     /// From the kernel.
     pub fn outbound_listeners(&self, port: u16) -> io::Result<Vec<Socket>> {
+        let local = |ip: IpAddr| {
+            let socket = listen((ip, port).into())?;
+            socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
+            Ok(socket)
+        };
         self.run(|| {
-            let v4 = listen((Ipv4Addr::LOCALHOST, port).into())?;
-            match listen((Ipv6Addr::LOCALHOST, port).into()) {
+            let v4 = local(Ipv4Addr::LOCALHOST.into())?;
+            match local(Ipv6Addr::LOCALHOST.into()) {
                 Ok(v6) => Ok(vec![v4, v6]),
                 Err(error) if has_no_inet6(&error) => Ok(vec![v4]),
                 Err(error) => Err(error),

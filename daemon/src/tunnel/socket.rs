@@ -20,13 +20,13 @@ pub(super) fn listener(socket: Socket, user: Option<Duration>) -> io::Result<Tcp
     TcpListener::from_std(socket.into())
 }
 
-/// Connects a non-blocking socket. `user` is its `TCP_USER_TIMEOUT`.
+/// Connects a non-blocking socket that has `TCP_NODELAY` already. `user` is its
+/// `TCP_USER_TIMEOUT`.
 pub(super) async fn connect(
     socket: Socket,
     to: SocketAddr,
     user: Option<Duration>,
 ) -> io::Result<TcpStream> {
-    socket.set_tcp_nodelay(true)?;
     if let Some(user) = user {
         set_user_timeout(&socket, user)?;
     }

@@ -8,11 +8,33 @@ use super::{
     scene::{Scene, Way, processor_seconds},
 };
 
-/// One measurement of one way, for some seconds.
-type Measurement = fn(&Scene, Way, u32, &mut Report);
+/// A measurement, in the order in which a round makes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Measurement {
+    /// One stream of bulk data.
+    BulkOne,
+    /// Eight streams of bulk data.
+    BulkEight,
+    /// New connections.
+    Connections,
+    /// Keep-alive requests.
+    Requests,
+    /// Keep-alive requests beside one stream of bulk data.
+    Mixed,
+}
 
-/// All of them, in the order in which a round makes them.
-pub(crate) const ALL: [Measurement; 5] = [bulk_one, bulk_eight, connections, requests, mixed];
+impl Measurement {
+    /// Makes it of one way, for some seconds.
+    pub(crate) fn make(self, scene: &Scene, way: Way, seconds: u32, report: &mut Report) {
+        match self {
+            Self::BulkOne => bulk_one(scene, way, seconds, report),
+            Self::BulkEight => bulk_eight(scene, way, seconds, report),
+            Self::Connections => connections(scene, way, seconds, report),
+            Self::Requests => requests(scene, way, seconds, report),
+            Self::Mixed => mixed(scene, way, seconds, report),
+        }
+    }
+}
 
 /// Connections of the load of small requests.
 const REQUESTERS: u32 = 32;
@@ -43,7 +65,16 @@ fn bulk_eight(scene: &Scene, way: Way, seconds: u32, report: &mut Report) {
 
 fn connections(scene: &Scene, way: Way, seconds: u32, report: &mut Report) {
     let (server, ports) = scene.server(way);
+    let before = daemons_seconds(scene);
     let measured = connect_rate(scene.client(way), &server, ports.answer, seconds);
+    if way == Way::Tunnel {
+        // Says more than the rate where the machine does much else.
+        report.add(
+            "cpu_us_per_connection_of_both_daemons",
+            way,
+            (daemons_seconds(scene) - before) * 1e6 / number(&measured["connections"]),
+        );
+    }
     report.add(
         "connections_per_second",
         way,

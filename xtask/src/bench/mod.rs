@@ -14,6 +14,7 @@ mod scene;
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use harness::Programs;
 use report::Report;
 use scene::{Scene, Way};
@@ -35,6 +36,9 @@ pub(crate) struct Options {
     /// Fail if a ratio or a limit is not reached
     #[arg(long)]
     check: bool,
+    /// Measure only these, memory and the hooks' cost left out
+    #[arg(long, value_delimiter = ',', value_enum)]
+    only: Vec<measure::Measurement>,
 }
 
 /// Sets up, builds with optimisation, measures, and prints.
@@ -50,11 +54,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let scene = Scene::set();
     let mut report = Report::default();
-    memory::idle(&scene, &mut report);
-    memory::connections(&scene, &mut report);
+    let everything = options.only.is_empty();
+    if everything {
+        memory::idle(&scene, &mut report);
+        memory::connections(&scene, &mut report);
+    }
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
-        for measurement in measure::ALL {
+        for measurement in measure::Measurement::value_variants() {
+            if !everything && !options.only.contains(measurement) {
+                continue;
+            }
             // Turn and turn about, so that neither way is always the first.
             let ways = if round % 2 == 1 {
                 [Way::Plain, Way::Tunnel]
@@ -62,12 +72,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 [Way::Tunnel, Way::Plain]
             };
             for way in ways {
-                measurement(&scene, way, options.seconds, &mut report);
+                measurement.make(&scene, way, options.seconds, &mut report);
             }
         }
-        hooks::measure(&scene, options.seconds, &mut report);
+        if everything {
+            hooks::measure(&scene, options.seconds, &mut report);
+        }
     }
-    memory::after(&scene, &mut report);
+    if everything {
+        memory::after(&scene, &mut report);
+    }
     drop(scene);
 
     report.print();
