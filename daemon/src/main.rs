@@ -11,7 +11,7 @@ use reeve::{
     control::{self, Control, Daemon, Parts, RunError},
     datapath::Datapath,
     policy::Snapshot,
-    telemetry::{self, ConnectionLog, Events, HttpServer, Metrics, Readiness},
+    telemetry::{self, ConnectionLog, Events, HttpServer, Metrics, Observers, Readiness},
     tunnel::{Shared, Tunnels},
     workload::{Registry, cgroup::CgroupTree},
 };
@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         Command::Check { config } => cli::check(&config),
         Command::Status { json, socket } => cli::status(&socket, json),
         Command::Ca { command } => cli::ca(&command),
+        Command::Observe(words) => cli::observe(&words),
         Command::Detach { config } => cli::detach(&config),
         Command::Completions { shell } => cli::completions(shell),
     }
@@ -54,7 +55,7 @@ fn run(file: &Path) -> Result<(), RunError> {
         .map_err(RunError::Runtime)?;
     runtime.block_on(async {
         // What tells others comes first: a second daemon fails here, before it touches the kernel.
-        let metrics = Metrics::default();
+        let metrics = Metrics::new(config.metrics.rules as usize);
         let (readiness, ready) = watch::channel(Readiness::starting());
         if let Some(address) = config.metrics.address {
             let http = HttpServer::bind(address, metrics.clone(), ready).await;
@@ -74,7 +75,8 @@ fn run(file: &Path) -> Result<(), RunError> {
         // Identities and tunnels: nothing listens before control says where.
         let identities = Arc::new(control::identity_store(&config)?);
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
-        let log = ConnectionLog::new(metrics.clone());
+        let observers = Observers::new(config.admin.recent_events as usize);
+        let log = ConnectionLog::new(metrics.clone(), observers.clone());
         let shared = Shared {
             snapshot: snapshot.clone(),
             identities: identities.clone(),
@@ -90,7 +92,14 @@ fn run(file: &Path) -> Result<(), RunError> {
         }
 
         // Control decides, and the daemon answers for all of them.
-        let daemon = Daemon::new(config, datapath, identities, tunnels, metrics.clone());
+        let daemon = Daemon::new(
+            config,
+            datapath,
+            identities,
+            tunnels,
+            metrics.clone(),
+            observers,
+        );
         let daemon = Arc::new(daemon);
         let read = daemon.clone();
         metrics.read_from(move || read.readings());

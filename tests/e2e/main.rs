@@ -18,6 +18,7 @@ mod expiry;
 mod harness_itself;
 mod hbone_itself;
 mod interoperation;
+mod observe;
 mod opposite;
 mod plaintext;
 mod restart;

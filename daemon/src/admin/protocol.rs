@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Status;
+use crate::telemetry::{ObserveRequest, Observed};
 
 /// Version of requests and answers. A field that is added does not raise it.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -11,7 +12,7 @@ pub const PROTOCOL_VERSION: u32 = 1;
 pub(super) const MAX_REQUEST: usize = 4096;
 
 /// One line to the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Request {
     /// [`PROTOCOL_VERSION`] of whoever asks.
@@ -21,11 +22,13 @@ pub struct Request {
 }
 
 /// What can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Command {
     /// How the daemon is.
     Status,
+    /// What happens to connections: the one command that is answered by many lines.
+    Observe(Box<ObserveRequest>),
 }
 
 /// One line from the daemon.
@@ -34,6 +37,8 @@ pub enum Command {
 pub enum Answer {
     /// To [`Command::Status`].
     Status(Box<Status>),
+    /// One of the answers to [`Command::Observe`].
+    Observed(Box<Observed>),
     /// The request was refused, and why.
     Error(String),
 }

@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::protocol::{Answer, Command, MAX_REQUEST, PROTOCOL_VERSION, Request};
+use crate::telemetry::{Observation, ObserveRequest};
 
 /// Mode of the socket: its owner alone may connect.
 const SOCKET_MODE: u32 = 0o600;
@@ -25,6 +26,8 @@ const FOLDER_MODE: u32 = 0o755;
 const MAX_CONNECTIONS: usize = 16;
 /// From the connection to the last byte of the answer.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes that gather for one write to an observer.
+const WRITE_AT_ONCE: usize = 16 << 10;
 /// After `accept` failed, as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -32,6 +35,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub trait Responder: Send + Sync + 'static {
     /// The answer to a command.
     fn respond(&self, command: Command) -> impl Future<Output = Answer> + Send;
+
+    /// What an observer sees; an error is a sentence.
+    fn observe(&self, request: ObserveRequest) -> Result<Observation, String>;
 }
 
 /// The socket, bound. Its file goes with the value.
@@ -127,14 +133,29 @@ impl AdminSocket {
                 Ok((stream, _)) => {
                     let responder = responder.clone();
                     tokio::spawn(async move {
-                        match timeout(CONNECTION_TIMEOUT, connection(stream, &*responder)).await {
-                            Ok(Ok(())) => {}
+                        let observer = match timeout(
+                            CONNECTION_TIMEOUT,
+                            connection(stream, &*responder),
+                        )
+                        .await
+                        {
+                            Ok(Ok(observer)) => observer,
                             Ok(Err(error)) => {
                                 tracing::debug!(%error, "an admin request was not answered");
+                                None
                             }
-                            Err(_) => tracing::debug!("an admin request took too long"),
-                        }
+                            Err(_) => {
+                                tracing::debug!("an admin request took too long");
+                                None
+                            }
+                        };
+                        // Observers stay, within a bound of their own.
                         drop(place);
+                        if let Some((stream, observation)) = observer
+                            && let Err(error) = observe(stream, observation).await
+                        {
+                            tracing::debug!(%error, "an observer has gone");
+                        }
                     });
                 }
                 Err(error) => {
@@ -155,12 +176,23 @@ impl Drop for AdminSocket {
     }
 }
 
-async fn connection(mut stream: UnixStream, responder: &impl Responder) -> io::Result<()> {
+/// Answers a request. Who observes is given back, to be told what happens from now on.
+async fn connection(
+    mut stream: UnixStream,
+    responder: &impl Responder,
+) -> io::Result<Option<(UnixStream, Observation)>> {
     // The mode already says so; it does not hold for a descriptor that was passed on.
     let user = stream.peer_cred()?.uid();
     let own = nix::unistd::geteuid().as_raw();
     let answer = if user == 0 || user == own {
         match read_request(&mut stream).await? {
+            Ok(Request {
+                command: Command::Observe(request),
+                ..
+            }) => match responder.observe(*request) {
+                Ok(observation) => return Ok(Some((stream, observation))),
+                Err(refusal) => Answer::Error(refusal),
+            },
             Ok(request) => responder.respond(request.command).await,
             Err(refusal) => Answer::Error(refusal),
         }
@@ -170,7 +202,37 @@ async fn connection(mut stream: UnixStream, responder: &impl Responder) -> io::R
     let mut line = serde_json::to_vec(&answer)?;
     line.push(b'\n');
     stream.write_all(&line).await?;
-    stream.shutdown().await
+    stream.shutdown().await?;
+    Ok(None)
+}
+
+/// Writes what an observer sees, until its end or the observer's. One that does not read stops
+/// nobody but itself: its queue is bounded.
+async fn observe(stream: UnixStream, mut observation: Observation) -> io::Result<()> {
+    let (mut reader, mut writer) = stream.into_split();
+    let mut lines = Vec::new();
+    loop {
+        let mut more = [0; 1];
+        let mut next = tokio::select! {
+            next = observation.next() => next,
+            // It has said all that it had to say: this is its end.
+            _ = reader.read(&mut more) => return Ok(()),
+        };
+        if next.is_none() {
+            return writer.shutdown().await;
+        }
+        while let Some(observed) = next {
+            serde_json::to_writer(&mut lines, &Answer::Observed(Box::new((*observed).clone())))?;
+            lines.push(b'\n');
+            next = if lines.len() < WRITE_AT_ONCE {
+                observation.ready()
+            } else {
+                None
+            };
+        }
+        writer.write_all(&lines).await?;
+        lines.clear();
+    }
 }
 
 async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
@@ -209,7 +271,12 @@ mod tests {
                     node: "here".into(),
                     ..Status::default()
                 })),
+                Command::Observe(_) => Answer::Error("it is no question".into()),
             }
+        }
+
+        fn observe(&self, _: ObserveRequest) -> Result<Observation, String> {
+            Err("there is nothing to see".into())
         }
     }
 

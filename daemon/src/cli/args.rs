@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use super::CaCommand;
+use super::{CaCommand, observe::Observe};
 
-const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
-const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
+pub(super) const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
+pub(super) const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
 
 const AFTER_HELP: &str = "\
 Start with a configuration that names the workloads of this node:
@@ -119,6 +119,27 @@ Exit codes: 0 done, 1 failed, 2 the command line is wrong."
         #[command(subcommand)]
         command: CaCommand,
     },
+
+    /// Show what happens to connections: who was refused, by which rule, and why
+    #[command(
+        long_about = "\
+Show what happens to connections: which were allowed or refused, opened and closed, with both \
+identities, the reason, and the rule with its file and line.
+
+Filters may be given several times: of each kind one has to fit. On a terminal it goes on until \
+it is ended; in a pipe, or with `--last`, it shows what the daemon has kept \
+(`admin.recentEvents`) and ends. Where events were lost, a line says how many.",
+        after_help = "\
+Examples:
+  reeve observe
+  reeve observe --verdict deny --workload web
+  reeve observe --since 10m --port 5432
+  reeve observe --last 20 --verdict deny --json | jq -r .reason
+  reeve observe --follow --json --peer 10.0.0.0/8
+
+Exit codes: 0 all was shown, or the reader has gone; 1 no daemon answers, or it ended."
+    )]
+    Observe(Box<Observe>),
 
     /// Remove what a stopped daemon left in the kernel: nothing is enforced any more
     #[command(

@@ -4,6 +4,7 @@
 
 mod args;
 mod ca;
+mod observe;
 mod status;
 mod table;
 
@@ -17,6 +18,7 @@ use clap::CommandFactory;
 
 pub use args::{Cli, Command};
 pub use ca::{CaCommand, ca};
+pub use observe::{Observe, observe};
 
 use crate::{
     admin::{self, Answer},
@@ -47,10 +49,8 @@ pub fn status(socket: &Path, json: bool) -> ExitCode {
             Err(error) => failed(&error),
         },
         Ok(Answer::Status(answer)) => print(&status::render(&answer)),
-        Ok(Answer::Error(refusal)) => {
-            let _ = writeln!(io::stderr(), "reeve: the daemon refused: {refusal}");
-            ExitCode::FAILURE
-        }
+        Ok(Answer::Error(refusal)) => refused(&refusal),
+        Ok(_) => refused("it answered another question: is it another version?"),
         Err(error) => failed(&error),
     }
 }
@@ -109,6 +109,11 @@ pub fn completions(shell: clap_complete::Shell) -> ExitCode {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "reeve", &mut script);
     print(&String::from_utf8_lossy(&script))
+}
+
+fn refused(refusal: &str) -> ExitCode {
+    let _ = writeln!(io::stderr(), "reeve: the daemon: {refusal}");
+    ExitCode::FAILURE
 }
 
 fn failed(error: &dyn std::error::Error) -> ExitCode {

@@ -11,7 +11,7 @@ use crate::{
     identity::{SpiffeId, TrustDomain},
     yaml::{
         Located,
-        values::{Ip, Labels, Name, Network, Port, duration},
+        values::{Ip, Labels, Name, Network, Port, duration, number},
     },
 };
 
@@ -127,12 +127,22 @@ pub(super) struct RawEmbeddedCa {
 pub(super) struct RawMetrics {
     #[serde(default = "default_metrics_address")]
     pub(super) address: Option<SocketText>,
+    #[serde(
+        default = "default_metrics_rules",
+        deserialize_with = "number::<_, _, 1, 1_000_000>"
+    )]
+    pub(super) rules: u32,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RawAdmin {
     pub(super) socket: Option<PathText>,
+    #[serde(
+        default = "default_recent_events",
+        deserialize_with = "number::<_, _, 0, 1_000_000>"
+    )]
+    pub(super) recent_events: u32,
 }
 
 /// A path: not empty, and without a zero byte.
@@ -179,8 +189,26 @@ impl Default for RawMetrics {
     fn default() -> Self {
         Self {
             address: default_metrics_address(),
+            rules: default_metrics_rules(),
         }
     }
+}
+
+fn default_metrics_rules() -> u32 {
+    1000
+}
+
+impl Default for RawAdmin {
+    fn default() -> Self {
+        Self {
+            socket: None,
+            recent_events: default_recent_events(),
+        }
+    }
+}
+
+fn default_recent_events() -> u32 {
+    4096
 }
 
 impl Default for RawCertificates {

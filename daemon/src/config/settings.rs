@@ -88,6 +88,8 @@ pub struct Maps {
 pub struct Metrics {
     /// Where it listens; none where it is off. Default `127.0.0.1:15020`.
     pub address: Option<SocketAddr>,
+    /// Rules of policies with series of their own; those beyond share one. Default 1000.
+    pub rules: u32,
 }
 
 /// The admin socket.
@@ -95,6 +97,8 @@ pub struct Metrics {
 pub struct Admin {
     /// Path of the socket. Default `/run/reeve/admin.sock`.
     pub socket: PathBuf,
+    /// Events of connections that are kept for `reeve observe`, some 600 bytes each. Default 4096.
+    pub recent_events: u32,
 }
 
 /// What is logged, on standard error.

@@ -94,12 +94,14 @@ pub(super) fn settle(
         maps: raw.maps,
         metrics: Metrics {
             address: raw.metrics.address.map(|address| address.0),
+            rules: raw.metrics.rules,
         },
         admin: Admin {
             socket: raw
                 .admin
                 .socket
                 .map_or_else(|| PathBuf::from(ADMIN_SOCKET), |path| folder.join(path.0)),
+            recent_events: raw.admin.recent_events,
         },
         log: raw.log,
         file,

@@ -13,7 +13,9 @@ use crate::{
     config::Config,
     datapath::Datapath,
     identity::IdentityStore,
-    telemetry::{CertificateTimes, Metrics, Readiness, Readings},
+    telemetry::{
+        CertificateTimes, Metrics, Observation, ObserveRequest, Observers, Readiness, Readings,
+    },
     tunnel::Tunnels,
     workload::{Discovery, RunningWorkload},
 };
@@ -27,6 +29,7 @@ pub struct Daemon {
     pub(super) identities: Arc<IdentityStore>,
     pub(super) tunnels: Tunnels,
     pub(super) metrics: Metrics,
+    observers: Observers,
     pub(super) view: ArcSwap<View>,
     started: Instant,
 }
@@ -54,6 +57,7 @@ impl Daemon {
         identities: Arc<IdentityStore>,
         tunnels: Tunnels,
         metrics: Metrics,
+        observers: Observers,
     ) -> Self {
         let starting = View {
             problems: Readiness::starting().missing,
@@ -65,6 +69,7 @@ impl Daemon {
             identities,
             tunnels,
             metrics,
+            observers,
             view: ArcSwap::from_pointee(starting),
             started: Instant::now(),
         }
@@ -239,7 +244,14 @@ impl Responder for Daemon {
     async fn respond(&self, command: admin::Command) -> Answer {
         match command {
             admin::Command::Status => Answer::Status(Box::new(self.status().await)),
+            admin::Command::Observe(_) => {
+                Answer::Error("this is answered by `observe`, event by event".to_owned())
+            }
         }
+    }
+
+    fn observe(&self, request: ObserveRequest) -> Result<Observation, String> {
+        self.observers.observe(request)
     }
 }
 

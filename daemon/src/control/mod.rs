@@ -27,7 +27,7 @@ use tokio::{sync::watch, time::sleep};
 use crate::{
     admin::PolicyStatus,
     config::Config,
-    datapath,
+    datapath::{self, Datapath},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Readiness},
     workload::{Discovery, Registry, cgroup::CgroupTree},
@@ -152,7 +152,9 @@ impl Control {
         self.reconcile().await;
         // Only now do the numbers in events have names, those left from before included.
         if let Some((kernel, events)) = self.events.take() {
-            tokio::spawn(follow_events(kernel, events, self.snapshot.clone()));
+            let datapath = self.daemon.datapath.clone();
+            let snapshot = self.snapshot.clone();
+            tokio::spawn(follow_events(kernel, events, datapath, snapshot));
         }
         loop {
             self.tell_readiness();
@@ -242,9 +244,12 @@ impl Control {
 async fn follow_events(
     mut kernel: datapath::Events,
     events: Events,
+    datapath: Arc<Datapath>,
     snapshot: Arc<ArcSwap<Snapshot>>,
 ) {
     let mut batch = Vec::new();
+    // What was lost before nobody can be told.
+    let mut lost = datapath.lost_events().ok();
     loop {
         if let Err(error) = kernel.next(&mut batch).await {
             tracing::error!(%error, "the kernel's events are no longer read");
@@ -253,6 +258,14 @@ async fn follow_events(
         let snapshot = snapshot.load();
         for event in &batch {
             events.record(event, &snapshot);
+        }
+        // An event is lost only where others wait to be read, so none is lost unnoticed.
+        if let Ok(now) = datapath.lost_events() {
+            let more = now.saturating_sub(lost.unwrap_or(now));
+            lost = Some(now);
+            if more > 0 {
+                events.lost(more);
+            }
         }
     }
 }

@@ -184,6 +184,15 @@ impl Datapath {
         usage::counters(&self.counters)
     }
 
+    /// Events that found the ring buffer full, since the maps were made.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn lost_events(&self) -> Result<u64, Error> {
+        usage::lost_events(&self.counters)
+    }
+
     /// Entries and capacity of every map. Walks the maps of connections: for metrics, not for
     /// every packet.
     #[must_use]

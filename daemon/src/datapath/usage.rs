@@ -69,6 +69,14 @@ pub(super) fn counters(map: &PerCpuArray<MapData, u64>) -> Result<Counters, Erro
     Ok(Counters { slots })
 }
 
+/// The one counter of events that were lost.
+pub(super) fn lost_events(map: &PerCpuArray<MapData, u64>) -> Result<u64, Error> {
+    let values = map
+        .get(&COUNTER_LOST_EVENTS, 0)
+        .map_err(|source| map_error("COUNTERS", "read", source))?;
+    Ok(values.iter().sum())
+}
+
 /// Entries that a map has room for.
 pub(super) fn capacity(map: &Map) -> Result<u32, MapError> {
     let data = match map {

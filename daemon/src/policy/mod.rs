@@ -27,4 +27,4 @@ mod verdicts;
 mod tests;
 
 pub use load::{Known, PolicySet, PolicySources};
-pub use snapshot::{Decision, Inputs, KernelTables, Snapshot};
+pub use snapshot::{Decision, Inputs, KernelTables, RulePlace, Snapshot};

@@ -2,7 +2,9 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
 };
 
@@ -33,6 +35,15 @@ pub struct Decision {
     pub reason: Reason,
     /// The rule that said so, see [`Snapshot::rule_name`]; 0 is the default deny.
     pub rule: u32,
+}
+
+/// Where a rule is written; shown as `file:line`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RulePlace<'a> {
+    /// The file.
+    pub file: &'a Path,
+    /// The line, from 1.
+    pub line: usize,
 }
 
 /// The verdicts of a [`Snapshot`] in the form of the kernel's maps.
@@ -297,9 +308,12 @@ impl Snapshot {
     /// File and line of a rule's number, for people; none for the default deny and for rules that
     /// no policy holds.
     #[must_use]
-    pub fn rule_place(&self, rule: u32) -> Option<String> {
+    pub fn rule_place(&self, rule: u32) -> Option<RulePlace<'_>> {
         let origin = &self.rule(rule)?.origin;
-        (origin.line > 0).then(|| format!("{}:{}", origin.file.display(), origin.line))
+        (origin.line > 0).then(|| RulePlace {
+            file: &origin.file,
+            line: origin.line,
+        })
     }
 
     fn rule(&self, number: u32) -> Option<&Rule> {
@@ -357,6 +371,14 @@ impl Snapshot {
             },
             rule: rule.copied().unwrap_or_default(),
         }
+    }
+}
+
+// === impl RulePlace ===
+
+impl fmt::Display for RulePlace<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
     }
 }
 

@@ -1,18 +1,24 @@
 //! The connection log: one line for each connection that was refused or has ended, the same
-//! fields for the kernel's and for the tunnel's.
+//! fields for the kernel's and for the tunnel's. Who observes is told the same, and of those that
+//! were allowed and came to stand.
 
 use std::{
     collections::HashMap,
     fmt::Display,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-use reeve_common::{NO_WORKLOAD, Reason, WorkloadId, protocol};
+use reeve_common::{NO_WORKLOAD, Reason, WorkloadId};
 
-use super::{ConnectionLabels, HandshakeReason, Metrics, labels::direction_name};
-use crate::identity::SpiffeId;
+use super::{
+    ConnectionLabels, HandshakeReason, Metrics,
+    labels::direction_name,
+    observed::{Carried, Facts, Happening, ProtocolName},
+    observers::Observers,
+};
+use crate::{identity::SpiffeId, policy::RulePlace};
 
 /// Lines that one workload may make at once, of each kind.
 const BURST: f64 = 100.0;
@@ -38,12 +44,17 @@ pub struct Connection<'a> {
     pub protocol: u8,
     /// Rule that gave the verdict, as `policy/rule`.
     pub rule: &'a str,
+    /// Where that rule is written.
+    pub rule_place: Option<RulePlace<'a>>,
+    /// When it happened.
+    pub time: SystemTime,
 }
 
 /// Writes the lines, each workload within its allowance. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ConnectionLog {
     metrics: Metrics,
+    observers: Observers,
     allowances: Arc<Mutex<HashMap<(WorkloadId, Kind), Allowance>>>,
 }
 
@@ -64,13 +75,44 @@ struct Allowance {
 // === impl ConnectionLog ===
 
 impl ConnectionLog {
-    /// A log whose suppressed lines are counted in `metrics`.
+    /// A log whose suppressed lines are counted in `metrics`, and which tells `observers` of all.
     #[must_use]
-    pub fn new(metrics: Metrics) -> Self {
+    pub fn new(metrics: Metrics, observers: Observers) -> Self {
         Self {
             metrics,
+            observers,
             allowances: Arc::default(),
         }
+    }
+
+    /// The kernel had no room for this many events.
+    pub(super) fn lost(&self, events: u64) {
+        self.observers.lost_in_kernel(events);
+    }
+
+    /// The kernel let a connection go on.
+    pub fn allowed(&self, connection: &Connection<'_>, reason: Reason) {
+        self.observers.tell(connection.time, || {
+            Happening::Allowed(Facts::new(connection, true, reason, None, None))
+        });
+        tracing::debug!(
+            target: "reeve::connection",
+            source = connection.labels.source,
+            source_address = known(connection.source_address).map(display),
+            destination = connection.labels.destination,
+            destination_address = known(connection.destination_address).map(display),
+            protocol = %ProtocolName(connection.protocol),
+            reason = reason.as_str(),
+            rule = connection.rule,
+            "connection allowed"
+        );
+    }
+
+    /// A connection in a tunnel stands.
+    pub fn opened(&self, connection: &Connection<'_>) {
+        self.observers.tell(connection.time, || {
+            Happening::Opened(Facts::new(connection, true, Reason::Policy, None, None))
+        });
     }
 
     /// A connection of `workload` was refused or could not be made; `error` has what there is to
@@ -82,6 +124,9 @@ impl ConnectionLog {
         reason: Reason,
         error: Option<&dyn Display>,
     ) {
+        self.observers.tell(connection.time, || {
+            Happening::Refused(Facts::new(connection, false, reason, error, None))
+        });
         let Some(suppressed) = self.take(workload, Kind::Refused, Instant::now()) else {
             return;
         };
@@ -98,6 +143,7 @@ impl ConnectionLog {
             protocol = %ProtocolName(connection.protocol),
             reason = reason.as_str(),
             rule = connection.rule,
+            rule_at = connection.rule_place.map(display),
             error = error.map(tracing::field::display),
             suppressed = (suppressed > 0).then_some(suppressed),
             "connection refused"
@@ -138,6 +184,14 @@ impl ConnectionLog {
         received: u64,
         duration: Duration,
     ) {
+        self.observers.tell(connection.time, || {
+            let carried = Carried {
+                bytes_sent: sent,
+                bytes_received: received,
+                duration_seconds: duration.as_secs_f64(),
+            };
+            Happening::Closed(Facts::new(connection, true, reason, None, Some(carried)))
+        });
         let Some(suppressed) = self.take(workload, Kind::Closed, Instant::now()) else {
             return;
         };
@@ -154,6 +208,7 @@ impl ConnectionLog {
             protocol = %ProtocolName(connection.protocol),
             reason = reason.as_str(),
             rule = connection.rule,
+            rule_at = connection.rule_place.map(display),
             bytes_sent = sent,
             bytes_received = received,
             duration_seconds = duration.as_secs_f64(),
@@ -205,28 +260,13 @@ pub(super) fn known(address: SocketAddr) -> Option<SocketAddr> {
     (!address.ip().is_unspecified()).then_some(address)
 }
 
-/// Name of an IP protocol, or its number.
-pub(super) struct ProtocolName(pub(super) u8);
-
-impl std::fmt::Display for ProtocolName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            protocol::TCP => f.write_str("tcp"),
-            protocol::UDP => f.write_str("udp"),
-            protocol::ICMP | protocol::ICMPV6 => f.write_str("icmp"),
-            protocol::SCTP => f.write_str("sctp"),
-            other => write!(f, "{other}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_flood_is_cut_and_what_was_left_out_is_said() {
-        let log = ConnectionLog::new(Metrics::default());
+        let log = ConnectionLog::new(Metrics::default(), Observers::new(0));
         let start = Instant::now();
         let written = (0..1000)
             .filter(|_| log.take(1, Kind::Refused, start).is_some())

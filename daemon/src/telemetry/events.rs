@@ -2,14 +2,16 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
+
+use nix::time::{ClockId, clock_gettime};
 
 use reeve_common::{Address, Direction, Event, EventKind, Reason, protocol};
 
 use super::{
     ConnectionLabels, Metrics, Transport, UNKNOWN,
-    connections::{Connection, ConnectionLog, ProtocolName, known},
+    connections::{Connection, ConnectionLog},
 };
 use crate::{identity::SpiffeId, policy::Snapshot};
 
@@ -29,10 +31,20 @@ impl Events {
         Self { metrics, log }
     }
 
+    /// Tells that the kernel had no room for this many events.
+    pub fn lost(&self, events: u64) {
+        self.log.lost(events);
+    }
+
     /// Counts and logs one event; the names are those of `snapshot`.
     pub fn record(&self, event: &Event, snapshot: &Snapshot) {
         let reason = Reason::from_number(event.reason).unwrap_or(Reason::Malformed);
-        let connection = describe(event, snapshot);
+        let connection = describe(event, reason, snapshot);
+        if event.kind == EventKind::Verdict as u8 {
+            let direction = connection.labels.direction;
+            self.metrics
+                .rule_verdict(direction, event.allowed != 0, connection.rule);
+        }
         if event.kind == EventKind::Closed as u8 {
             self.metrics.connection_closed(
                 connection.labels,
@@ -55,17 +67,7 @@ impl Events {
             if is_plaintext_connection(event, reason) {
                 self.metrics.connection_opened(connection.labels);
             }
-            tracing::debug!(
-                target: "reeve::connection",
-                source = connection.labels.source,
-                source_address = known(connection.source_address).map(display),
-                destination = connection.labels.destination,
-                destination_address = known(connection.destination_address).map(display),
-                protocol = %ProtocolName(connection.protocol),
-                reason = reason.as_str(),
-                rule = connection.rule,
-                "connection allowed"
-            );
+            self.log.allowed(&connection, reason);
         }
     }
 }
@@ -76,7 +78,7 @@ fn is_plaintext_connection(event: &Event, reason: Reason) -> bool {
     event.protocol == protocol::TCP && reason == Reason::NoTunnel
 }
 
-fn describe<'a>(event: &Event, snapshot: &'a Snapshot) -> Connection<'a> {
+fn describe<'a>(event: &Event, reason: Reason, snapshot: &'a Snapshot) -> Connection<'a> {
     let workload = snapshot.workload(event.workload);
     let peer = snapshot.peer(event.peer);
     let workload_name = workload.map_or(UNKNOWN, |workload| workload.workload.name.as_str());
@@ -89,7 +91,9 @@ fn describe<'a>(event: &Event, snapshot: &'a Snapshot) -> Connection<'a> {
     let local = SocketAddr::new(ip(&event.local), event.local_port);
     let remote = SocketAddr::new(ip(&event.remote), event.remote_port);
     let rule = snapshot.rule_name(event.rule);
+    let rule_place = snapshot.rule_place(event.rule);
     let protocol = event.protocol;
+    let time = wall_clock(event.timestamp);
 
     if event.direction == Direction::Ingress as u8 {
         Connection {
@@ -105,12 +109,19 @@ fn describe<'a>(event: &Event, snapshot: &'a Snapshot) -> Connection<'a> {
             destination_address: local,
             protocol,
             rule,
+            rule_place,
+            time,
         }
     } else {
         Connection {
             labels: ConnectionLabels {
                 direction: Direction::Egress,
-                transport: Transport::Plaintext,
+                // The kernel sends into a tunnel what it allows for no other reason.
+                transport: if event.allowed != 0 && reason == Reason::Policy {
+                    Transport::Tunnel
+                } else {
+                    Transport::Plaintext
+                },
                 source: workload_name,
                 destination: peer_name,
             },
@@ -120,8 +131,20 @@ fn describe<'a>(event: &Event, snapshot: &'a Snapshot) -> Connection<'a> {
             destination_address: remote,
             protocol,
             rule,
+            rule_place,
+            time,
         }
     }
+}
+
+/// The wall clock's time of a moment of the kernel's monotonic clock.
+fn wall_clock(timestamp: u64) -> SystemTime {
+    let now = SystemTime::now();
+    let Ok(monotonic) = clock_gettime(ClockId::CLOCK_MONOTONIC) else {
+        return now;
+    };
+    let ago = Duration::from(monotonic).saturating_sub(Duration::from_nanos(timestamp));
+    now.checked_sub(ago).unwrap_or(now)
 }
 
 fn ip(address: &Address) -> IpAddr {
@@ -132,7 +155,7 @@ fn ip(address: &Address) -> IpAddr {
 mod tests {
     use reeve_common::{Hook, ipv4_mapped};
 
-    use super::*;
+    use super::{super::Observers, *};
 
     fn event(kind: EventKind, allowed: bool, reason: Reason) -> Event {
         Event {
@@ -160,7 +183,10 @@ mod tests {
     #[test]
     fn a_plaintext_connection_is_counted_from_its_verdict_to_its_end() {
         let metrics = Metrics::default();
-        let events = Events::new(metrics.clone(), ConnectionLog::new(metrics.clone()));
+        let events = Events::new(
+            metrics.clone(),
+            ConnectionLog::new(metrics.clone(), Observers::new(8)),
+        );
         let snapshot = Snapshot::default();
         for event in [
             event(EventKind::Verdict, false, Reason::NoPolicy),

@@ -77,7 +77,7 @@ pub enum HandshakeReason {
     Limit,
 }
 
-/// The pairs of source and destination names that have series of their own.
+/// The pairs of names, as of source and destination, that have series of their own.
 ///
 /// A name reaches the metrics from configuration or, later, from a cluster in which pods come and
 /// go for months; without a bound the series would grow for as long as the daemon lives.

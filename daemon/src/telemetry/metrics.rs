@@ -16,6 +16,9 @@ use super::{
 /// Pairs of source and destination with series of their own. Each makes about ten series.
 const NAME_PAIRS: usize = 1000;
 
+/// Rules with series of their own, where nothing else is configured. Each makes two to four.
+pub(super) const RULES: usize = 1000;
+
 /// Upper bounds of the handshake histogram in seconds: a handshake within a data centre takes
 /// some milliseconds, and the default time-out is 5 s.
 const HANDSHAKE_BUCKETS: [f64; 11] = [
@@ -43,6 +46,7 @@ struct Inner {
     registry: Registry,
     readings: Arc<ReadingsCollector>,
     names: NamePairs,
+    rules: NamePairs,
     opened: IntCounterVec,
     closed: IntCounterVec,
     failed: IntCounterVec,
@@ -53,20 +57,14 @@ struct Inner {
     streams: IntGaugeVec,
     suppressed: IntCounter,
     policy_reloads: IntCounterVec,
+    rule_verdicts: IntCounterVec,
 }
 
 // === impl Metrics ===
 
 impl Default for Metrics {
     fn default() -> Self {
-        #[expect(
-            clippy::expect_used,
-            reason = "fails only for a malformed or repeated name, and every name is a constant that each test run registers"
-        )]
-        let inner = Inner::new().expect("names of metrics are valid and unique");
-        Self {
-            inner: Arc::new(inner),
-        }
+        Self::new(RULES)
     }
 }
 
@@ -77,6 +75,19 @@ impl fmt::Debug for Metrics {
 }
 
 impl Metrics {
+    /// Nothing counted yet. At most `rules` rules of policies get series of their own.
+    #[must_use]
+    pub fn new(rules: usize) -> Self {
+        #[expect(
+            clippy::expect_used,
+            reason = "fails only for a malformed or repeated name, and every name is a constant that each test run registers"
+        )]
+        let inner = Inner::new(rules).expect("names of metrics are valid and unique");
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
     /// A connection stands.
     pub fn connection_opened(&self, labels: ConnectionLabels<'_>) {
         let (source, destination) = self.names(labels);
@@ -130,6 +141,18 @@ impl Metrics {
     /// The tunnel gave a verdict (the kernel's are read from its counters).
     pub fn verdict(&self, direction: Direction, allowed: bool, reason: Reason) {
         self.inner.readings.verdict(direction, allowed, reason);
+    }
+
+    /// A rule, named as `policy/rule`, gave a verdict.
+    pub fn rule_verdict(&self, direction: Direction, allowed: bool, rule: &str) {
+        // What no policy holds, as the default deny, is of no policy.
+        let (policy, rule) = rule.rsplit_once('/').unwrap_or(("", rule));
+        let (policy, rule) = self.inner.rules.bounded(policy, rule);
+        let verdict = if allowed { "allow" } else { "deny" };
+        self.inner
+            .rule_verdicts
+            .with_label_values(&[policy, rule, direction_name(direction), verdict])
+            .inc();
     }
 
     /// A handshake ended.
@@ -226,7 +249,7 @@ impl Metrics {
 // === impl Inner ===
 
 impl Inner {
-    fn new() -> prometheus::Result<Self> {
+    fn new(rules: usize) -> prometheus::Result<Self> {
         let registry = Registry::new();
         let counter = |name: &str, help: &str, labels: &[&str]| {
             let family = IntCounterVec::new(Opts::new(name, help), labels)?;
@@ -291,6 +314,11 @@ impl Inner {
             "Times that the configuration or the policies were read again.",
             &["what", "result"],
         )?;
+        let rule_verdicts = counter(
+            "reeve_rule_verdicts_total",
+            "Verdicts by the rule that gave them; rules beyond `metrics.rules` are `other`.",
+            &["policy", "rule", "direction", "verdict"],
+        )?;
         gauge(
             "reeve_build_info",
             "Always 1; the label says which version runs.",
@@ -305,6 +333,7 @@ impl Inner {
             registry,
             readings,
             names: NamePairs::new(NAME_PAIRS),
+            rules: NamePairs::new(rules),
             opened,
             closed,
             failed,
@@ -315,6 +344,7 @@ impl Inner {
             streams,
             suppressed,
             policy_reloads,
+            rule_verdicts,
         })
     }
 }
@@ -361,6 +391,25 @@ mod tests {
         assert!(text.contains(
             r#"reeve_verdicts_total{direction="egress",reason="policy",verdict="allow"} 0"#
         ));
+    }
+
+    #[test]
+    fn verdicts_are_counted_by_rule_within_a_bound() {
+        let metrics = Metrics::new(2);
+        let count = |allowed, rule| metrics.rule_verdict(Direction::Egress, allowed, rule);
+        count(true, "shop/cart/egress[0]");
+        count(true, "shop/cart/egress[0]");
+        count(false, "default deny");
+        count(true, "shop/cart/egress[1]");
+        count(true, "other/rule/egress[7]");
+        let text = metrics.render().unwrap();
+        for line in [
+            r#"reeve_rule_verdicts_total{direction="egress",policy="shop/cart",rule="egress[0]",verdict="allow"} 2"#,
+            r#"reeve_rule_verdicts_total{direction="egress",policy="",rule="default deny",verdict="deny"} 1"#,
+            r#"reeve_rule_verdicts_total{direction="egress",policy="other",rule="other",verdict="allow"} 2"#,
+        ] {
+            assert!(text.contains(line), "{line}\nis not in\n{text}");
+        }
     }
 
     #[test]

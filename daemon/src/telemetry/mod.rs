@@ -1,7 +1,7 @@
 //! What is told to the outside: metrics, the connection log, logs.
 //!
-//! In: what the other modules count, and the kernel's events. Out: the Prometheus endpoint and
-//! log lines.
+//! In: what the other modules count, and the kernel's events. Out: the Prometheus endpoint, log
+//! lines, and the same facts for those who observe.
 
 mod connections;
 mod events;
@@ -9,6 +9,8 @@ mod http;
 mod labels;
 mod log;
 mod metrics;
+mod observed;
+mod observers;
 mod readings;
 
 pub use connections::{Connection, ConnectionLog};
@@ -19,4 +21,6 @@ pub use labels::{
 };
 pub use log::{LogError, start as start_logging};
 pub use metrics::{Handshake, Metrics};
+pub use observed::{Carried, Facts, Filter, Happening, Lost, LostIn, Observed, ProtocolName, Who};
+pub use observers::{Observation, ObserveRequest, Observers};
 pub use readings::{CertificateTimes, Readings};

@@ -6,7 +6,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, Waker},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use reeve_common::{Direction, NO_WORKLOAD, Reason, WorkloadId, protocol};
@@ -133,7 +133,7 @@ impl Call {
             Parties::Outbound { .. } => return Err(TunnelError::Stale("the workload or the peer")),
         };
         match decision.action {
-            reeve_common::Action::Deny => Err(TunnelError::Denied(decision.reason)),
+            reeve_common::Action::Deny => Err(TunnelError::Denied(decision)),
             _ => Ok(decision),
         }
     }
@@ -174,6 +174,8 @@ impl Call {
             destination_address: self.destination,
             protocol: protocol::TCP,
             rule: snapshot.rule_name(self.rule),
+            rule_place: snapshot.rule_place(self.rule),
+            time: SystemTime::now(),
         }
     }
 
@@ -181,9 +183,14 @@ impl Call {
     pub(super) fn refused(&self, worker: &Worker, error: &TunnelError) {
         let (shared, reason) = (&worker.shared, error.reason());
         let snapshot = shared.snapshot.load();
-        let described = self.describe(&snapshot);
-        if let TunnelError::Denied(_) = error {
+        let mut described = self.describe(&snapshot);
+        if let TunnelError::Denied(decision) = error {
+            described.rule = snapshot.rule_name(decision.rule);
+            described.rule_place = snapshot.rule_place(decision.rule);
             shared.metrics.verdict(self.direction(), false, reason);
+            shared
+                .metrics
+                .rule_verdict(self.direction(), false, described.rule);
         }
         shared.metrics.connection_failed(described.labels, reason);
         shared
@@ -195,8 +202,12 @@ impl Call {
     pub(super) fn open(self, worker: &Rc<Worker>, link: &Rc<Link>, place: Place) -> Live {
         let now = Instant::now();
         let metrics = &worker.shared.metrics;
-        metrics.connection_opened(self.labels(&worker.shared.snapshot.load()));
+        let snapshot = worker.shared.snapshot.load();
+        let described = self.describe(&snapshot);
+        metrics.connection_opened(described.labels);
         metrics.streams_open(link.ends.role, 1);
+        worker.shared.log.opened(&described);
+        drop(snapshot);
         let connection = worker.connections.insert(Connection {
             call: self,
             link: link.clone(),

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use reeve_common::Reason;
 
-use crate::{identity::SpiffeId, telemetry::HandshakeReason};
+use crate::{identity::SpiffeId, policy::Decision, telemetry::HandshakeReason};
 
 /// The data path could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,7 @@ pub enum TunnelError {
     Stale(&'static str),
     /// The policy refuses the connection.
     #[error("the policy refuses it")]
-    Denied(Reason),
+    Denied(Decision),
     /// The identity has no valid certificate.
     #[error("{0} has no valid certificate; see what the log says of its source")]
     NoCertificate(SpiffeId),
@@ -169,7 +169,7 @@ impl TunnelError {
         match self {
             Self::NoOrigin => Reason::NoOrigin,
             Self::Stale(_) | Self::Revoked => Reason::Revoked,
-            Self::Denied(reason) => *reason,
+            Self::Denied(decision) => decision.reason,
             Self::NoCertificate(_) => Reason::NoCertificate,
             Self::Socket { .. } | Self::Connect { .. } => Reason::PeerUnreachable,
             Self::Timeout { stage, .. } => match stage {

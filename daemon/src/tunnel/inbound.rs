@@ -135,10 +135,9 @@ fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<(), TunnelErro
     }
     let decision = call.judge(&snapshot)?;
     call.rule = decision.rule;
-    worker
-        .shared
-        .metrics
-        .verdict(Direction::Ingress, true, decision.reason);
+    let metrics = &worker.shared.metrics;
+    metrics.verdict(Direction::Ingress, true, decision.reason);
+    metrics.rule_verdict(Direction::Ingress, true, snapshot.rule_name(decision.rule));
     if worker.draining.get() {
         return Err(TunnelError::Shutdown);
     }

@@ -429,7 +429,11 @@ fn a_rule_can_be_found_in_its_file() {
         .snapshot
         .judge_egress(1, "9.9.9.9:80".parse().unwrap(), TCP);
     assert_eq!(
-        world.snapshot.rule_place(decision.rule).unwrap(),
+        world
+            .snapshot
+            .rule_place(decision.rule)
+            .unwrap()
+            .to_string(),
         "policy.yaml:5"
     );
     assert_eq!(world.snapshot.rule_place(0), None);

@@ -24,7 +24,7 @@ use crate::{
     datapath::netns::Netns,
     identity::{CertificateSource, IdentityStore},
     policy::{Inputs, Known, PolicySet, Snapshot},
-    telemetry::{ConnectionLog, Metrics},
+    telemetry::{ConnectionLog, Metrics, Observers},
     tunnel::{Shared, Tunnels, TunnelsStatus},
     workload::{Attributes, CgroupSelector, Peer, RunningWorkload, Workload},
 };
@@ -135,7 +135,7 @@ impl Node {
             snapshot: Arc::default(),
             identities: identities.clone(),
             origins: origins.clone(),
-            log: ConnectionLog::new(metrics.clone()),
+            log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
             metrics,
         };
         let tunnels = Tunnels::start(shared.clone(), &limits, &timeouts, Ports::default()).unwrap();

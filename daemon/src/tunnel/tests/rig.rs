@@ -33,7 +33,7 @@ use crate::{
         CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
         TrustDomain, TrustStore, server_name_for,
     },
-    telemetry::{ConnectionLog, Metrics, Role},
+    telemetry::{ConnectionLog, Metrics, Observers, Role},
     tunnel::{
         Origins, Shared,
         bounds::Bounds,
@@ -154,7 +154,7 @@ pub(super) fn worker(
         snapshot: Arc::default(),
         identities,
         origins: Arc::new(Table::default()),
-        log: ConnectionLog::new(metrics.clone()),
+        log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
         metrics,
     };
     Worker::new(

@@ -1,0 +1,527 @@
+//! What happens to connections, as `reeve observe` shows it: one value for each happening, and
+//! the filter that chooses among them.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    time::SystemTime,
+};
+
+use ipnet::IpNet;
+use reeve_common::{Direction, protocol};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    connections::{Connection, known},
+    labels::direction_name,
+};
+use crate::identity::SpiffeId;
+
+/// One happening. Its JSON is one flat object whose fields are never renamed, only added to;
+/// `docs/answers.md` describes them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Observed {
+    /// When, on this node's clock; RFC 3339 in UTC with microseconds.
+    #[serde(with = "rfc3339")]
+    pub time: SystemTime,
+    /// What.
+    #[serde(flatten)]
+    pub happening: Happening,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "camelCase")]
+pub enum Happening {
+    /// The kernel let a connection go on. One that needs a tunnel stands only once it is
+    /// [`Happening::Opened`].
+    Allowed(Facts),
+    /// A connection was refused, or could not be made.
+    Refused(Facts),
+    /// A connection in a tunnel stands, end to end.
+    Opened(Facts),
+    /// A connection that stood has ended.
+    Closed(Facts),
+    /// Something is missing here.
+    Lost(Lost),
+}
+
+/// What is known of a connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Facts {
+    /// `allow`, or `deny` for what was refused or could not be made.
+    pub verdict: String,
+    /// `egress` or `ingress`, seen from the local workload.
+    pub direction: String,
+    /// `tunnel` or `plaintext`.
+    pub transport: String,
+    /// `tcp`, `udp`, `icmp`, `sctp`, or the number of another IP protocol.
+    pub protocol: String,
+    /// Name of the source, `unknown` where it is neither a workload here nor a peer.
+    pub source: String,
+    /// Its SPIFFE ID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_id: Option<SpiffeId>,
+    /// Its address; port 0 where the kernel has not chosen one yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_address: Option<SocketAddr>,
+    /// Name of the destination.
+    pub destination: String,
+    /// Its SPIFFE ID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination_id: Option<SpiffeId>,
+    /// The address that the source asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination_address: Option<SocketAddr>,
+    /// Why: a name of the closed set of reasons.
+    pub reason: String,
+    /// The rule that said so, as `policy/rule`.
+    pub rule: String,
+    /// File and line of the rule.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rule_at: Option<String>,
+    /// What there is to say beyond the reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// What a connection carried, at its end.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub carried: Option<Carried>,
+}
+
+/// What a connection carried.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Carried {
+    /// Application bytes that the local workload sent.
+    pub bytes_sent: u64,
+    /// Application bytes that the local workload received.
+    pub bytes_received: u64,
+    /// How long the connection stood.
+    pub duration_seconds: f64,
+}
+
+/// What is missing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Lost {
+    /// Where it was lost.
+    #[serde(rename = "where")]
+    pub place: LostIn,
+    /// How many events; none where nobody counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events: Option<u64>,
+}
+
+/// Where events are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LostIn {
+    /// The kernel's ring buffer was full (`maps.events`).
+    Kernel,
+    /// This observer did not read fast enough.
+    Queue,
+    /// They are older than what the daemon keeps (`admin.recentEvents`).
+    Recent,
+}
+
+/// Chooses among happenings: of each kind of condition that is given, one has to fit. The default
+/// chooses all. [`Happening::Lost`] is always chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Filter {
+    /// The local workload.
+    pub workloads: Vec<Who>,
+    /// The far end.
+    pub peers: Vec<Who>,
+    /// `allow` or `deny`.
+    pub verdicts: Vec<String>,
+    /// `egress` or `ingress`.
+    pub directions: Vec<String>,
+    /// Ports of the destination.
+    pub ports: Vec<u16>,
+    /// Names of reasons.
+    pub reasons: Vec<String>,
+    /// Names or numbers of IP protocols.
+    pub protocols: Vec<String>,
+}
+
+/// Somebody: by name, SPIFFE ID, address or network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub struct Who {
+    text: String,
+    network: Option<IpNet>,
+}
+
+/// Name of an IP protocol, or its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProtocolName(pub u8);
+
+// === impl Facts ===
+
+impl Facts {
+    /// What is known, with what there is to say beyond the reason and what it carried.
+    pub(super) fn new(
+        connection: &Connection<'_>,
+        allowed: bool,
+        reason: reeve_common::Reason,
+        error: Option<&dyn fmt::Display>,
+        carried: Option<Carried>,
+    ) -> Self {
+        let labels = connection.labels;
+        Self {
+            verdict: if allowed { "allow" } else { "deny" }.to_owned(),
+            direction: direction_name(labels.direction).to_owned(),
+            transport: labels.transport.as_str().to_owned(),
+            protocol: ProtocolName(connection.protocol).to_string(),
+            source: labels.source.to_owned(),
+            source_id: connection.source_id.cloned(),
+            source_address: known(connection.source_address),
+            destination: labels.destination.to_owned(),
+            destination_id: connection.destination_id.cloned(),
+            destination_address: known(connection.destination_address),
+            reason: reason.as_str().to_owned(),
+            rule: connection.rule.to_owned(),
+            rule_at: connection.rule_place.map(|place| place.to_string()),
+            error: error.map(ToString::to_string),
+            carried,
+        }
+    }
+
+    /// The local workload and the far end: name, identity, address.
+    fn ends(&self) -> [(&str, Option<&SpiffeId>, Option<IpAddr>); 2] {
+        let source = (
+            self.source.as_str(),
+            self.source_id.as_ref(),
+            self.source_address.map(|address| address.ip()),
+        );
+        let destination = (
+            self.destination.as_str(),
+            self.destination_id.as_ref(),
+            self.destination_address.map(|address| address.ip()),
+        );
+        if self.direction == direction_name(Direction::Ingress) {
+            [destination, source]
+        } else {
+            [source, destination]
+        }
+    }
+}
+
+// === impl Happening ===
+
+impl Happening {
+    /// What is known of the connection; none where something is missing.
+    #[must_use]
+    pub fn facts(&self) -> Option<&Facts> {
+        match self {
+            Self::Allowed(facts)
+            | Self::Refused(facts)
+            | Self::Opened(facts)
+            | Self::Closed(facts) => Some(facts),
+            Self::Lost(_) => None,
+        }
+    }
+}
+
+// === impl Filter ===
+
+impl Filter {
+    /// Whether this is chosen.
+    #[must_use]
+    pub fn chooses(&self, observed: &Observed) -> bool {
+        let Some(facts) = observed.happening.facts() else {
+            return true;
+        };
+        let one_of = |wanted: &[String], is: &str| {
+            wanted.is_empty() || wanted.iter().any(|wanted| wanted == is)
+        };
+        let [local, remote] = facts.ends();
+        let fits = |wanted: &[Who], end| wanted.is_empty() || wanted.iter().any(|who| who.is(end));
+        let port = facts
+            .destination_address
+            .map_or(0, |address| address.port());
+        one_of(&self.verdicts, &facts.verdict)
+            && one_of(&self.directions, &facts.direction)
+            && one_of(&self.reasons, &facts.reason)
+            && one_of(&self.protocols, &facts.protocol)
+            && (self.ports.is_empty() || self.ports.contains(&port))
+            && fits(&self.workloads, local)
+            && fits(&self.peers, remote)
+    }
+}
+
+// === impl Who ===
+
+impl Who {
+    fn is(&self, (name, id, address): (&str, Option<&SpiffeId>, Option<IpAddr>)) -> bool {
+        self.text == name
+            || id.is_some_and(|id| id.as_str() == self.text)
+            || matches!((self.network, address), (Some(network), Some(address)) if network.contains(&address))
+    }
+}
+
+impl From<String> for Who {
+    fn from(text: String) -> Self {
+        let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
+        let network = text.parse().ok().or_else(address);
+        Self { text, network }
+    }
+}
+
+impl From<Who> for String {
+    fn from(who: Who) -> Self {
+        who.text
+    }
+}
+
+// === impl ProtocolName ===
+
+impl ProtocolName {
+    /// Reads a name in upper or lower case, or a number.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let number = match text.to_ascii_lowercase().as_str() {
+            "tcp" => protocol::TCP,
+            "udp" => protocol::UDP,
+            "icmp" => protocol::ICMP,
+            "sctp" => protocol::SCTP,
+            other => other.parse().ok().filter(|number| *number != 0)?,
+        };
+        Some(Self(number))
+    }
+}
+
+impl fmt::Display for ProtocolName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            protocol::TCP => f.write_str("tcp"),
+            protocol::UDP => f.write_str("udp"),
+            protocol::ICMP | protocol::ICMPV6 => f.write_str("icmp"),
+            protocol::SCTP => f.write_str("sctp"),
+            other => write!(f, "{other}"),
+        }
+    }
+}
+
+/// Times as RFC 3339 has them.
+mod rfc3339 {
+    use std::time::SystemTime;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&humantime::format_rfc3339_micros(*time))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<SystemTime, D::Error> {
+        let text = String::deserialize(from)?;
+        humantime::parse_rfc3339(&text).map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in crate::telemetry) fn facts() -> Facts {
+        Facts {
+            verdict: "deny".into(),
+            direction: "ingress".into(),
+            transport: "plaintext".into(),
+            protocol: "tcp".into(),
+            source: "web".into(),
+            source_id: Some(SpiffeId::parse("spiffe://example.org/ns/shop/sa/web").unwrap()),
+            source_address: Some("192.0.2.7:40000".parse().unwrap()),
+            destination: "db".into(),
+            destination_id: None,
+            destination_address: Some("192.0.2.1:5432".parse().unwrap()),
+            reason: "no_policy".into(),
+            rule: "default deny".into(),
+            rule_at: None,
+            error: None,
+            carried: None,
+        }
+    }
+
+    pub(in crate::telemetry) fn refused(facts: Facts) -> Observed {
+        Observed {
+            time: SystemTime::UNIX_EPOCH,
+            happening: Happening::Refused(facts),
+        }
+    }
+
+    #[test]
+    fn json_is_one_flat_object_and_reads_back() {
+        let observed = refused(facts());
+        let json = serde_json::to_value(&observed).unwrap();
+        let expected = serde_json::json!({
+            "time": "1970-01-01T00:00:00.000000Z",
+            "event": "refused",
+            "verdict": "deny",
+            "direction": "ingress",
+            "transport": "plaintext",
+            "protocol": "tcp",
+            "source": "web",
+            "sourceId": "spiffe://example.org/ns/shop/sa/web",
+            "sourceAddress": "192.0.2.7:40000",
+            "destination": "db",
+            "destinationAddress": "192.0.2.1:5432",
+            "reason": "no_policy",
+            "rule": "default deny",
+        });
+        assert_eq!(json, expected);
+        assert_eq!(serde_json::from_value::<Observed>(json).unwrap(), observed);
+
+        let closed = Observed {
+            happening: Happening::Closed(Facts {
+                carried: Some(Carried {
+                    bytes_sent: 1,
+                    bytes_received: 2,
+                    duration_seconds: 0.5,
+                }),
+                ..facts()
+            }),
+            ..observed.clone()
+        };
+        let json = serde_json::to_value(&closed).unwrap();
+        assert_eq!(
+            (&json["bytesSent"], &json["durationSeconds"]),
+            (&1.into(), &0.5.into())
+        );
+        assert_eq!(serde_json::from_value::<Observed>(json).unwrap(), closed);
+
+        let lost = Observed {
+            happening: Happening::Lost(Lost {
+                place: LostIn::Kernel,
+                events: Some(3),
+            }),
+            ..observed
+        };
+        let json = serde_json::to_value(&lost).unwrap();
+        assert_eq!(json["where"], "kernel");
+        assert_eq!(serde_json::from_value::<Observed>(json).unwrap(), lost);
+    }
+
+    #[test]
+    fn a_filter_wants_one_of_each_kind_that_it_names() {
+        let observed = refused(facts());
+        let who = |text: &str| vec![Who::from(text.to_owned())];
+        let all = Filter::default();
+        assert!(all.chooses(&observed));
+        for (filter, chosen) in [
+            (
+                Filter {
+                    workloads: who("db"),
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    workloads: who("web"),
+                    ..all.clone()
+                },
+                false,
+            ),
+            (
+                Filter {
+                    peers: who("web"),
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    peers: who("spiffe://example.org/ns/shop/sa/web"),
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    peers: who("192.0.2.7"),
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    peers: who("192.0.2.0/29"),
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    peers: who("192.0.2.8/29"),
+                    ..all.clone()
+                },
+                false,
+            ),
+            (
+                Filter {
+                    ports: vec![80, 5432],
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    ports: vec![40000],
+                    ..all.clone()
+                },
+                false,
+            ),
+            (
+                Filter {
+                    verdicts: vec!["allow".into()],
+                    ..all.clone()
+                },
+                false,
+            ),
+            (
+                Filter {
+                    reasons: vec!["no_policy".into()],
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    directions: vec!["egress".into()],
+                    ..all.clone()
+                },
+                false,
+            ),
+            (
+                Filter {
+                    protocols: vec!["udp".into(), "tcp".into()],
+                    ..all.clone()
+                },
+                true,
+            ),
+            (
+                Filter {
+                    protocols: vec!["udp".into()],
+                    ports: vec![5432],
+                    ..all.clone()
+                },
+                false,
+            ),
+        ] {
+            assert_eq!(filter.chooses(&observed), chosen, "{filter:?}");
+        }
+    }
+
+    #[test]
+    fn protocols_have_names_or_numbers() {
+        for (text, number) in [("tcp", 6), ("UDP", 17), ("47", 47), ("icmp", 1)] {
+            assert_eq!(ProtocolName::parse(text), Some(ProtocolName(number)));
+        }
+        for text in ["", "0", "256", "quic"] {
+            assert_eq!(ProtocolName::parse(text), None);
+        }
+    }
+}
