@@ -98,4 +98,10 @@ reasons! {
     SourceRouted = 30 => "source_routed",
     /// The packet claims an address that is not its sender's.
     ForgedSource = 31 => "forged_source",
+    /// A revocation list names the peer's certificate, or none that is valid vouches for it.
+    PeerRevoked = 32 => "peer_revoked",
+    /// The trust bundle no longer vouches for the peer's certificate.
+    PeerUntrusted = 33 => "peer_untrusted",
+    /// A certificate of the tunnel's, or the authority behind it, has expired.
+    CertificateExpired = 34 => "certificate_expired",
 }

@@ -48,7 +48,7 @@ fn a_node_that_is_revoked_is_shut_out_and_others_are_not() {
         run(&folder, &line);
     }
     let ca_of = |node: &str| serde_json::json!(folder.join(node));
-    let place = "/certificates/embedded/caDir";
+    let place = "/certificates/sources/0/embedded/caDir";
     let one = pair.allowing_at_one().set(place, ca_of("one")).start();
     let two = pair.allowing_at_two().set(place, ca_of("two")).start();
     let _server = serve(&pair.server, APP, &[]);

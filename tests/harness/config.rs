@@ -31,7 +31,7 @@ impl<'n> Reeve<'n> {
             "workloads": [],
             "peers": [],
             "policies": {"folder": policies},
-            "certificates": {"embedded": {"caDir": node.network().trust()}},
+            "certificates": {"sources": [{"embedded": {"caDir": node.network().trust()}}]},
             // The node's network namespace is its own, so a fixed port collides with nothing.
             "metrics": {"address": format!("127.0.0.1:{}", Daemon::METRICS_PORT)},
             "admin": {"socket": folder.join("admin.sock")},
@@ -85,16 +85,20 @@ impl<'n> Reeve<'n> {
     pub fn trust(self, trust_domain: &str, authorities: &str) -> Self {
         let file = self.node.folder().join(format!("{trust_domain}.pem"));
         fs::write(&file, authorities).expect("writing a trust bundle");
-        let place = format!("/certificates/embedded/trustBundles/{trust_domain}");
+        let place = format!("/certificates/trustBundles/{trust_domain}");
         self.set(&place, json!(file))
     }
 
-    /// Sets anything, by JSON pointer: `/limits/handshakes`. What lies on the way is made.
+    /// Sets anything, by JSON pointer: `/limits/handshakes`, `/certificates/sources/0/embedded`.
+    /// What lies on the way is made, but for the entries of lists.
     #[must_use]
     pub fn set(mut self, pointer: &str, value: Value) -> Self {
         let mut place = &mut self.settings;
         for key in pointer.split('/').skip(1) {
-            place = &mut place[key];
+            place = match (&*place, key.parse::<usize>()) {
+                (Value::Array(_), Ok(index)) => &mut place[index],
+                _ => &mut place[key],
+            };
         }
         *place = value;
         self

@@ -4,7 +4,7 @@ use std::{fmt, path::Path, sync::Arc};
 
 use serde::Serialize;
 
-use super::{Certificates, Config, ConfigErrors};
+use super::{Config, ConfigErrors};
 use crate::{
     policy::{Inputs, KernelTables, Known, PolicySet, Snapshot},
     workload::{Peer, RunningWorkload, Workload},
@@ -78,14 +78,14 @@ pub fn check(path: &Path) -> Result<Summary, ConfigErrors> {
 
 /// Peers whose certificates nothing here can verify.
 fn unknown_domains(config: &Config) -> Vec<String> {
-    let Certificates::Embedded(ca) = &config.certificates;
     let warning = |peer: &Arc<Peer>| {
         let domain = peer.attributes.as_ref()?.spiffe_id.trust_domain();
-        let known = *domain == config.trust_domain || ca.trust_bundles.contains_key(domain);
+        let known = *domain == config.trust_domain
+            || config.certificates.trust_bundles.contains_key(domain);
         (peer.tunnel_port.is_some() && !known).then(|| {
             format!(
                 "{}: the peer `{}` is of the trust domain `{domain}`, which \
-                 `certificates.embedded.trustBundles` does not have: no tunnel to it will stand",
+                 `certificates.trustBundles` does not have: no tunnel to it will stand",
                 config.file.display(),
                 peer.name
             )

@@ -72,6 +72,7 @@ pub(super) struct RawWorkload {
     pub(super) ports: Vec<Port>,
     #[serde(default)]
     pub(super) addresses: Vec<Ip>,
+    pub(super) certificates: Option<Located<Name>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -106,10 +107,21 @@ pub(super) struct RawPolicies {
     pub(super) files: Vec<PathText>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawCertificates {
+    #[serde(default)]
+    pub(super) sources: Vec<Located<RawSource>>,
+    #[serde(default)]
+    pub(super) trust_bundles: BTreeMap<TrustDomain, PathText>,
+}
+
+/// Exactly one of the kinds is there.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) enum RawCertificates {
-    Embedded(RawEmbeddedCa),
+pub(super) struct RawSource {
+    pub(super) name: Option<Name>,
+    pub(super) embedded: Option<RawEmbeddedCa>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -118,8 +130,6 @@ pub(super) struct RawEmbeddedCa {
     pub(super) ca_dir: Option<PathText>,
     #[serde(default)]
     pub(super) leaf_lifetime: Option<LeafLifetime>,
-    #[serde(default)]
-    pub(super) trust_bundles: BTreeMap<TrustDomain, PathText>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -209,12 +219,6 @@ impl Default for RawAdmin {
 
 fn default_recent_events() -> u32 {
     4096
-}
-
-impl Default for RawCertificates {
-    fn default() -> Self {
-        Self::Embedded(RawEmbeddedCa::default())
-    }
 }
 
 // === impl RawTunnel ===

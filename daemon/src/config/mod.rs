@@ -23,7 +23,7 @@ use std::{
 
 pub use check::{Summary, check};
 pub use settings::{
-    Admin, Certificates, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel, Maps, Metrics, Node,
+    Admin, Certificates, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel, Maps, Metrics, Node, Source,
 };
 pub use tunnel::{Limits, Ports, Timeouts};
 

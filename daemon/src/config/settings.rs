@@ -9,8 +9,11 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::identity::TrustDomain;
-use crate::yaml::values::{number, size};
+use crate::{
+    identity::TrustDomain,
+    workload::Workload,
+    yaml::values::{number, size},
+};
 
 /// This node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,9 +31,20 @@ pub struct Node {
     pub bpffs: PathBuf,
 }
 
-/// Where certificates come from: one source.
+/// Where certificates come from, and whose signature counts besides.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Certificates {
+pub struct Certificates {
+    /// The sources by name, in the order of their declaration. The first gives the certificates of
+    /// every workload that names none. Never empty; default the embedded authority.
+    pub sources: Vec<(String, Source)>,
+    /// PEM files with the certificates of trust domains' authorities. They count instead of what a
+    /// source brings for the same trust domain. Default none.
+    pub trust_bundles: BTreeMap<TrustDomain, PathBuf>,
+}
+
+/// One source of certificates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
     /// reeve's own certificate authority.
     Embedded(EmbeddedCa),
 }
@@ -42,8 +56,6 @@ pub struct EmbeddedCa {
     pub ca_dir: PathBuf,
     /// Lifetime of a leaf; it is renewed at half of that. Default 1 h.
     pub leaf_lifetime: Duration,
-    /// PEM files with the certificates of other trust domains' authorities. Default none.
-    pub trust_bundles: BTreeMap<TrustDomain, PathBuf>,
 }
 
 /// Capacities of the kernel's maps, in entries. A change takes effect when reeve starts anew
@@ -150,6 +162,17 @@ pub enum EbpfLog {
     Off,
     /// Every verdict: only for finding a fault, it is slow.
     Debug,
+}
+
+// === impl Certificates ===
+
+impl Certificates {
+    /// The source that a workload gets its certificate from.
+    #[must_use]
+    pub fn source_of<'a>(&'a self, workload: &'a Workload) -> &'a str {
+        let first = || self.sources.first().map_or("", |(name, _)| name);
+        workload.certificates.as_deref().unwrap_or_else(first)
+    }
 }
 
 // === impl LogLevel ===

@@ -6,12 +6,11 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use super::{
-    Admin, Certificates, Config, EmbeddedCa, FIRST_PEER_ID, Metrics, Node, Ports,
-    file::{RawCertificates, RawConfig, RawEmbeddedCa, RawNode, RawPolicies, RawWorkload},
+    Admin, Certificates, Config, FIRST_PEER_ID, Metrics, Node, Ports,
+    file::{RawConfig, RawNode, RawPolicies, RawWorkload},
 };
 use crate::{
     identity::{SpiffeId, TrustDomain},
@@ -23,12 +22,12 @@ use crate::{
     },
 };
 
+mod certificates;
 mod peers;
 
 const STATE_DIR: &str = "/var/lib/reeve";
 const BPFFS: &str = "/sys/fs/bpf/reeve";
 const ADMIN_SOCKET: &str = "/run/reeve/admin.sock";
-const LEAF_LIFETIME: Duration = Duration::from_secs(3600);
 const DEFAULT_NAMESPACE: &str = "default";
 /// Name of a node whose host has none.
 const NAMELESS_NODE: &str = "localhost";
@@ -67,18 +66,19 @@ pub(super) fn settle(
     let stand_in = TrustDomain::parse("missing").ok()?;
     let domain = trust_domain.unwrap_or(stand_in);
     let ports = report.ports(raw.ports);
-    let workloads = report.workloads(raw.workloads, &domain);
-    let peers = report.peers(raw.peers, &domain, ports.tunnel);
-
     let file = document.file().to_path_buf();
     let folder = file.parent().unwrap_or(Path::new("")).to_owned();
     let state_dir = raw
         .state_dir
         .map_or_else(|| PathBuf::from(STATE_DIR), |path| folder.join(path.0));
+    let certificates = report.certificates(raw.certificates, &folder, &state_dir);
+    let workloads = report.workloads(raw.workloads, &domain, &certificates);
+    let peers = report.peers(raw.peers, &domain, ports.tunnel);
+
     Some(Config {
         trust_domain: domain,
         node: node(raw.node, &folder),
-        certificates: certificates(raw.certificates, &folder, &state_dir),
+        certificates,
         state_dir,
         workloads,
         enforced_parents: raw
@@ -135,22 +135,6 @@ fn policies(raw: RawPolicies, folder: &Path) -> PolicySources {
             .map(|path| folder.join(path.0))
             .collect(),
     }
-}
-
-fn certificates(raw: RawCertificates, folder: &Path, state_dir: &Path) -> Certificates {
-    let RawCertificates::Embedded(RawEmbeddedCa {
-        ca_dir,
-        leaf_lifetime,
-        trust_bundles,
-    }) = raw;
-    Certificates::Embedded(EmbeddedCa {
-        ca_dir: ca_dir.map_or_else(|| state_dir.join("ca"), |path| folder.join(path.0)),
-        leaf_lifetime: leaf_lifetime.map_or(LEAF_LIFETIME, |lifetime| lifetime.0),
-        trust_bundles: trust_bundles
-            .into_iter()
-            .map(|(domain, path)| (domain, folder.join(path.0)))
-            .collect(),
-    })
 }
 
 /// Gives `items` the numbers that `previous` gave to the same names.
@@ -243,8 +227,10 @@ impl Report<'_> {
         &mut self,
         raw: Vec<Located<RawWorkload>>,
         domain: &TrustDomain,
+        certificates: &Certificates,
     ) -> Vec<Arc<Workload>> {
         let mut selectors: HashMap<String, NodeId> = HashMap::new();
+        let mut sources = HashMap::new();
         let mut workloads = Vec::with_capacity(raw.len());
         for (workload, id) in raw.into_iter().zip(1..) {
             if id >= FIRST_PEER_ID {
@@ -254,9 +240,11 @@ impl Report<'_> {
                 );
                 break;
             }
+            self.chosen_source(&workload, certificates);
             let Some(settled) = self.workload(&workload, id, domain) else {
                 continue;
             };
+            self.one_source(&workload, &settled, certificates, &mut sources);
             let (CgroupSelector::Cgroup(place) | CgroupSelector::Unit(place)) = &settled.selector;
             if let Some(first) = selectors.get(place) {
                 let line = self.document.line(*first);
@@ -332,6 +320,10 @@ impl Report<'_> {
             selector: selector?,
             ports: raw.ports.iter().map(|port| port.0).collect(),
             addresses: raw.addresses.iter().map(|ip| ip.0).collect(),
+            certificates: raw
+                .certificates
+                .as_ref()
+                .map(|name| name.as_str().to_owned()),
         })
     }
 

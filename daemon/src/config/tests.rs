@@ -96,7 +96,10 @@ fn relative_paths_start_at_the_file() {
         config.policies.folder.as_deref(),
         Some(Path::new("/etc/reeve/../p"))
     );
-    let super::Certificates::Embedded(ca) = &config.certificates;
+    let [(name, super::Source::Embedded(ca))] = &config.certificates.sources[..] else {
+        panic!("there is one source");
+    };
+    assert_eq!(name, "embedded");
     assert_eq!(ca.ca_dir, Path::new("/etc/reeve/state/ca"));
 }
 
@@ -144,7 +147,7 @@ certificates: {vault: {}}
         "14:31: timeouts.idle: found the number 5; expected a duration, as in `30s`",
         "15:20: metrics.address: `localhost` is not an address with a port",
         "16:15: log.format: `jsn` is not known here; expected `text` or `json`; did you mean `json`?",
-        "17:16: certificates.vault: there is no such field; expected one of embedded",
+        "17:16: certificates.vault: there is no such field; expected one of sources, trustBundles",
     ];
     for (found, wanted) in found.iter().zip(wanted) {
         let line = format!("/etc/reeve/reeve.yaml:{wanted}");
@@ -207,6 +210,58 @@ fn an_identity_says_one_thing() {
     assert!(workload("spiffeId: spiffe://a/ns/n/sa/s, namespace: n").is_ok());
     assert!(workload("spiffeId: spiffe://a/ns/n/sa/s, namespace: m").is_err());
     assert!(workload("spiffeId: spiffe://b/ns/n/sa/s").is_err());
+}
+
+#[test]
+fn a_workload_gets_its_certificate_from_the_source_that_it_names_or_the_first() {
+    let config = load(
+        "\
+trustDomain: a
+certificates: {sources: [{embedded: {}}, {name: other, embedded: {caDir: /ca}}]}
+workloads:
+- {name: v, cgroup: /v}
+- {name: w, cgroup: /w, certificates: other}
+",
+    )
+    .unwrap();
+    let sources: Vec<_> = config
+        .workloads
+        .iter()
+        .map(|workload| config.certificates.source_of(workload))
+        .collect();
+    assert_eq!(sources, ["embedded", "other"]);
+}
+
+#[test]
+fn sources_that_cannot_be_told_apart_or_are_not_there_are_mistakes() {
+    let found = mistakes(
+        "\
+trustDomain: a
+certificates:
+  sources:
+  - embedded: {}
+  - embedded: {}
+  - {name: other, embedded: {caDir: ca}}
+  - {name: nothing}
+workloads:
+- {name: v, cgroup: /v, certificates: othr}
+- {name: w, cgroup: /w, serviceAccount: s}
+- {name: x, cgroup: /x, serviceAccount: s, certificates: other}
+",
+    );
+    let wanted = [
+        "5:5: certificates.sources[1]: has the name `embedded`, as the source on line 4 does",
+        "7:5: certificates.sources[3]: does not say what it is; add `embedded: {}`",
+        "9:39: workloads[0].certificates: `othr` is no source of `certificates.sources`; did you \
+         mean `other`?",
+        "11:3: workloads[2]: gets the identity `spiffe://a/ns/default/sa/s` from `other`, and the \
+         workload on line 10 gets it from `embedded`",
+    ];
+    for (found, wanted) in found.iter().zip(wanted) {
+        let line = format!("/etc/reeve/reeve.yaml:{wanted}");
+        assert!(found.starts_with(&line), "found:  {found}\nwanted: {line}");
+    }
+    assert_eq!(found.len(), wanted.len(), "{found:#?}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The certificate source that the configuration names.
+//! The certificate sources that the configuration names, and the trust bundles.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,9 +9,10 @@ use rustls_pki_types::{CertificateDer, pem::PemObject};
 
 use super::ca;
 use crate::{
-    config::{Certificates, Config},
+    config::{Config, Source},
     identity::{
-        BundleError, CaError, EmbeddedCa, IdentityStore, TrustBundle, TrustDomain, TrustStore,
+        BundleError, CaError, CertificateSource, EmbeddedCa, IdentityStore, Sources, TrustBundle,
+        TrustDomain,
     },
 };
 
@@ -44,41 +45,53 @@ pub enum CertificatesError {
     },
 }
 
-/// Opens the source. Identities are named to the store later. Needs a tokio runtime.
+/// Opens the sources. Identities are named to the store later. Needs a tokio runtime.
 ///
 /// # Errors
-/// When the source cannot be used.
+/// When a source cannot be used.
 pub fn identity_store(config: &Config) -> Result<IdentityStore, CertificatesError> {
-    let Certificates::Embedded(embedded) = &config.certificates;
-    let ca = EmbeddedCa::open(
-        &embedded.ca_dir,
-        &config.trust_domain,
-        embedded.leaf_lifetime,
-    )?;
-    let ca = Arc::new(ca);
-    ca::follow(ca.clone());
-    let store = IdentityStore::new(ca, Arc::new(TrustStore::default()));
+    let mut sources = Sources::new();
+    for (name, source) in &config.certificates.sources {
+        sources.insert(name.clone(), open(config, source)?);
+    }
+    let store = IdentityStore::new(sources);
     store.replace_bundles(&trust_bundles(config)?);
     Ok(store)
 }
 
-/// The bundles of other trust domains.
+fn open(config: &Config, source: &Source) -> Result<Arc<dyn CertificateSource>, CertificatesError> {
+    match source {
+        Source::Embedded(embedded) => {
+            let ca = Arc::new(EmbeddedCa::open(
+                &embedded.ca_dir,
+                &config.trust_domain,
+                embedded.leaf_lifetime,
+            )?);
+            ca::follow(ca.clone());
+            Ok(ca)
+        }
+    }
+}
+
+/// The bundles that are configured.
 ///
 /// # Errors
 /// The first file that cannot be used.
 pub(super) fn trust_bundles(config: &Config) -> Result<Vec<Arc<TrustBundle>>, CertificatesError> {
-    let Certificates::Embedded(embedded) = &config.certificates;
-    embedded
-        .trust_bundles
-        .iter()
+    let files = config.certificates.trust_bundles.iter();
+    files
         .map(|(domain, path)| trust_bundle(domain, path).map(Arc::new))
         .collect()
 }
 
 /// Their files.
 pub(super) fn trust_bundle_files(config: &Config) -> Vec<PathBuf> {
-    let Certificates::Embedded(embedded) = &config.certificates;
-    embedded.trust_bundles.values().cloned().collect()
+    config
+        .certificates
+        .trust_bundles
+        .values()
+        .cloned()
+        .collect()
 }
 
 fn trust_bundle(domain: &TrustDomain, path: &Path) -> Result<TrustBundle, CertificatesError> {

@@ -191,7 +191,7 @@ impl Daemon {
             let certificate = identity.certificate;
             admin::CertificateStatus {
                 spiffe_id: identity.spiffe_id.to_string(),
-                source: identity.source.to_owned(),
+                source: identity.source,
                 serial: certificate.as_ref().map(|found| found.serial.clone()),
                 not_before: certificate.as_ref().map(|found| rfc3339(found.not_before)),
                 not_after: certificate.as_ref().map(|found| rfc3339(found.not_after)),

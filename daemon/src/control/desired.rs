@@ -141,6 +141,7 @@ mod tests {
                 selector: CgroupSelector::Cgroup(format!("/w{id}")),
                 ports: Vec::new(),
                 addresses: Vec::new(),
+                certificates: None,
             }),
             cgroups: vec![(cgroup, 1)],
             owns_netns: netns.is_some(),

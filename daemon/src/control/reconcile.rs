@@ -68,11 +68,12 @@ impl Control {
 
         self.snapshot.store(snapshot.clone());
         self.daemon.tunnels.judge_again();
-        let identities: Vec<_> = discovery
-            .workloads
-            .iter()
-            .map(|running| running.workload.attributes.spiffe_id.clone())
-            .collect();
+        let identities = discovery.workloads.iter().map(|running| {
+            let source = config.certificates.source_of(&running.workload);
+            let id = running.workload.attributes.spiffe_id.clone();
+            (id, source.to_owned())
+        });
+        let identities = identities.collect();
         self.daemon.identities.ensure(&identities);
 
         let flagged = listening;

@@ -58,7 +58,8 @@ pub enum BundleError {
 /// another's identities.
 pub type TrustBundles = BTreeMap<TrustDomain, Arc<TrustBundle>>;
 
-/// The bundles in force, replaced at runtime as whole values. Every verifier reads the newest.
+/// The bundles in force for one identity, replaced at runtime as a whole. Every verifier of the
+/// identity reads the newest.
 #[derive(Debug, Default)]
 pub struct TrustStore(ArcSwap<TrustBundles>);
 
@@ -142,9 +143,10 @@ impl TrustBundle {
     /// Whether both were made from the same certificates and lists.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
-        self.trust_domain == other.trust_domain
-            && self.certificates == other.certificates
-            && self.crl_ders == other.crl_ders
+        std::ptr::eq(self, other)
+            || self.trust_domain == other.trust_domain
+                && self.certificates == other.certificates
+                && self.crl_ders == other.crl_ders
     }
 
     pub(super) fn anchors(&self) -> &[TrustAnchor<'static>] {
@@ -210,35 +212,17 @@ impl TrustStore {
         self.0.load_full()
     }
 
-    /// Replaces the bundles of these trust domains, all at once. Others stay. Returns whether
-    /// anything is different now.
-    pub(super) fn replace(&self, bundles: &[Arc<TrustBundle>]) -> bool {
-        let mut changed = false;
-        self.0.rcu(|current| {
-            let next = overlaid(current, bundles);
-            changed = next.is_some();
-            next.map_or_else(|| current.clone(), Arc::new)
-        });
-        changed
+    /// Puts these in force, unless they say what those in force say: a value that is the same by
+    /// its address is known to say the same. Returns whether anything is different now.
+    pub(super) fn replace(&self, next: TrustBundles) -> bool {
+        let different = !same(&self.0.load(), &next);
+        if different {
+            self.0.store(Arc::new(next));
+        }
+        different
     }
 }
 
-/// `current` with some bundles replaced; none where all of them are there already.
-pub(super) fn overlaid(
-    current: &TrustBundles,
-    bundles: &[Arc<TrustBundle>],
-) -> Option<TrustBundles> {
-    let is_there = |bundle: &Arc<TrustBundle>| {
-        current
-            .get(&bundle.trust_domain)
-            .is_some_and(|old| old.same_as(bundle))
-    };
-    if bundles.iter().all(is_there) {
-        return None;
-    }
-    let mut next = current.clone();
-    for bundle in bundles {
-        next.insert(bundle.trust_domain.clone(), bundle.clone());
-    }
-    Some(next)
+fn same(one: &TrustBundles, other: &TrustBundles) -> bool {
+    one.len() == other.len() && one.values().zip(other.values()).all(|(a, b)| a.same_as(b))
 }

@@ -31,7 +31,7 @@ pub use server_name::{server_name_for, server_name_matches};
 pub use source::{CertificateSource, Material, SourceError};
 pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use status::{BundleStatus, IdentityStatus};
-pub use store::IdentityStore;
+pub use store::{IdentityStore, Sources};
 pub use svid::{ReloadError, Svid};
 pub use verify::{SvidVerifier, peer_id, verify_chain};
 

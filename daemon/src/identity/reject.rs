@@ -2,6 +2,7 @@
 
 use std::io;
 
+use reeve_common::Reason;
 use rustls::{AlertDescription, CertificateError, Error, OtherError};
 
 use crate::telemetry::HandshakeReason;
@@ -104,6 +105,16 @@ impl RejectReason {
                 inner.downcast_ref().copied()
             }
             _ => None,
+        }
+    }
+
+    /// Why a tunnel is closed whose peer's certificate would be refused for this reason now.
+    #[must_use]
+    pub fn closing_reason(self) -> Reason {
+        match self.handshake_reason() {
+            HandshakeReason::Revoked => Reason::PeerRevoked,
+            HandshakeReason::Validity => Reason::CertificateExpired,
+            _ => Reason::PeerUntrusted,
         }
     }
 

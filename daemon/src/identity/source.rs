@@ -33,8 +33,8 @@ pub struct Material {
     pub chain: Vec<CertificateDer<'static>>,
     /// The private key, wiped from memory once it is used.
     pub key: Zeroizing<PrivateKeyDer<'static>>,
-    /// Bundles that come with it, put in force together with it. A source gives the same bundle of
-    /// a trust domain with every identity.
+    /// Bundles that come with it, put in force together with it, for this identity. Where several
+    /// identities have the same bundle, a source gives the same value: it is kept once.
     pub bundles: Vec<Arc<TrustBundle>>,
 }
 

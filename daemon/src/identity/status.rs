@@ -12,8 +12,8 @@ use super::{ReloadError, SpiffeId, TrustBundle, TrustDomain};
 pub struct IdentityStatus {
     /// Who.
     pub spiffe_id: SpiffeId,
-    /// Name of the source.
-    pub source: &'static str,
+    /// Name that the configuration gives to the source.
+    pub source: String,
     /// The certificate in force; none until there is one, or when it has expired.
     pub certificate: Option<CertificateStatus>,
     /// When the source is asked next.

@@ -1,7 +1,7 @@
 //! The newest checked material of every identity, read by the tunnel without locks held.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -14,14 +14,21 @@ use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use super::{
     BundleStatus, CertificateSource, IdentityStatus, Material, ReloadError, SourceError, SpiffeId,
-    Svid, TrustBundle, TrustStore, bundle::overlaid, renewal::Renewal, status::CertificateStatus,
+    Svid, TrustBundle, TrustBundles, TrustStore, renewal::Renewal, status::CertificateStatus,
 };
 
 /// How long a source may take to answer. A source that issues over the network needs seconds.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Identities by SPIFFE ID: each one's certificate is fetched from the source, checked as a whole,
-/// and replaced as a whole, while the old one stays in force until then or until it expires.
+/// The sources by the names that the configuration gives them.
+pub type Sources = BTreeMap<String, Arc<dyn CertificateSource>>;
+
+/// Identities by SPIFFE ID: each one's certificate is fetched from the identity's source, checked
+/// as a whole, and replaced as a whole, while the old one stays in force until then or until it
+/// expires.
+///
+/// Each identity trusts by itself: the bundles that came with its own certificate, and those that
+/// were configured, which count instead of what a source brings for the same trust domain.
 #[derive(Debug)]
 pub struct IdentityStore {
     shared: Arc<Shared>,
@@ -31,8 +38,9 @@ pub struct IdentityStore {
 
 #[derive(Debug)]
 struct Shared {
-    source: Arc<dyn CertificateSource>,
-    trust: Arc<TrustStore>,
+    sources: Sources,
+    /// The bundles that no source brings.
+    configured: Mutex<TrustBundles>,
     slots: ArcSwap<BTreeMap<SpiffeId, Arc<Slot>>>,
     changes: watch::Sender<u64>,
     /// Of the newest certificate.
@@ -43,12 +51,18 @@ struct Shared {
 #[derive(Debug)]
 struct Slot {
     id: SpiffeId,
+    /// Name of its source.
+    source: String,
     svid: ArcSwapOption<Svid>,
+    /// What its verifiers read.
+    trust: Arc<TrustStore>,
+    /// The bundles that came with the newest certificate.
+    own: Mutex<Vec<Arc<TrustBundle>>>,
     progress: Mutex<Progress>,
 }
 
 /// How fetching goes.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Progress {
     next_attempt: Option<SystemTime>,
     last_attempt: Option<SystemTime>,
@@ -61,11 +75,11 @@ struct Progress {
 impl IdentityStore {
     /// A store without identities, until [`Self::ensure`] names some.
     #[must_use]
-    pub fn new(source: Arc<dyn CertificateSource>, trust: Arc<TrustStore>) -> Self {
+    pub fn new(sources: Sources) -> Self {
         Self {
             shared: Arc::new(Shared {
-                source,
-                trust,
+                sources,
+                configured: Mutex::default(),
                 slots: ArcSwap::default(),
                 changes: watch::Sender::new(0),
                 generation: AtomicU64::new(0),
@@ -74,31 +88,44 @@ impl IdentityStore {
         }
     }
 
-    /// Makes these the identities that there are: fetches what is new, forgets what is gone. Comes
-    /// back at once; [`Self::changes`] tells when certificates have arrived. Needs a tokio runtime,
-    /// on which the renewing goes on.
-    pub fn ensure(&self, ids: &[SpiffeId]) {
-        let wanted: BTreeSet<&SpiffeId> = ids.iter().collect();
+    /// Makes these the identities that there are, each with the name of its source: fetches what is
+    /// new, forgets what is gone. One that changes its source keeps what it has until the new
+    /// source has given something. Comes back at once; [`Self::changes`] tells when certificates
+    /// have arrived. Needs a tokio runtime, on which the renewing goes on.
+    pub fn ensure(&self, wanted: &BTreeMap<SpiffeId, String>) {
         let mut tasks = lock(&self.tasks);
-        let mut slots = BTreeMap::clone(&self.shared.slots.load());
+        let before = self.shared.slots.load_full();
+        let mut slots = BTreeMap::new();
+        let mut new = Vec::new();
+        for (id, source) in wanted {
+            let old = before.get(id);
+            let slot = match old.filter(|slot| slot.source == *source) {
+                Some(kept) => kept.clone(),
+                None => {
+                    let slot = Arc::new(match old {
+                        Some(old) => old.with_source(source),
+                        None => Slot::new(id.clone(), source.clone()),
+                    });
+                    new.push(slot.clone());
+                    slot
+                }
+            };
+            slots.insert(id.clone(), slot);
+        }
         tasks.retain(|id, task| {
-            let keep = wanted.contains(id);
+            let kept = slots.get(id).zip(before.get(id));
+            let keep = kept.is_some_and(|(now, before)| Arc::ptr_eq(now, before));
             if !keep {
                 task.abort();
-                slots.remove(id);
             }
             keep
         });
-        let mut new = Vec::new();
-        for id in wanted {
-            if !slots.contains_key(id) {
-                let slot = Arc::new(Slot::new(id.clone()));
-                slots.insert(id.clone(), slot.clone());
-                new.push(slot);
-            }
+        if new.is_empty() && slots.len() == before.len() {
+            return;
         }
         self.shared.slots.store(Arc::new(slots));
         for slot in new {
+            self.shared.settle_trust(&slot);
             let id = slot.id.clone();
             tasks.insert(id, tokio::spawn(keep_fresh(self.shared.clone(), slot)));
         }
@@ -112,41 +139,55 @@ impl IdentityStore {
         svid.is_valid_at(SystemTime::now()).then_some(svid)
     }
 
+    /// The bundles by which `id` judges its peers now. The same value, by its address, for as long
+    /// as nothing about them changes.
+    #[must_use]
+    pub fn trust_of(&self, id: &SpiffeId) -> Option<Arc<TrustBundles>> {
+        Some(self.shared.slots.load().get(id)?.trust.current())
+    }
+
     /// Wakes at every change of any identity or bundle; the number has no meaning but to differ.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
     }
 
-    /// Replaces the bundles of these trust domains, all at once. Others stay.
+    /// Replaces the configured bundles of these trust domains, all at once. Others stay.
     pub fn replace_bundles(&self, bundles: &[Arc<TrustBundle>]) {
-        if self.shared.trust.replace(bundles) {
+        let by_domain = |bundle: &Arc<TrustBundle>| (bundle.trust_domain().clone(), bundle.clone());
+        lock(&self.shared.configured).extend(bundles.iter().map(by_domain));
+        let slots = self.shared.slots.load();
+        // Every slot: the first that differs must not keep the others from being looked at.
+        let different = slots.values().filter(|slot| self.shared.settle_trust(slot));
+        if different.count() > 0 {
             self.shared.changed();
         }
-    }
-
-    /// The trust bundles in force.
-    #[must_use]
-    pub fn trust(&self) -> &Arc<TrustStore> {
-        &self.shared.trust
     }
 
     /// Every identity and how it stands, by SPIFFE ID.
     #[must_use]
     pub fn status(&self) -> Vec<IdentityStatus> {
-        let source = self.shared.source.name();
         let slots = self.shared.slots.load();
-        slots.values().map(|slot| slot.status(source)).collect()
+        slots.values().map(|slot| slot.status()).collect()
     }
 
-    /// Every trust domain's bundle, by name.
+    /// The bundles in force by trust domain, each once, however many identities trust it.
     #[must_use]
     pub fn bundles(&self) -> Vec<BundleStatus> {
-        let bundles = self.shared.trust.current();
-        bundles
-            .values()
-            .map(|bundle| bundle.as_ref().into())
-            .collect()
+        let mut found: BTreeMap<_, Vec<Arc<TrustBundle>>> = BTreeMap::new();
+        let mut add = |bundles: &TrustBundles| {
+            for (domain, bundle) in bundles {
+                let found = found.entry(domain.clone()).or_default();
+                if !found.iter().any(|other| other.same_as(bundle)) {
+                    found.push(bundle.clone());
+                }
+            }
+        };
+        add(&lock(&self.shared.configured));
+        let slots = self.shared.slots.load();
+        slots.values().for_each(|slot| add(&slot.trust.current()));
+        let found = found.into_values().flatten();
+        found.map(|bundle| bundle.as_ref().into()).collect()
     }
 }
 
@@ -162,27 +203,48 @@ impl Drop for IdentityStore {
 
 /// Fetches one identity's certificate and renews it, until the identity is removed.
 async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
-    let mut news = shared.source.changes(&slot.id);
+    let source = shared.sources.get(&slot.source).cloned();
+    let mut news = source.as_ref().map(|source| source.changes(&slot.id));
     let mut renewal = Renewal::new();
     loop {
         let now = SystemTime::now();
         shared.drop_expired(&slot, now);
         if renewal.is_due(now) {
-            let result = shared.reload(&slot).await;
+            let result = shared.reload(source.as_deref(), &slot).await;
             renewal.attempted(&result, slot.svid.load().as_deref(), SystemTime::now());
             shared.record(&slot, result, now, renewal.next());
         }
         tokio::select! {
             () = tokio::time::sleep(renewal.sleep(SystemTime::now())) => {}
-            // A source that is gone wakes nobody; what it gave before is renewed in vain, and said.
-            Ok(()) = news.changed() => renewal.hurry(),
+            () = changed(&mut news) => renewal.hurry(),
         }
     }
 }
 
+/// Waits until the source may have something new. A source that is gone, or never was, wakes
+/// nobody: what it gave before is renewed in vain, and that is said.
+async fn changed(news: &mut Option<watch::Receiver<u64>>) {
+    if let Some(news) = news
+        && news.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
 impl Shared {
-    async fn reload(&self, slot: &Slot) -> Result<Option<Arc<Svid>>, ReloadError> {
-        let fetch = timeout(FETCH_TIMEOUT, self.source.fetch(&slot.id));
+    async fn reload(
+        &self,
+        source: Option<&dyn CertificateSource>,
+        slot: &Slot,
+    ) -> Result<Option<Arc<Svid>>, ReloadError> {
+        let source = source.ok_or_else(|| {
+            SourceError::Unavailable(format!(
+                "there is no source `{}` since reeve was started; sources change at a restart",
+                slot.source
+            ))
+        })?;
+        let fetch = timeout(FETCH_TIMEOUT, source.fetch(&slot.id));
         let material = fetch.await.map_err(|_| ReloadError::Timeout)??;
         self.put_in_force(slot, &material)
     }
@@ -194,14 +256,16 @@ impl Shared {
         slot: &Slot,
         material: &Material,
     ) -> Result<Option<Arc<Svid>>, ReloadError> {
-        let current = self.trust.current();
-        let next = overlaid(&current, &material.bundles);
-        let bundles = next.as_ref().unwrap_or(&current);
+        // Held, so that bundles that are configured meanwhile come after, and are not lost.
+        let configured = lock(&self.configured);
+        let next = effective(&configured, &material.bundles);
         let now = SystemTime::now();
-        let mut svid = Svid::check(&slot.id, material, bundles, &self.trust, now)?;
-        if self.trust.replace(&material.bundles) {
+        let mut svid = Svid::check(&slot.id, material, &next, &slot.trust, now)?;
+        lock(&slot.own).clone_from(&material.bundles);
+        if slot.trust.replace(next) {
             self.changed();
         }
+        drop(configured);
         if slot
             .svid
             .load()
@@ -212,6 +276,13 @@ impl Shared {
         }
         svid.generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         Ok(Some(Arc::new(svid)))
+    }
+
+    /// Brings what an identity trusts up to date with what is configured. Returns whether anything
+    /// is different now.
+    fn settle_trust(&self, slot: &Slot) -> bool {
+        let configured = lock(&self.configured);
+        slot.trust.replace(effective(&configured, &lock(&slot.own)))
     }
 
     fn record(
@@ -231,6 +302,7 @@ impl Shared {
                 if let Some(svid) = svid {
                     tracing::info!(
                         spiffe_id = %slot.id,
+                        source = slot.source,
                         serial = svid.serial,
                         generation = svid.generation,
                         not_after = %humantime::format_rfc3339_seconds(svid.not_after),
@@ -243,7 +315,7 @@ impl Shared {
             Err(error) => {
                 tracing::warn!(
                     spiffe_id = %slot.id,
-                    source = self.source.name(),
+                    source = slot.source,
                     reason = error.as_str(),
                     next_attempt = %humantime::format_rfc3339_seconds(next),
                     "no new certificate, the old one stays in force until it expires: {error}"
@@ -276,26 +348,52 @@ impl Shared {
     }
 }
 
+/// What an identity trusts that has these bundles of its own.
+fn effective(configured: &TrustBundles, own: &[Arc<TrustBundle>]) -> TrustBundles {
+    let by_domain = |bundle: &Arc<TrustBundle>| (bundle.trust_domain().clone(), bundle.clone());
+    let mut bundles: TrustBundles = own.iter().map(by_domain).collect();
+    for (domain, bundle) in configured {
+        bundles.insert(domain.clone(), bundle.clone());
+    }
+    bundles
+}
+
 // === impl Slot ===
 
 impl Slot {
-    fn new(id: SpiffeId) -> Self {
+    fn new(id: SpiffeId, source: String) -> Self {
         Self {
             id,
+            source,
             svid: ArcSwapOption::empty(),
+            trust: Arc::default(),
+            own: Mutex::default(),
             progress: Mutex::default(),
         }
     }
 
-    fn status(&self, source: &'static str) -> IdentityStatus {
-        let progress = lock(&self.progress);
+    /// The same identity, with the same material, from another source.
+    fn with_source(&self, source: &str) -> Self {
+        Self {
+            id: self.id.clone(),
+            source: source.to_owned(),
+            svid: ArcSwapOption::new(self.svid.load_full()),
+            // The material's verifiers read this very store.
+            trust: self.trust.clone(),
+            own: Mutex::new(lock(&self.own).clone()),
+            progress: Mutex::new(lock(&self.progress).clone()),
+        }
+    }
+
+    fn status(&self) -> IdentityStatus {
+        let progress = lock(&self.progress).clone();
         let svid = self.svid.load();
         let svid = svid
             .as_ref()
             .filter(|svid| svid.is_valid_at(SystemTime::now()));
         IdentityStatus {
             spiffe_id: self.id.clone(),
-            source,
+            source: self.source.clone(),
             certificate: svid.map(|svid| CertificateStatus {
                 serial: svid.serial.clone(),
                 issuer: svid.issuer.clone(),
@@ -306,7 +404,7 @@ impl Slot {
             next_attempt: progress.next_attempt,
             last_attempt: progress.last_attempt,
             last_success: progress.last_success,
-            last_error: progress.last_error.clone(),
+            last_error: progress.last_error,
         }
     }
 }

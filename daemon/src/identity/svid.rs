@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustls::{ClientConfig, ServerConfig, sign::CertifiedKey};
-use rustls_pki_types::ServerName;
+use rustls_pki_types::{CertificateDer, ServerName};
 
 use super::{
     BundleError, Material, RejectReason, SourceError, SpiffeId, SvidVerifier, TrustBundles,
@@ -141,6 +141,12 @@ impl Svid {
         let client = Arc::new(client);
         clients.insert(expected.clone(), client.clone());
         client
+    }
+
+    /// The certificate, then the intermediates.
+    #[must_use]
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.key.cert
     }
 
     /// Whether both hold the same chain; then they hold the same key.

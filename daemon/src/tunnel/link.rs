@@ -4,6 +4,7 @@
 use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
+    sync::Arc,
     task::{Context, Waker},
     time::{Duration, Instant, SystemTime},
 };
@@ -11,7 +12,10 @@ use std::{
 use reeve_common::Reason;
 use rustls_pki_types::CertificateDer;
 
-use crate::{identity::SpiffeId, telemetry::Role};
+use crate::{
+    identity::{SpiffeId, TrustBundles},
+    telemetry::Role,
+};
 
 /// Facts about a tunnel that do not change.
 #[derive(Debug)]
@@ -56,6 +60,8 @@ pub(super) struct Link {
     /// Streams whose application has not read for a while: each holds up to a stream's window of
     /// what the whole tunnel may have outstanding.
     stalled: Cell<usize>,
+    /// The bundles by which the peer was last judged since the tunnel stands.
+    judged_by: RefCell<Option<Arc<TrustBundles>>>,
     driver: RefCell<Option<Waker>>,
 }
 
@@ -70,6 +76,7 @@ impl Link {
             idle_since: Cell::new(now),
             order: Cell::new(Order::Serve),
             stalled: Cell::new(0),
+            judged_by: RefCell::new(None),
             driver: RefCell::new(None),
         }
     }
@@ -121,6 +128,19 @@ impl Link {
     /// What the tunnel has been told last.
     pub(super) fn order(&self) -> Order {
         self.order.get()
+    }
+
+    /// Whether the peer was judged by these very bundles.
+    pub(super) fn is_judged_by(&self, bundles: &Arc<TrustBundles>) -> bool {
+        let judged_by = self.judged_by.borrow();
+        judged_by
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(before, bundles))
+    }
+
+    /// The peer is trusted by these bundles.
+    pub(super) fn judged_by(&self, bundles: Arc<TrustBundles>) {
+        self.judged_by.replace(Some(bundles));
     }
 
     /// Sets the number of streams that hold their whole window.

@@ -12,12 +12,12 @@ use rustls_pki_types::UnixTime;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
-    identity::{TrustBundles, verify_chain},
+    identity::{RejectReason, TrustBundles, verify_chain},
     telemetry::Role,
 };
 
 use super::{
-    link::{Link, Order},
+    link::{Ends, Link, Order},
     worker::Worker,
 };
 
@@ -54,8 +54,10 @@ fn sweep(worker: &Worker) {
                     link.retire();
                 }
             }
-            _ => link.close(Reason::Revoked),
+            _ => link.close(Reason::CertificateExpired),
         }
+        // A bundle may have changed between the handshake and the tunnel's first change.
+        judge(worker, link);
         if link.ends.role == Role::Server {
             sweep_server(worker, link, now);
         }
@@ -100,29 +102,41 @@ fn sweep_connections(worker: &Worker, now: Instant) {
 
 /// Judges every tunnel again by the certificates that are in force now.
 fn check_identities(worker: &Worker) {
-    let identities = &worker.shared.identities;
-    let bundles = identities.trust().current();
-    worker.links.for_each(|link| {
-        let ends = &link.ends;
-        match identities.current(&ends.own) {
-            None => link.close(Reason::Revoked),
-            Some(_) if !is_trusted(&bundles, link) => link.close(Reason::Revoked),
-            // Only the server: the pool retires the client's.
-            Some(svid) if svid.generation != ends.generation && ends.role == Role::Server => {
-                link.retire();
-            }
-            Some(_) => {}
-        }
-    });
-    worker.pool.retire_outdated(identities);
+    worker.links.for_each(|link| judge(worker, link));
+    worker.pool.retire_outdated(&worker.shared.identities);
     worker.stop_closed();
 }
 
-fn is_trusted(bundles: &TrustBundles, link: &Link) -> bool {
-    let Some((leaf, intermediates)) = link.ends.chain.split_first() else {
-        return false;
+/// Judges a tunnel again. What was judged by the same bundles is not looked at twice: a change to
+/// one identity is to cost nothing to the tunnels of the others.
+fn judge(worker: &Worker, link: &Link) {
+    let identities = &worker.shared.identities;
+    let ends = &link.ends;
+    let own = identities.current(&ends.own);
+    let (Some(svid), Some(bundles)) = (own, identities.trust_of(&ends.own)) else {
+        link.close(Reason::NoCertificate);
+        return;
     };
-    verify_chain(bundles, leaf, intermediates, UnixTime::now()).is_ok_and(|id| id == link.ends.peer)
+    if !link.is_judged_by(&bundles) {
+        match verify_peer(&bundles, ends) {
+            Ok(()) => link.judged_by(bundles),
+            Err(reason) => link.close(reason.closing_reason()),
+        }
+    }
+    // Only the server: the pool retires the client's.
+    if svid.generation != ends.generation && ends.role == Role::Server {
+        link.retire();
+    }
+}
+
+fn verify_peer(bundles: &TrustBundles, ends: &Ends) -> Result<(), RejectReason> {
+    let (leaf, intermediates) = ends.chain.split_first().ok_or(RejectReason::Malformed)?;
+    let id = verify_chain(bundles, leaf, intermediates, UnixTime::now())?;
+    if id == ends.peer {
+        Ok(())
+    } else {
+        Err(RejectReason::WrongIdentity)
+    }
 }
 
 #[cfg(test)]

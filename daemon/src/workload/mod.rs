@@ -54,6 +54,8 @@ pub struct Workload {
     pub ports: Vec<u16>,
     /// Addresses, where they are not to be discovered from the namespace.
     pub addresses: Vec<IpAddr>,
+    /// Name of the source of its certificate; none for the first that is configured.
+    pub certificates: Option<String>,
 }
 
 /// A workload as it runs now.

@@ -208,7 +208,7 @@ fn what_it_issues_is_right_and_short_lived() {
     let ca = folder.open().unwrap();
     let id = SpiffeId::parse(OURS).unwrap();
     let trust = Arc::new(TrustStore::default());
-    trust.replace(&[ca.bundle().clone()]);
+    trust.replace([(domain("example.org"), ca.bundle().clone())].into());
     let issue = || {
         let material = ca.issue(&id).unwrap();
         Svid::check(&id, &material, &trust.current(), &trust, SystemTime::now()).unwrap()
@@ -237,9 +237,9 @@ async fn certificates_are_renewed_before_they_expire() {
     let folder = Folder::new();
     let lifetime = Duration::from_secs(4);
     let ca = EmbeddedCa::open(&folder.path, &domain("example.org"), lifetime).unwrap();
-    let store = IdentityStore::new(Arc::new(ca), Arc::default());
+    let store = IdentityStore::new([("ca".to_owned(), Arc::new(ca) as _)].into());
     let ids = [OURS, PEERS].map(|id| SpiffeId::parse(id).unwrap());
-    store.ensure(&ids);
+    store.ensure(&ids.iter().map(|id| (id.clone(), "ca".into())).collect());
     let mut changes = store.changes();
     while ids.iter().any(|id| store.current(id).is_none()) {
         changes.changed().await.unwrap();

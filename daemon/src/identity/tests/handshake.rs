@@ -157,6 +157,12 @@ pub(super) fn bundle(trust_domain: &str, roots: &[&Authority]) -> TrustBundle {
     try_bundle(trust_domain, roots).unwrap()
 }
 
+/// Bundles as a store holds them.
+pub(super) fn bundles<const N: usize>(bundles: [TrustBundle; N]) -> TrustBundles {
+    let by_domain = |bundle: TrustBundle| (bundle.trust_domain().clone(), Arc::new(bundle));
+    bundles.into_iter().map(by_domain).collect()
+}
+
 /// A bundle of these CAs, some of which may not sign.
 pub(super) fn try_bundle(
     trust_domain: &str,

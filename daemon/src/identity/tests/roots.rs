@@ -5,7 +5,7 @@ use time::{Duration, OffsetDateTime};
 
 use super::{
     certs::{Authority, expire, uri},
-    handshake::{OURS, PEERS, World, bundle, try_bundle},
+    handshake::{OURS, PEERS, World, bundle, bundles, try_bundle},
     *,
 };
 
@@ -66,7 +66,7 @@ fn old_and_new_root_count_while_both_are_in_the_bundle() {
     world.accepts(&new.leaf(PEERS));
     world
         .trust
-        .replace(&[bundle("example.org", &[&new]).into()]);
+        .replace(bundles([bundle("example.org", &[&new])]));
     world.refuses(&world.root.leaf(PEERS), RejectReason::UntrustedChain);
 }
 
@@ -123,10 +123,10 @@ fn a_bundle_replaced_at_runtime_counts_at_the_next_handshake() {
     let world = World::new();
     world.accepts(&world.root.leaf(PEERS));
     let trust = &world.trust;
-    assert!(trust.replace(&[bundle("example.org", &[]).into()]));
+    assert!(trust.replace(bundles([bundle("example.org", &[])])));
     world.refuses(&world.root.leaf(PEERS), RejectReason::TrustDomainRevoked);
-    assert!(!trust.replace(&[bundle("example.org", &[]).into()]));
-    assert!(trust.replace(&[bundle("example.org", &[&world.root]).into()]));
+    assert!(!trust.replace(bundles([bundle("example.org", &[])])));
+    assert!(trust.replace(bundles([bundle("example.org", &[&world.root])])));
     world.accepts(&world.root.leaf(PEERS));
 }
 

@@ -1,6 +1,7 @@
 //! What the store puts in force, keeps, and drops.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
@@ -37,6 +38,19 @@ impl Told {
         })
     }
 
+    /// Gives this, and the bundle of these roots with it.
+    fn with(issued: &Issued, roots: &[&Authority]) -> Arc<Self> {
+        let bundle = Arc::new(bundle("example.org", roots));
+        let (chain, key) = (issued.chain.clone(), issued.key.clone_key());
+        Self::new(move || {
+            Ok(Material {
+                chain: chain.clone(),
+                key: Zeroizing::new(key.clone_key().into()),
+                bundles: vec![bundle.clone()],
+            })
+        })
+    }
+
     fn now(&self, answer: impl Fn() -> Result<Material, SourceError> + Send + 'static) {
         *self.answer.lock().unwrap() = Box::new(answer);
         self.changes.send_modify(|number| *number += 1);
@@ -67,12 +81,24 @@ fn ours() -> SpiffeId {
     SpiffeId::parse(OURS).unwrap()
 }
 
+/// These identities, from one source.
+fn from(source: &str, ids: &[SpiffeId]) -> BTreeMap<SpiffeId, String> {
+    ids.iter()
+        .map(|id| (id.clone(), source.to_owned()))
+        .collect()
+}
+
+fn store_from<const N: usize>(sources: [(&str, &Arc<Told>); N]) -> IdentityStore {
+    let named = sources.map(|(name, source)| (name.to_owned(), source.clone() as _));
+    IdentityStore::new(named.into())
+}
+
 /// A store for [`OURS`] that trusts `root`, and has what `issued` is in force.
 async fn store_with(root: &Authority, issued: Issued) -> (IdentityStore, Arc<Told>) {
     let source = Told::new(move || Ok(material(&issued)));
-    let trust = TrustStore::new([bundle("example.org", &[root])]);
-    let store = IdentityStore::new(source.clone(), Arc::new(trust));
-    store.ensure(&[ours()]);
+    let store = store_from([("told", &source)]);
+    store.replace_bundles(&[Arc::new(bundle("example.org", &[root]))]);
+    store.ensure(&from("told", &[ours()]));
     changed(&store, |store| store.current(&ours())).await;
     (store, source)
 }
@@ -190,8 +216,12 @@ async fn a_bundle_and_the_certificate_that_needs_it_are_put_in_force_together() 
         Authority::root("example.org"),
         Authority::root("example.org"),
     );
-    let (store, source) = store_with(&old, old.leaf(OURS)).await;
-    let before = store.trust().current();
+    let first = old.leaf(OURS);
+    let source = Told::with(&first, &[&old]);
+    let store = store_from([("told", &source)]);
+    store.ensure(&from("told", &[ours()]));
+    changed(&store, |store| store.current(&ours())).await;
+    let before = store.trust_of(&ours()).unwrap();
 
     // The new bundle is right, and the certificate is not: neither is taken.
     let both = Arc::new(bundle("example.org", &[&old, &new]));
@@ -203,7 +233,7 @@ async fn a_bundle_and_the_certificate_that_needs_it_are_put_in_force_together() 
         })
     });
     assert_eq!(failed(&store).await, "wrong_identity");
-    assert!(Arc::ptr_eq(&store.trust().current(), &before));
+    assert!(Arc::ptr_eq(&store.trust_of(&ours()).unwrap(), &before));
 
     let right = new.leaf(OURS);
     source.now(move || {
@@ -219,6 +249,99 @@ async fn a_bundle_and_the_certificate_that_needs_it_are_put_in_force_together() 
         status[0].last_error.is_none().then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn each_identity_has_its_own_source_and_trusts_what_came_with_it() {
+    let (ours_root, others_root) = (
+        Authority::root("example.org"),
+        Authority::root("example.org"),
+    );
+    let other = SpiffeId::parse(PEERS).unwrap();
+    let one = Told::with(&ours_root.leaf(OURS), &[&ours_root]);
+    let two = Told::with(&others_root.leaf(PEERS), &[&others_root]);
+    let store = store_from([("one", &one), ("two", &two)]);
+    store.ensure(
+        &[
+            (ours(), "one".to_owned()),
+            (other.clone(), "two".to_owned()),
+        ]
+        .into(),
+    );
+    changed(&store, |store| store.current(&ours())).await;
+    changed(&store, |store| store.current(&other)).await;
+    let sources: Vec<_> = store.status().into_iter().map(|s| s.source).collect();
+    assert_eq!(sources, ["one", "two"]);
+    let only_root = |id: &SpiffeId| {
+        let bundles = store.trust_of(id).unwrap();
+        let bundle = bundles.values().next().unwrap();
+        assert_eq!(bundle.certificates().len(), 1);
+        bundle.certificates()[0].clone()
+    };
+    assert_eq!(only_root(&ours()), ours_root.certificate());
+    assert_eq!(only_root(&other), others_root.certificate());
+    assert_eq!(store.bundles().len(), 2);
+
+    // A change to one leaves the other's as it is.
+    let before = store.trust_of(&other).unwrap();
+    let new = Told::with(&ours_root.leaf(OURS), &[&ours_root, &others_root]);
+    one.now(move || (new.answer.lock().unwrap())());
+    let both = |store: &IdentityStore| {
+        let bundles = store.trust_of(&ours()).unwrap();
+        (bundles.values().next()?.certificates().len() == 2).then_some(())
+    };
+    changed(&store, both).await;
+    assert!(Arc::ptr_eq(&store.trust_of(&other).unwrap(), &before));
+}
+
+#[tokio::test]
+async fn a_configured_bundle_counts_instead_of_the_sources() {
+    let (root, other) = (
+        Authority::root("example.org"),
+        Authority::root("example.org"),
+    );
+    let source = Told::with(&root.leaf(OURS), &[&root]);
+    let store = store_from([("told", &source)]);
+    store.replace_bundles(&[Arc::new(bundle("example.org", &[&other]))]);
+    store.ensure(&from("told", &[ours()]));
+    assert_eq!(failed(&store).await, "untrusted_chain");
+
+    // Replaced at runtime, it counts for what there is at once.
+    store.replace_bundles(&[Arc::new(bundle("example.org", &[&root, &other]))]);
+    source.changes.send_modify(|number| *number += 1);
+    changed(&store, |store| store.current(&ours())).await;
+    assert_eq!(store.bundles()[0].certificates, 2);
+}
+
+#[tokio::test]
+async fn an_identity_keeps_what_it_has_until_its_new_source_gives_something() {
+    let root = Authority::root("example.org");
+    let one = Told::with(&root.leaf(OURS), &[&root]);
+    let two = Told::new(|| Err(SourceError::Unavailable("not yet".into())));
+    let store = store_from([("one", &one), ("two", &two)]);
+    store.ensure(&from("one", &[ours()]));
+    let old = changed(&store, |store| store.current(&ours())).await;
+
+    store.ensure(&from("two", &[ours()]));
+    assert_eq!(failed(&store).await, "unavailable");
+    assert_eq!(store.status()[0].source, "two");
+    assert!(Arc::ptr_eq(&store.current(&ours()).unwrap(), &old));
+    let new = Told::with(&root.leaf(OURS), &[&root]);
+    two.now(move || (new.answer.lock().unwrap())());
+    let newer = |store: &IdentityStore| {
+        let svid = store.current(&ours())?;
+        (svid.generation > old.generation).then_some(())
+    };
+    changed(&store, newer).await;
+}
+
+#[tokio::test]
+async fn a_source_that_there_is_none_of_is_said() {
+    let store = store_from([]);
+    store.ensure(&from("vault", &[ours()]));
+    assert_eq!(failed(&store).await, "unavailable");
+    let error = store.status()[0].last_error.clone().unwrap();
+    assert!(error.to_string().contains("`vault`"), "{error}");
 }
 
 #[tokio::test]
@@ -242,13 +365,13 @@ async fn identities_come_and_go_without_touching_each_other() {
     let (store, _source) = store_with(&root, root.leaf(OURS)).await;
     let old = store.current(&ours()).unwrap();
     let gone = SpiffeId::parse(PEERS).unwrap();
-    store.ensure(&[ours(), gone.clone()]);
+    store.ensure(&from("told", &[ours(), gone.clone()]));
     assert_eq!(store.status().len(), 2);
     assert!(Arc::ptr_eq(&store.current(&ours()).unwrap(), &old));
 
-    store.ensure(&[gone]);
+    store.ensure(&from("told", &[gone]));
     assert!(store.current(&ours()).is_none());
-    store.ensure(&[ours()]);
+    store.ensure(&from("told", &[ours()]));
     let new = changed(&store, |store| store.current(&ours())).await;
     assert!(new.generation > old.generation);
 }

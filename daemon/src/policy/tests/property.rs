@@ -61,6 +61,7 @@ fn compile(model: &Model) -> Snapshot {
                     selector: CgroupSelector::Cgroup(format!("/{}", place.name)),
                     ports: place.ports.clone(),
                     addresses: Vec::new(),
+                    certificates: None,
                 }),
                 cgroups: Vec::new(),
                 netns: Some(netns(1)),

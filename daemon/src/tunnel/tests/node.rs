@@ -87,6 +87,7 @@ fn running(number: u32, name: &str, address: &str, netns: &Arc<Netns>) -> Arc<Ru
             selector: CgroupSelector::Cgroup(format!("/{name}")),
             ports: vec![],
             addresses: vec![],
+            certificates: None,
         }),
         cgroups: vec![],
         netns: Some(netns.clone()),

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     future::Future,
     net::SocketAddr,
     rc::Rc,
@@ -18,7 +18,6 @@ use futures_util::{FutureExt, future::BoxFuture};
 use h2::{RecvStream, SendStream};
 use http::{Request, Response};
 use reeve_common::Origin;
-use rustls_pki_types::CertificateDer;
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::{Builder, LocalOptions},
@@ -31,7 +30,7 @@ use crate::{
     config::{Limits, Ports, Timeouts},
     identity::{
         CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
-        TrustDomain, TrustStore, server_name_for,
+        TrustDomain, server_name_for,
     },
     telemetry::{ConnectionLog, Metrics, Observers, Role},
     tunnel::{
@@ -132,11 +131,11 @@ pub(super) async fn identities_from(
     source: Arc<dyn CertificateSource>,
     names: &[&str],
 ) -> Arc<IdentityStore> {
-    let trust = Arc::new(TrustStore::new([]));
-    let store = Arc::new(IdentityStore::new(source, trust));
-    let ids: Vec<_> = names.iter().map(|name| id(name)).collect();
+    let sources = [("test".to_owned(), source)];
+    let store = Arc::new(IdentityStore::new(sources.into()));
+    let ids: BTreeMap<_, _> = names.iter().map(|name| (id(name), "test".into())).collect();
     store.ensure(&ids);
-    for id in &ids {
+    for id in ids.keys() {
         while store.current(id).is_none() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -201,7 +200,7 @@ fn ends(role: Role, own: &Svid, peer: &Svid) -> Ends {
         own: own.id.clone(),
         generation: own.generation,
         peer: peer.id.clone(),
-        chain: Vec::<CertificateDer<'static>>::new(),
+        chain: peer.chain().to_vec(),
         not_after: own.not_after.min(peer.not_after),
         remote: "127.0.0.1:1".parse().unwrap(),
         local: "127.0.0.1:2".parse().unwrap(),

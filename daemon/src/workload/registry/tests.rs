@@ -96,6 +96,7 @@ fn workload(name: &str, selector: CgroupSelector) -> Arc<Workload> {
         selector,
         ports: Vec::new(),
         addresses: Vec::new(),
+        certificates: None,
     })
 }
 
