@@ -62,7 +62,7 @@ fn a_daemon_moves_to_a_new_tunnel_before_its_peers_certificate_expires() {
     assert!(opened.elapsed() < LIFETIME, "{:?}", opened.elapsed());
     let answer = kept.wait(harness::SOON).json();
     assert_eq!(answer["received"]["head"], "the old one");
-    assert_eq!(calling.failures("revoked"), 0.0);
+    assert_eq!(calling.failures("certificate_expired"), 0.0);
 }
 
 /// A certificate that is as right as can be, and not for long.
