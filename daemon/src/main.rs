@@ -32,6 +32,7 @@ fn main() -> ExitCode {
                 ExitCode::from(error.exit_code())
             }
         },
+        Command::Guard { config } => cli::guard(&config),
         Command::Check { config } => cli::check(&config),
         Command::Status { json, socket } => cli::status(&socket, json),
         Command::Ca { command } => cli::ca(&command),
@@ -70,6 +71,7 @@ fn run(file: &Path) -> Result<(), RunError> {
         let datapath = Arc::new(Datapath::load(control::datapath_settings(
             &config, &cgroups,
         ))?);
+        let config = Arc::new(control::keep_numbers(&config, &cgroups, &datapath));
         let registry = Registry::start(cgroups.clone(), control::declaration(&config))?;
 
         // Identities and tunnels: nothing listens before control says where.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{Daemon, Network, Node, Output, Place, Process, Reeve, Workload};
+use harness::{Daemon, Network, Node, Output, Place, Process, Reeve, Workload, eventually};
 use serde_json::{Value, json};
 
 /// What a refusal may take: far less than any time-out, and enough for a busy machine to start a
@@ -253,4 +253,63 @@ pub(crate) fn denials(daemon: &Daemon, direction: &str, reason: &str) -> f64 {
         ("reason", reason),
     ];
     daemon.metrics().sum("reeve_verdicts_total", &labels)
+}
+
+/// What became of connections that are opened one after another.
+pub(crate) struct Probe(Process);
+
+impl Probe {
+    /// Starts opening connections to a server of mode `answer`, with further options of
+    /// `peer probe`.
+    pub(crate) fn start(place: &Place, to: impl fmt::Display, options: &[&str]) -> Self {
+        let mut probe = place.spawn_peer([&["probe", &to.to_string()], options].concat());
+        probe.wait_for("}\n");
+        Self(probe)
+    }
+
+    /// The sums until now.
+    pub(crate) fn seen(&self) -> Value {
+        let printed = self.0.stdout();
+        let whole = printed.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let last = whole.lines().last().expect("it has printed something");
+        serde_json::from_str(last).unwrap()
+    }
+
+    /// Connections that worked.
+    pub(crate) fn worked(&self) -> u64 {
+        self.seen()["worked"].as_u64().unwrap()
+    }
+
+    /// Connections that failed, by what was said of them.
+    pub(crate) fn failed(&self) -> serde_json::Map<String, Value> {
+        self.seen()["failed"].as_object().unwrap().clone()
+    }
+
+    /// Waits until this many more have been tried than now.
+    #[track_caller]
+    pub(crate) fn goes_on(&self, more: u64) {
+        let tried = |probe: &Self| {
+            let failed = probe.failed();
+            let failed = failed.values().filter_map(Value::as_u64);
+            probe.worked() + failed.sum::<u64>()
+        };
+        let now = tried(self);
+        eventually("connections are tried", || tried(self) >= now + more);
+    }
+
+    /// Fails the test unless every connection worked, and there were some.
+    #[track_caller]
+    pub(crate) fn all_worked(&self) {
+        let seen = self.seen();
+        assert!(self.failed().is_empty() && self.worked() > 100, "{seen}");
+    }
+
+    /// Fails the test unless every connection failed with these words, and there were some.
+    #[track_caller]
+    pub(crate) fn all_failed(&self, how: &str) {
+        let (seen, failed) = (self.seen(), self.failed());
+        assert_eq!(self.worked(), 0, "{seen}");
+        assert!(!failed.is_empty(), "{seen}");
+        assert!(failed.keys().all(|error| error.contains(how)), "{seen}");
+    }
 }

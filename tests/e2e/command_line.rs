@@ -268,7 +268,15 @@ fn a_second_daemon_does_not_start_beside_the_first() {
 fn help_teaches() {
     let help = reeve(&["--help"]);
     assert_eq!(help.code(), 0);
-    let commands = ["run", "check", "status", "observe", "detach", "completions"];
+    let commands = [
+        "run",
+        "guard",
+        "check",
+        "status",
+        "observe",
+        "detach",
+        "completions",
+    ];
     for text in commands
         .iter()
         .chain(&["Exit codes", "reeve check --config"])

@@ -15,6 +15,8 @@ mod concurrency;
 mod connect_requests;
 mod documents;
 mod expiry;
+mod fail_closed;
+mod guard;
 mod harness_itself;
 mod hbone_itself;
 mod interoperation;

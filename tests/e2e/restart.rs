@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use harness::{Network, Node, Process, SOON, Workload, eventually};
+use harness::{Network, Node, Place, Process, Programs, SOON, Workload, eventually};
 use nix::sys::signal::Signal;
 
 use crate::arrange::{
@@ -216,17 +216,43 @@ fn detaching_leaves_the_node_as_if_reeve_had_never_been() {
     let _server = serve(&pair.server, PORT, &[]);
     let stranger = pair.two.pod("stranger");
     let to = pair.server.addresses().port4(PORT);
+    // Not while it runs: it would go on without a kernel side.
+    let config = one.config().to_str().unwrap();
+    let reeve = Programs::get().reeve.to_str().unwrap();
+    let refused = pair.one.host().exec([reeve, "detach", "--config", config]);
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("stop it first"),
+        "{}",
+        refused.stderr
+    );
+    assert!(one.is_ready());
+    let rules = |of: &Place| {
+        let [v4, v6] = ["-4", "-6"].map(|family| of.exec(["ip", family, "rule"]).ok());
+        v4 + &v6
+    };
+    assert_eq!(rules(&pair.client).matches("fwmark 0x539").count(), 2);
+
     one.stop();
     two.stop();
     fails_fast(&stranger, to, "Connection refused");
-    one.detach().ok();
+    let removed = one.detach().ok();
+    for what in [
+        "/VERDICTS",
+        "/link_reeve_connect4",
+        "/netns_",
+        "routing of marked packets",
+    ] {
+        assert!(removed.contains(what), "{what}\nis not in\n{removed}");
+    }
     two.detach().ok();
     say(&stranger, to, "open again");
     say(&pair.client, to, "open again");
-    for node in [&pair.one, &pair.two] {
-        let pinned = node.pins().read_dir().map_or(0, Iterator::count);
-        assert_eq!(pinned, 0, "in {}", node.pins().display());
+    for (node, workload) in [(&pair.one, &pair.client), (&pair.two, &pair.server)] {
+        assert!(!node.pins().exists(), "{}", node.pins().display());
+        assert!(!rules(workload).contains("fwmark"), "{}", rules(workload));
     }
+    assert!(one.detach().ok().contains("nothing of reeve is left"));
 }
 
 fn arrives(client: &Workload, server: &Workload) -> bool {

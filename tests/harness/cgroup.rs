@@ -46,6 +46,12 @@ impl Cgroup {
         }
     }
 
+    /// A cgroup at this path, whose parent is there already.
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
+        Self::new(path)
+    }
+
     /// A cgroup below no node's.
     #[must_use]
     pub fn outside(name: &str) -> Self {

@@ -115,11 +115,17 @@ impl<'n> Reeve<'n> {
     /// Writes the settings and starts the daemon.
     #[must_use]
     pub fn start_unready(self) -> Daemon {
+        let file = self.write();
+        Daemon::start(self.node, file)
+    }
+
+    /// Writes the settings, and gives the file.
+    pub fn write(&self) -> PathBuf {
         let file = self.node.folder().join("reeve.yaml");
         // JSON is YAML.
         let text = serde_json::to_string_pretty(&self.settings).expect("settings are JSON");
         fs::write(&file, text).expect("writing the configuration");
-        Daemon::start(self.node, file)
+        file
     }
 
     fn push<const N: usize>(mut self, list: &str, parts: [Value; N]) -> Self {

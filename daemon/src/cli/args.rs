@@ -67,6 +67,35 @@ configuration is wrong."
         config: PathBuf,
     },
 
+    /// Refuse everything to the workloads until `reeve run` knows them: for boot
+    #[command(
+        long_about = "\
+Refuse everything but loopback to the enforced parents and the workloads of a configuration, until \
+`reeve run` knows what they may do. Runs once, and early: before what starts workloads, and without \
+certificates, policies or a network.
+
+The programs are attached and pinned, and the enforced parents are made where they are not there, so \
+that a cgroup below one is refused from its birth. Nothing is taken back: what the kernel holds \
+of a cgroup already stays, so that a guard does no harm while a daemon runs. A workload whose cgroup \
+does not exist yet and lies below no enforced parent cannot be refused before `reeve run`; the \
+output names it. Needs root.",
+        after_help = "\
+Examples:
+  reeve guard
+  reeve guard --config ./reeve.yaml && systemctl start workloads.target
+
+In a boot-time unit: Type=oneshot, RemainAfterExit=yes, ExecStart=/usr/local/bin/reeve guard, \
+DefaultDependencies=no, After=sys-fs-bpf.mount and Before= whatever starts workloads.
+
+Exit codes: 0 it holds, 1 the kernel refused, 2 the configuration is wrong. What was enforced \
+before stays so in every case."
+    )]
+    Guard {
+        /// The configuration; its policies are not read
+        #[arg(long, short, value_name = "FILE", default_value = DEFAULT_CONFIG)]
+        config: PathBuf,
+    },
+
     /// Check a configuration and its policies, without running anything
     #[command(after_help = "\
 Examples:
@@ -147,8 +176,10 @@ Exit codes: 0 all was shown, or the reader has gone; 1 no daemon answers, or it 
 Remove what a stopped daemon left in the kernel.
 
 reeve fails closed: its programs and maps are pinned, and go on refusing when the daemon is \
-stopped. This command removes the pins, and with them all enforcement on this node. \
-Stop the daemon first. Needs root.",
+stopped. This command removes the pins, and with them all enforcement on this node; then the \
+routing rule and table that reeve made in the workloads' network namespaces, and the cgroup that it \
+made for itself. Each is named. The kernel settings tcp_fwmark_accept and fwmark_reflect of those \
+namespaces stay on, since others may use them. Stop the daemon first. Needs root.",
         after_help = "\
 Examples:
   systemctl stop reeve && reeve detach

@@ -4,6 +4,7 @@
 
 mod args;
 mod ca;
+mod detach;
 mod observe;
 mod status;
 mod table;
@@ -23,7 +24,8 @@ pub use observe::{Observe, observe};
 use crate::{
     admin::{self, Answer},
     config::{self, Config},
-    datapath,
+    control::{self, Guarded},
+    telemetry,
 };
 
 /// The command line or a file is wrong: the same again will fail again.
@@ -86,21 +88,63 @@ pub fn detach(file: &Path) -> ExitCode {
         );
         return ExitCode::FAILURE;
     }
-    match datapath::detach(&config.node.bpffs) {
-        Ok(removed) if removed.is_empty() => print(&format!(
-            "nothing of reeve is pinned in {}\n",
-            config.node.bpffs.display()
-        )),
+    match detach::everything(&config) {
+        Ok(removed) if removed.is_empty() => {
+            print("nothing of reeve is left on this node, and nothing was\n")
+        }
         Ok(removed) => {
             let mut text = String::new();
-            for pin in removed {
-                text.push_str(&format!("removed {}\n", pin.display()));
+            for what in removed {
+                text.push_str(&format!("removed {what}\n"));
             }
             text.push_str("nothing is enforced on this node any more\n");
             print(&text)
         }
+        Err(error) => failed(&*error),
+    }
+}
+
+/// `reeve guard`.
+#[must_use]
+pub fn guard(file: &Path) -> ExitCode {
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(mistakes) => {
+            let _ = writeln!(io::stderr(), "{mistakes}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    if let Err(error) = telemetry::start_logging(&config.log) {
+        return failed(&error);
+    }
+    match control::guard(&config) {
+        Ok(guarded) => print(&guard_report(&guarded)),
         Err(error) => failed(&error),
     }
+}
+
+fn guard_report(guarded: &Guarded) -> String {
+    let mut text = String::new();
+    let mut lines = |names: &[String], what: &str| {
+        for name in names {
+            text.push_str(&format!("{name}: {what}\n"));
+        }
+    };
+    lines(
+        &guarded.parents,
+        "everything below is refused from its birth until the daemon knows it",
+    );
+    lines(&guarded.workloads, "refused until the daemon knows it");
+    lines(&guarded.covered, "to come, below an enforced parent");
+    lines(
+        &guarded.uncovered,
+        "NOT COVERED: it has no cgroup yet, and no enforced parent above; it is enforced once \
+         `reeve run` has found it",
+    );
+    if text.is_empty() {
+        text.push_str("the configuration names no workload and no enforced parent\n");
+    }
+    text
 }
 
 /// `reeve completions`.

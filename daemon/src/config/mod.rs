@@ -17,6 +17,7 @@ mod reference;
 mod tests;
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -133,17 +134,34 @@ impl Config {
     /// in maps and events keep their meaning over a reload. Names that are new get numbers that
     /// `previous` did not use, unless all are taken.
     #[must_use]
-    pub fn keep_numbers(mut self, previous: &Self) -> Self {
+    pub fn keep_numbers(self, previous: &Self) -> Self {
+        let workloads = previous.workloads.iter();
+        let peers = previous.peers.iter();
+        self.with_numbers(
+            &workloads
+                .map(|found| (found.name.clone(), found.id))
+                .collect(),
+            &peers.map(|found| (found.name.clone(), found.id)).collect(),
+        )
+    }
+
+    /// As [`Config::keep_numbers`], for numbers by name.
+    #[must_use]
+    pub fn with_numbers(
+        mut self,
+        workloads: &HashMap<String, u32>,
+        peers: &HashMap<String, u32>,
+    ) -> Self {
         settle::keep_numbers(
             &mut self.workloads,
-            &previous.workloads,
+            workloads,
             1..FIRST_PEER_ID,
             |workload| (&workload.name, workload.id),
             |workload, id| workload.id = id,
         );
         settle::keep_numbers(
             &mut self.peers,
-            &previous.peers,
+            peers,
             FIRST_PEER_ID..u32::MAX,
             |peer| (&peer.name, peer.id),
             |peer, id| peer.id = id,

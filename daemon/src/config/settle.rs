@@ -137,15 +137,14 @@ fn policies(raw: RawPolicies, folder: &Path) -> PolicySources {
     }
 }
 
-/// Gives `items` the numbers that `previous` gave to the same names.
+/// Gives `items` the numbers that `old` has for the same names.
 pub(super) fn keep_numbers<T: Clone>(
     items: &mut [Arc<T>],
-    previous: &[Arc<T>],
+    old: &HashMap<String, u32>,
     range: Range<u32>,
     key: fn(&T) -> (&str, u32),
     set: fn(&mut T, u32),
 ) {
-    let old: HashMap<&str, u32> = previous.iter().map(|item| key(item)).collect();
     let mut used: std::collections::HashSet<u32> = old.values().copied().collect();
     let mut next = used.iter().max().map_or(range.start, |last| last + 1);
     for item in items {

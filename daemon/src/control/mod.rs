@@ -13,6 +13,8 @@ mod daemon;
 mod desired;
 mod error;
 mod files;
+mod guard;
+mod numbers;
 mod own_cgroup;
 mod process;
 mod reconcile;
@@ -36,6 +38,8 @@ use crate::{
 pub use certificates::{CertificatesError, identity_store};
 pub use daemon::Daemon;
 pub use error::RunError;
+pub use guard::{Guarded, guard};
+pub use numbers::keep_numbers;
 pub use own_cgroup::settle_in;
 pub use process::prepare as prepare_process;
 pub use reload::{declaration, policies};

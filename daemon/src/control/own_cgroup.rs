@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::guard::make_parents;
 use crate::{
     config::Config,
     workload::{
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// Makes sure that the daemon is in a cgroup of its own below the root, and gives its id with all
-/// depths that it may have.
+/// depths that it may have. Makes the enforced parents that are not there.
 ///
 /// A daemon in the root itself, outside of it, or in a cgroup that holds a workload, moves into
 /// [`OWN_CGROUP`](crate::workload::cgroup::OWN_CGROUP): the programs would otherwise not see its
@@ -20,6 +21,7 @@ use crate::{
 /// # Errors
 /// When the own cgroup cannot be found, or the move is refused.
 pub fn settle_in(tree: &CgroupTree, config: &Config) -> Result<Vec<(u64, u32)>, CgroupError> {
+    make_parents(tree, config);
     let mut own = tree.own()?;
     if !is_apart(tree, config, &own) {
         let from = own;

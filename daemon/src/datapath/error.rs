@@ -28,11 +28,10 @@ pub enum Error {
         /// From the kernel.
         source: io::Error,
     },
-    /// What is pinned was made by a reeve with other maps.
+    /// What is pinned was made by a reeve with other maps, and is not to be replaced.
     #[error(
-        "what is pinned in {path} has layout {found} and this reeve has layout {expected}: stop \
-         the workloads or accept that nothing is enforced for a moment, remove {path}, and start \
-         reeve again"
+        "what is pinned in {path} has layout {found} and this reeve has layout {expected}: it goes \
+         on refusing what it refuses; `reeve run` puts this layout in its place"
     )]
     Layout {
         /// The folder.

@@ -43,25 +43,27 @@ pub(super) fn of_namespace(pins: &Path, inode: u64) -> PathBuf {
 
 /// Has `program` attached to `target` through the link pinned at `path`: by replacing the
 /// program of the link that is there, or by a new link where there is none, or where the one
-/// that is there belongs to something else.
+/// that is there belongs to something else. Gives the link: while it is held, the program stays
+/// attached even where the pin is lost.
 pub(super) fn attach(
     path: &Path,
     name: &'static str,
     program: BorrowedFd<'_>,
     target: &Target<'_>,
     attach_type: AttachType,
-) -> Result<(), Error> {
+) -> Result<OwnedFd, Error> {
     let failed = |source| Error::Attach {
         name,
         target: target.name.clone(),
         source,
     };
-    let pinned = existing(path).map_err(failed)?;
-    if let Some(link) = &pinned
-        && sys::link_target(link.as_fd()).map_err(failed)? == target.number
-    {
-        return sys::link_update(link.as_fd(), program).map_err(failed);
-    }
+    let pinned = match existing(path).map_err(failed)? {
+        Some(link) if sys::link_target(link.as_fd()).map_err(failed)? == target.number => {
+            sys::link_update(link.as_fd(), program).map_err(failed)?;
+            return Ok(link);
+        }
+        pinned => pinned,
+    };
     let link = sys::link_create(program, target.fd, attach_type).map_err(failed)?;
     // The old link goes when the new one is in force, and one name changes hands at once.
     let fresh = path.with_file_name(FRESH_LINK);
@@ -71,15 +73,17 @@ pub(super) fn attach(
     if let Some(old) = pinned {
         detach(&old);
     }
-    Ok(())
+    Ok(link)
 }
 
 /// Has the links of all namespaces run `program`, and removes those of namespaces that are gone.
+/// Gives the links, with the inodes of their namespaces.
 pub(super) fn adopt_namespaces(
     pins: &Path,
     name: &'static str,
     program: BorrowedFd<'_>,
-) -> Result<(), Error> {
+) -> Result<Vec<(u64, OwnedFd)>, Error> {
+    let mut adopted = Vec::new();
     for (path, inode) in namespaces(pins)? {
         let failed = |source| Error::Attach {
             name,
@@ -91,11 +95,12 @@ pub(super) fn adopt_namespaces(
         };
         if sys::link_target(link.as_fd()).map_err(failed)? == inode {
             sys::link_update(link.as_fd(), program).map_err(failed)?;
+            adopted.push((inode, link));
         } else {
             remove_link(&path)?;
         }
     }
-    Ok(())
+    Ok(adopted)
 }
 
 /// Removes the links of namespaces that are gone.

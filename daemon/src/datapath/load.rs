@@ -2,27 +2,32 @@
 //! links replaced or made.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io,
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::Path,
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData},
+    maps::MapData,
     programs::{Program, ProgramType},
     sys::is_helper_supported,
 };
 use reeve_common::{
-    Address, Arriving, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey,
-    PeerEntry, PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey,
-    WorkloadEntry, WorkloadId,
+    Address, Arriving, FlowEntry, FlowKey, NamespaceEntry, Origin, OriginKey, PeerEntry,
+    PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey, WorkloadEntry,
+    WorkloadId,
 };
 
 use super::{
     Error, Settings,
     links::{self, Target},
+    pins::SETTINGS,
     sys::AttachType,
 };
 use crate::config::{EbpfLog, Maps};
@@ -51,11 +56,18 @@ const CGROUP_PROGRAMS: [(&str, AttachType); 11] = [
 /// The program that is attached to network namespaces.
 pub(super) const LOOKUP_PROGRAM: &str = "reeve_lookup";
 
-/// The map whose layout version stands for all.
-const SETTINGS: &str = "SETTINGS";
-
 /// Bits that say how an LPM key is as long as it is, in front of each.
 const PREFIX: usize = size_of::<u32>();
+
+/// Links that are in force. Held, so that they stay where somebody unmounts what they are pinned
+/// in.
+#[derive(Debug, Default)]
+pub(super) struct Links {
+    /// Of the cgroup.
+    pub(super) cgroup: Vec<OwnedFd>,
+    /// Of network namespaces, by inode.
+    pub(super) namespaces: HashMap<u64, OwnedFd>,
+}
 
 /// A pinned map: its name, and the sizes of a key and a value.
 type Shape = (&'static str, usize, usize);
@@ -109,11 +121,10 @@ fn capacity(maps: &Maps, name: &str) -> Option<u32> {
 }
 
 /// Makes or adopts the maps, and has the kernel verify the programs.
-pub(super) fn load(settings: &Settings) -> Result<Ebpf, Error> {
-    require_layout(&settings.pins)?;
+pub(super) fn load(settings: &Settings, pins: &Path) -> Result<Ebpf, Error> {
     let mut loader = EbpfLoader::new();
     for (name, key, value) in PINNED_MAPS {
-        let path = settings.pins.join(name);
+        let path = pins.join(name);
         let adopted = adoptable(&path, key, value)?;
         let wanted = capacity(&settings.maps, name);
         if let (Some(adopted), Some(wanted)) = (adopted, wanted)
@@ -169,36 +180,6 @@ fn packets_know_namespace() -> bool {
     .unwrap_or(false)
 }
 
-/// Refuses what was pinned by a reeve whose maps have another meaning.
-fn require_layout(pins: &Path) -> Result<(), Error> {
-    let path = pins.join(SETTINGS);
-    if !path.exists() {
-        return Ok(());
-    }
-    let failed = |source| map_error(SETTINGS, "read", source);
-    let data = MapData::from_pin(&path).map_err(failed)?;
-    let info = data.info().map_err(failed)?;
-    let found = if info.value_size() as usize == size_of::<KernelSettings>() {
-        Array::<_, KernelSettings>::try_from(aya::maps::Map::Array(data))
-            .and_then(|map| map.get(&0, 0))
-            .map_err(failed)?
-            .layout_version
-    } else {
-        // The version stands first in every layout, but not in a map that is not reeve's.
-        0
-    };
-    // Zero: the daemon that made the maps ended before it wrote anything.
-    let untouched = found == 0 && info.value_size() as usize == size_of::<KernelSettings>();
-    if found == LAYOUT_VERSION || untouched {
-        return Ok(());
-    }
-    Err(Error::Layout {
-        path: pins.to_owned(),
-        found,
-        expected: LAYOUT_VERSION,
-    })
-}
-
 /// Capacity of the map pinned at `path`, if there is one, and it has this shape.
 fn adoptable(path: &Path, key: usize, value: usize) -> Result<Option<u32>, Error> {
     if !path.exists() {
@@ -238,26 +219,32 @@ fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
     })
 }
 
-/// Puts the programs in force: at the cgroup, and in the namespaces of an earlier daemon.
-pub(super) fn attach(ebpf: &Ebpf, settings: &Settings) -> Result<(), Error> {
+/// Puts the programs in force: at the cgroup, and in the namespaces of an earlier daemon. Gives
+/// the links.
+pub(super) fn attach(ebpf: &Ebpf, cgroup_root: &Path, pins: &Path) -> Result<Links, Error> {
     let failed = |source| Error::Cgroup {
-        path: settings.cgroup_root.clone(),
+        path: cgroup_root.to_owned(),
         source,
     };
-    let cgroup = File::open(&settings.cgroup_root).map_err(failed)?;
+    let cgroup = File::open(cgroup_root).map_err(failed)?;
     let number = cgroup.metadata().map_err(failed)?.ino();
     let target = Target {
         fd: cgroup.as_fd(),
         number,
-        name: format!("the cgroup {}", settings.cgroup_root.display()),
+        name: format!("the cgroup {}", cgroup_root.display()),
     };
+    let mut attached = Links::default();
     for (name, attach_type) in CGROUP_PROGRAMS {
-        let path = links::of_program(&settings.pins, name);
+        let path = links::of_program(pins, name);
         let program = program(ebpf, name)?;
-        links::attach(&path, name, program.as_fd(), &target, attach_type)?;
+        let link = links::attach(&path, name, program.as_fd(), &target, attach_type)?;
+        attached.cgroup.push(link);
     }
     let lookup = program(ebpf, LOOKUP_PROGRAM)?;
-    links::adopt_namespaces(&settings.pins, LOOKUP_PROGRAM, lookup.as_fd())
+    attached.namespaces = links::adopt_namespaces(pins, LOOKUP_PROGRAM, lookup.as_fd())?
+        .into_iter()
+        .collect();
+    Ok(attached)
 }
 
 /// The file descriptor of a verified program.

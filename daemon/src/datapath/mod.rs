@@ -12,6 +12,7 @@ mod events;
 mod links;
 mod load;
 pub mod netns;
+mod pins;
 mod route;
 mod socket;
 mod state;
@@ -20,6 +21,7 @@ mod table;
 mod usage;
 
 use std::{
+    collections::HashMap,
     fmt,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
@@ -32,8 +34,8 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, FlowEntry, FlowKey, NamespaceEntry, Origin, OriginKey, WorkloadEntry, WorkloadId,
-    ipv4_mapped,
+    Address, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey, WorkloadEntry,
+    WorkloadId, ipv4_mapped,
 };
 
 pub use self::{
@@ -43,7 +45,9 @@ pub use self::{
 };
 use self::{
     links::Target,
+    load::Links,
     netns::Netns,
+    pins::Pins,
     state::{State, take},
     sys::AttachType,
 };
@@ -82,9 +86,20 @@ pub struct KernelState {
     pub tables: KernelTables,
 }
 
+/// The numbers by which the maps know workloads and peers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
+    /// Of workloads, by the ids of their cgroups.
+    pub workloads: HashMap<u64, WorkloadId>,
+    /// Of peers, by the bits of a prefix and its address.
+    pub peers: HashMap<(u32, Address), u32>,
+}
+
 /// The loaded programs and their maps. Shared by reference; every call may come from any thread.
 pub struct Datapath {
     settings: Settings,
+    pins: Mutex<Pins>,
+    links: Mutex<Links>,
     ebpf: Mutex<Ebpf>,
     state: Mutex<State>,
     events: Mutex<Option<RingBuf<MapData>>>,
@@ -104,7 +119,33 @@ pub struct Datapath {
 ///
 /// When a pin cannot be removed.
 pub fn detach(pins: &Path) -> Result<Vec<PathBuf>, Error> {
-    links::remove_all(pins)
+    pins::remove_all(pins)
+}
+
+/// Takes back what [`Datapath::prepare_namespace`] routed in a namespace. True where there was
+/// anything.
+///
+/// # Errors
+///
+/// From the kernel.
+pub async fn restore_namespace(netns: &Netns) -> Result<bool, Error> {
+    route::take_back(netns).await
+}
+
+/// Makes sure that what is pinned in `pins`, if there is anything, is of this reeve's layout.
+///
+/// # Errors
+///
+/// [`Error::Layout`] where it is not.
+pub fn require_layout(pins: &Path) -> Result<(), Error> {
+    match pins::layout(pins)? {
+        Some(found) if found != LAYOUT_VERSION => Err(Error::Layout {
+            path: pins.to_owned(),
+            found,
+            expected: LAYOUT_VERSION,
+        }),
+        _ => Ok(()),
+    }
 }
 
 // === impl Datapath ===
@@ -114,25 +155,29 @@ impl Datapath {
     ///
     /// Maps of this layout that are pinned already are adopted with what they hold, which stays
     /// in force until [`Datapath::apply`] is called; a newer program takes the place of an older
-    /// one within its link. Programs of other owners are left alone.
+    /// one within its link. What is pinned with another layout goes on judging beside these
+    /// programs until [`Datapath::apply`] has succeeded once, and is removed then. Programs of
+    /// other owners are left alone.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses, or what is pinned has another layout. What was in force before
-    /// then stays so.
+    /// When the kernel refuses, or what is pinned is not reeve's. What was in force before then
+    /// stays so.
     pub fn load(settings: Settings) -> Result<Self, Error> {
-        bpffs::prepare(&settings.pins)?;
-        let mut ebpf = load::load(&settings)?;
+        let pins = Pins::find(&settings.pins)?;
+        let mut ebpf = load::load(&settings, pins.folder())?;
         let state = State::adopt(&mut ebpf, settings.ports)?;
-        load::attach(&ebpf, &settings)?;
+        let links = load::attach(&ebpf, &settings.cgroup_root, pins.folder())?;
         Ok(Self {
             state: Mutex::new(state),
+            links: Mutex::new(links),
             events: Mutex::new(Some(take(&mut ebpf, "EVENTS", |map| map.try_into())?.0)),
             counters: take(&mut ebpf, "COUNTERS", |map| map.try_into())?.0,
             origins: take(&mut ebpf, "ORIGINAL_DESTINATIONS", |map| map.try_into())?,
             flows: take(&mut ebpf, "FLOWS", |map| map.try_into())?,
             onward: take(&mut ebpf, "ONWARD", |map| map.try_into())?,
-            claims: pinned_map(&settings, "ORIGINAL_DESTINATIONS")?,
+            claims: pinned_map(pins.folder(), "ORIGINAL_DESTINATIONS")?,
+            pins: Mutex::new(pins),
             ebpf: Mutex::new(ebpf),
             settings,
         })
@@ -146,7 +191,40 @@ impl Datapath {
     /// [`Error::Full`] names the first map that had no room; everything that fits is in force
     /// then, and what does not fit is refused. [`Error::Map`] is the kernel's.
     pub fn apply(&self, state: &KernelState) -> Result<(), Error> {
-        lock(&self.state).apply(state)
+        lock(&self.state).apply(state)?;
+        if lock(&self.pins).settle()? {
+            tracing::info!("what was pinned with another layout is removed");
+        }
+        Ok(())
+    }
+
+    /// Has everything but loopback refused to these cgroups (id and depth) and all below them.
+    /// What the maps say of cgroups already stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Datapath::apply`].
+    pub fn guard(&self, cgroups: &[(u64, u32)]) -> Result<(), Error> {
+        lock(&self.state).guard(cgroups)
+    }
+
+    /// Takes the kernel's side back from a daemon that began to take over and ended before it
+    /// had: these programs run again, and the maps are read again. [`Datapath::apply`] follows.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn take_back(&self) -> Result<(), Error> {
+        let pins = lock(&self.pins);
+        let links = load::attach(&lock(&self.ebpf), &self.settings.cgroup_root, pins.folder())?;
+        *lock(&self.links) = links;
+        lock(&self.state).reread()
+    }
+
+    /// The numbers that are in use.
+    #[must_use]
+    pub fn numbers(&self) -> Numbers {
+        lock(&self.state).numbers()
     }
 
     /// How often what is enforced has changed since the maps were made.
@@ -235,22 +313,24 @@ impl Datapath {
     ///
     /// From the kernel.
     pub fn attach_namespace(&self, netns: &Netns) -> Result<(), Error> {
-        let ebpf = lock(&self.ebpf);
-        links::tidy_namespaces(&self.settings.pins)?;
+        let (pins, ebpf) = (lock(&self.pins), lock(&self.ebpf));
+        links::tidy_namespaces(pins.folder())?;
         let program = load::program(&ebpf, load::LOOKUP_PROGRAM)?;
         let target = Target {
             fd: netns.fd.as_fd(),
             number: netns.inode,
             name: format!("the network namespace {}", netns.inode),
         };
-        let path = links::of_namespace(&self.settings.pins, netns.inode);
-        links::attach(
+        let path = links::of_namespace(pins.folder(), netns.inode);
+        let link = links::attach(
             &path,
             load::LOOKUP_PROGRAM,
             program.as_fd(),
             &target,
             AttachType::SkLookup,
-        )
+        )?;
+        lock(&self.links).namespaces.insert(netns.inode, link);
+        Ok(())
     }
 
     /// Ends what [`Datapath::attach_namespace`] began, for a namespace without workloads.
@@ -259,7 +339,8 @@ impl Datapath {
     ///
     /// From the kernel.
     pub fn detach_namespace(&self, inode: u64) -> Result<(), Error> {
-        links::remove_link(&links::of_namespace(&self.settings.pins, inode))
+        lock(&self.links).namespaces.remove(&inode);
+        links::remove_link(&links::of_namespace(lock(&self.pins).folder(), inode))
     }
 
     /// Has a namespace route the replies of local applications to [`Netns::onward_socket`]s back
@@ -282,8 +363,8 @@ impl fmt::Debug for Datapath {
     }
 }
 
-fn pinned_map(settings: &Settings, name: &str) -> Result<OwnedFd, Error> {
-    let path = settings.pins.join(name);
+fn pinned_map(pins: &Path, name: &str) -> Result<OwnedFd, Error> {
+    let path = pins.join(name);
     sys::get_pinned(&path).map_err(|source| Error::Pin {
         doing: "open the map",
         path,

@@ -12,7 +12,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         route::{RouteMessage, RouteScope, RouteType},
-        rule::RuleAction,
+        rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 
@@ -59,6 +59,49 @@ pub(super) async fn prepare(netns: &Netns) -> Result<(), Error> {
     result
 }
 
+/// Takes back what [`prepare`] routed. True where there was anything.
+pub(super) async fn take_back(netns: &Netns) -> Result<bool, Error> {
+    let failed = |doing| {
+        move |source| Error::Namespace {
+            inode: netns.inode,
+            doing,
+            source,
+        }
+    };
+    let (connection, handle, _) = netns
+        .run(rtnetlink::new_connection)
+        .map_err(failed("open a netlink socket"))?;
+    let connection = tokio::spawn(connection);
+    let result = async {
+        let mut found = false;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            match unroute(&handle, family).await {
+                Err(error) if has_no_inet6(&error) => {}
+                result => found |= result?,
+            }
+        }
+        Ok(found)
+    }
+    .await
+    .map_err(failed("remove the routing of marked packets"));
+    connection.abort();
+    result
+}
+
+/// `ip rule del fwmark MARK lookup TABLE` and `ip route del local default dev lo table TABLE`.
+async fn unroute(handle: &Handle, family: AddressFamily) -> io::Result<bool> {
+    let mut rule = RuleMessage::default();
+    rule.header.family = family;
+    rule.header.action = RuleAction::ToTable;
+    rule.attributes.push(RuleAttribute::FwMark(ONWARD_MARK));
+    rule.attributes
+        .push(RuleAttribute::Table(ONWARD_ROUTE_TABLE));
+    let rule = was_there(handle.rule().del(rule).execute().await)?;
+    let route = default_to_loopback(family);
+    let route = was_there(handle.route().del(route).execute().await)?;
+    Ok(rule || route)
+}
+
 /// Switches a kernel setting on. One that is missing is IPv6's, where the kernel has none.
 fn switch_on(path: &str) -> io::Result<()> {
     match fs::read_to_string(path) {
@@ -83,12 +126,16 @@ async fn route(handle: &Handle, family: AddressFamily) -> io::Result<()> {
         rule.v6().execute().await
     };
     unless_there(rule)?;
-    let route = if family == AddressFamily::Inet {
+    let route = default_to_loopback(family);
+    unless_there(handle.route().add(route).execute().await)
+}
+
+fn default_to_loopback(family: AddressFamily) -> RouteMessage {
+    if family == AddressFamily::Inet {
         to_loopback(RouteMessageBuilder::<Ipv4Addr>::new())
     } else {
         to_loopback(RouteMessageBuilder::<Ipv6Addr>::new())
-    };
-    unless_there(handle.route().add(route).execute().await)
+    }
 }
 
 fn to_loopback<T>(route: RouteMessageBuilder<T>) -> RouteMessage {
@@ -106,6 +153,20 @@ fn unless_there(result: Result<(), NetlinkError>) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         result => result,
     }
+}
+
+/// What is not there needs no removal.
+fn was_there(result: Result<(), NetlinkError>) -> io::Result<bool> {
+    match result.map_err(io_error) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error().is_some_and(is_absent) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// ENOENT of a rule, ESRCH of a route.
+fn is_absent(code: i32) -> bool {
+    [libc::ENOENT, libc::ESRCH].contains(&code)
 }
 
 fn io_error(error: NetlinkError) -> io::Error {

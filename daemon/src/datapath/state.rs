@@ -20,7 +20,7 @@ use reeve_common::{
 };
 
 use super::{
-    Error, KernelState, MapUsage,
+    Error, KernelState, MapUsage, Numbers,
     load::map_error,
     table::{Table, Tracked},
 };
@@ -82,6 +82,48 @@ impl State {
         })
     }
 
+    /// Reads the maps again, where another daemon has written to them.
+    pub(super) fn reread(&mut self) -> Result<(), Error> {
+        self.current = self
+            .settings
+            .get(&0, 0)
+            .map_err(|source| map_error("SETTINGS", "read", source))?;
+        self.workloads.reread()?;
+        self.namespaces.reread()?;
+        self.local_addresses.reread()?;
+        self.peers.reread()?;
+        self.peer_ports.reread()?;
+        self.verdicts.reread()
+    }
+
+    /// Has everything refused to these cgroups (id and depth), except those of which the maps say
+    /// something already. Takes nothing back.
+    pub(super) fn guard(&mut self, cgroups: &[(u64, u32)]) -> Result<(), Error> {
+        let unknown = WorkloadEntry {
+            workload: NO_WORKLOAD,
+            flags: WORKLOAD_UNKNOWN,
+        };
+        let new: Vec<u64> = cgroups
+            .iter()
+            .map(|(cgroup, _)| *cgroup)
+            .filter(|cgroup| !self.workloads.content().contains_key(cgroup))
+            .collect();
+        let changed = self
+            .workloads
+            .put(new.iter().map(|cgroup| (cgroup, &unknown)))?;
+        let depths = cgroups.iter().fold(self.current.cgroup_depths, |all, at| {
+            all | 1_u32.wrapping_shl(at.1)
+        });
+        if changed || depths != self.current.cgroup_depths {
+            self.write(KernelSettings {
+                cgroup_depths: depths,
+                generation: self.current.generation.checked_add(1).unwrap_or(1),
+                ..self.current
+            })?;
+        }
+        Ok(())
+    }
+
     /// Makes the maps hold `desired`. The first thing that did not fit is the error; everything
     /// else is in force.
     pub(super) fn apply(&mut self, desired: &KernelState) -> Result<(), Error> {
@@ -123,6 +165,22 @@ impl State {
             usage(&self.peer_ports),
             usage(&self.verdicts),
         ]
+    }
+
+    /// The numbers that are in use.
+    pub(super) fn numbers(&self) -> Numbers {
+        let workloads = self.workloads.content().iter();
+        let peers = self.peers.content().iter();
+        Numbers {
+            workloads: workloads
+                .filter(|(_, entry)| entry.workload != NO_WORKLOAD)
+                .map(|(cgroup, entry)| (*cgroup, entry.workload))
+                .collect(),
+            peers: peers
+                .filter(|(_, entry)| entry.peer != 0)
+                .map(|(prefix, entry)| (*prefix, entry.peer))
+                .collect(),
+        }
     }
 
     /// The generation in force.

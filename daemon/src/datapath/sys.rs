@@ -15,6 +15,7 @@ use aya::Pod;
 
 /// Commands of `bpf(2)`, from `linux/bpf.h`.
 mod command {
+    pub(super) const MAP_LOOKUP_ELEM: u32 = 1;
     pub(super) const OBJ_PIN: u32 = 6;
     pub(super) const OBJ_GET: u32 = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: u32 = 15;
@@ -206,6 +207,20 @@ pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
     } else {
         u64::from(low)
     })
+}
+
+/// The first value of an array (not of one for each processor) whose values have `size` bytes.
+pub(super) fn first_value(array: BorrowedFd<'_>, size: usize) -> io::Result<Vec<u8>> {
+    let key = 0_u32;
+    let mut value = vec![0_u8; size];
+    let mut attr = ElementAttr {
+        map: raw(array),
+        padding: 0,
+        key: std::ptr::from_ref(&key).expose_provenance() as u64,
+        value: value.as_mut_ptr().expose_provenance() as u64,
+        flags: 0,
+    };
+    bpf(command::MAP_LOOKUP_ELEM, &mut attr).map(|_| value)
 }
 
 /// Takes the entry of `key` out of a hash; none where there is no such entry. `K` and `V` are the

@@ -81,6 +81,15 @@ impl<T: Table> Tracked<T> {
         })
     }
 
+    /// Reads again what is in the map, where somebody else has written to it.
+    pub(super) fn reread(&mut self) -> Result<(), Error> {
+        self.content = self
+            .table
+            .entries()
+            .map_err(|source| map_error(self.name, "read", source))?;
+        Ok(())
+    }
+
     /// Name of the map.
     pub(super) fn name(&self) -> &'static str {
         self.name

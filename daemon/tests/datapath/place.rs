@@ -108,10 +108,15 @@ impl Place {
 
     /// Does something in a cgroup and here.
     pub(crate) fn run<T: Send>(&self, cgroup: &Cgroup, work: impl FnOnce() -> T + Send) -> T {
+        self.run_in(&cgroup.path, work)
+    }
+
+    /// The same, in the cgroup with this folder.
+    pub(crate) fn run_in<T: Send>(&self, cgroup: &Path, work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    fs::write(cgroup.path.join("cgroup.threads"), "0").unwrap();
+                    fs::write(cgroup.join("cgroup.threads"), "0").unwrap();
                     self.netns.run(|| Ok(work())).unwrap()
                 })
                 .join()

@@ -6,6 +6,7 @@ mod enter;
 mod flood;
 mod heartbeat;
 mod ping;
+mod probe;
 mod raw;
 mod send;
 mod serve;
@@ -47,6 +48,8 @@ enum Command {
     Raw(raw::Options),
     /// Send an ICMP echo request and wait for the reply
     Ping(ping::Options),
+    /// Open, use and close TCP connections without end, and tell what became of them
+    Probe(probe::Options),
     /// Send a few bytes over one TCP connection again and again, and read their echo
     Heartbeat(heartbeat::Options),
 }
@@ -63,6 +66,7 @@ fn main() -> anyhow::Result<()> {
         Command::UdpSend(options) => udp::send(&options),
         Command::Raw(options) => raw::run(&options),
         Command::Ping(options) => ping::run(&options),
+        Command::Probe(options) => probe::run(&options),
         Command::Heartbeat(options) => heartbeat::run(&options),
     }
 }
