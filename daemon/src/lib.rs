@@ -20,6 +20,7 @@ pub mod control;
 pub mod datapath;
 pub mod identity;
 pub mod policy;
+pub mod privileges;
 pub mod telemetry;
 pub mod tunnel;
 pub mod workload;

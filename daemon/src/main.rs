@@ -11,7 +11,9 @@ use reeve::{
     control::{self, Control, Daemon, Parts, RunError},
     datapath::Datapath,
     policy::Snapshot,
-    telemetry::{self, ConnectionLog, Events, HttpServer, Metrics, Observers, Readiness},
+    telemetry::{
+        self, ConnectionLog, Events, Health, HttpServer, Metrics, Observers, Readiness, Told,
+    },
     tunnel::{Shared, Tunnels},
     workload::{Registry, cgroup::CgroupTree},
 };
@@ -48,6 +50,8 @@ fn run(file: &Path) -> Result<(), RunError> {
     let policies = control::policies(&config)?;
     telemetry::start_logging(&config.log)?;
     control::prepare_process();
+    // Before there is a second thread.
+    config.sandbox.enter_process()?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
@@ -58,10 +62,15 @@ fn run(file: &Path) -> Result<(), RunError> {
         // What tells others comes first: a second daemon fails here, before it touches the kernel.
         let metrics = Metrics::new(config.metrics.rules as usize);
         let (readiness, ready) = watch::channel(Readiness::starting());
+        let (health, healthy) = watch::channel(Health::starting());
         if let Some(address) = config.metrics.address {
-            let http = HttpServer::bind(address, metrics.clone(), ready).await;
-            let http = http.map_err(|source| RunError::Http { address, source })?;
-            tokio::spawn(http.serve());
+            let told = Told {
+                readiness: ready,
+                health: healthy,
+            };
+            HttpServer::bind(address, metrics.clone(), told)
+                .and_then(|http| http.start(config.sandbox))
+                .map_err(|source| RunError::Http { address, source })?;
         }
         let admin = AdminSocket::bind(&config.admin.socket)?;
 
@@ -86,7 +95,13 @@ fn run(file: &Path) -> Result<(), RunError> {
             metrics: metrics.clone(),
             log: log.clone(),
         };
-        let tunnels = Tunnels::start(shared, &config.limits, &config.timeouts, config.ports)?;
+        let tunnels = Tunnels::start(
+            shared,
+            &config.limits,
+            &config.timeouts,
+            config.ports,
+            config.sandbox,
+        )?;
 
         let events = (datapath.events()?, Events::new(metrics.clone(), log));
         if let Some(lines) = datapath.debug_log()? {
@@ -113,6 +128,7 @@ fn run(file: &Path) -> Result<(), RunError> {
             registry,
             policies,
             readiness,
+            health,
             events,
         };
         Control::new(daemon, parts).run().await

@@ -21,7 +21,10 @@ fn a_guard_denies_before_any_daemon_runs_and_the_daemon_takes_over_from_it() {
     let with_orphan = json!({"cgroup": "/not-yet-there-and-below-nothing"});
     let config = reeve()
         .enrol_with(&pair.two.pod("orphan"), with_orphan)
-        .set("/certificates/embedded/caDir", json!("/proc/self/comm"))
+        .set(
+            "/certificates/sources/0/embedded/caDir",
+            json!("/proc/self/comm"),
+        )
         .set("/metrics/address", json!("192.0.2.1:1"))
         .write();
     fs::write(policies.join("broken.yaml"), "{{{ no policy at all").unwrap();

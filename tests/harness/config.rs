@@ -1,6 +1,10 @@
 //! The settings of a daemon under test.
 
-use std::{fs, path::PathBuf};
+use std::{
+    ffi::{OsStr, OsString},
+    fs,
+    path::PathBuf,
+};
 
 use serde_json::{Map, Value, json};
 
@@ -12,6 +16,7 @@ pub struct Reeve<'n> {
     node: &'n Node,
     settings: Value,
     policies: PathBuf,
+    environment: Vec<OsString>,
 }
 
 impl<'n> Reeve<'n> {
@@ -41,6 +46,7 @@ impl<'n> Reeve<'n> {
             node,
             settings,
             policies,
+            environment: Vec::new(),
         }
     }
 
@@ -104,6 +110,16 @@ impl<'n> Reeve<'n> {
         self
     }
 
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn environment(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        let mut variable = OsString::from(name);
+        variable.push("=");
+        variable.push(value);
+        self.environment.push(variable);
+        self
+    }
+
     /// Writes the settings and starts the daemon; returns when it is ready.
     #[must_use]
     pub fn start(self) -> Daemon {
@@ -116,7 +132,7 @@ impl<'n> Reeve<'n> {
     #[must_use]
     pub fn start_unready(self) -> Daemon {
         let file = self.write();
-        Daemon::start(self.node, file)
+        Daemon::start(self.node, file, self.environment)
     }
 
     /// Writes the settings, and gives the file.

@@ -1,7 +1,7 @@
 //! A daemon under test.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io::{Read, Write},
     net::{Ipv4Addr, TcpStream},
     path::{Path, PathBuf},
@@ -27,13 +27,14 @@ pub struct Daemon {
     config: PathBuf,
     socket: PathBuf,
     policies: PathBuf,
+    environment: Vec<OsString>,
 }
 
 impl Daemon {
     /// Where it serves metrics and its health, in the node's network namespace.
     pub const METRICS_PORT: u16 = 15020;
 
-    pub(crate) fn start(node: &Node, config: PathBuf) -> Self {
+    pub(crate) fn start(node: &Node, config: PathBuf, environment: Vec<OsString>) -> Self {
         let place = node
             .host()
             .with_cgroup(Arc::new(node.cgroup().child("daemon")));
@@ -44,6 +45,7 @@ impl Daemon {
             config,
             socket,
             policies: node.folder().join("policies"),
+            environment,
         };
         daemon.start_again();
         daemon
@@ -59,6 +61,10 @@ impl Daemon {
             OsStr::new("--config"),
             self.config.as_os_str(),
         ];
+        let environment = self.environment.iter().map(OsString::as_os_str);
+        let words = std::iter::once(OsStr::new("env"))
+            .chain(environment)
+            .chain(words);
         self.process = Some(self.place.spawn(words));
     }
 
@@ -196,6 +202,12 @@ impl Daemon {
         std::fs::read_dir(folder).expect("the daemon runs").count()
     }
 
+    /// Its threads: each one's number, name and the kernel's status of it.
+    #[must_use]
+    pub fn threads(&self) -> Vec<Thread> {
+        Thread::all_of(self.id())
+    }
+
     /// Its process id.
     #[must_use]
     pub fn id(&self) -> u32 {
@@ -227,6 +239,47 @@ impl Daemon {
 
     fn process_mut(&mut self) -> &mut Process {
         self.process.as_mut().expect("the daemon runs")
+    }
+}
+
+/// A thread of a process.
+#[derive(Clone, Debug)]
+pub struct Thread {
+    /// Its number.
+    pub id: u32,
+    /// Its name.
+    pub name: String,
+    status: String,
+}
+
+impl Thread {
+    /// The threads of a process.
+    #[must_use]
+    pub fn all_of(process: u32) -> Vec<Self> {
+        let folder = std::fs::read_dir(format!("/proc/{process}/task")).expect("the process runs");
+        let read = |path: PathBuf, file: &str| std::fs::read_to_string(path.join(file)).ok();
+        let threads = folder.flatten().filter_map(|entry| {
+            Some(Self {
+                id: entry.file_name().to_str()?.parse().ok()?,
+                name: read(entry.path(), "comm")?.trim().to_owned(),
+                status: read(entry.path(), "status")?,
+            })
+        });
+        threads.collect()
+    }
+
+    /// What the kernel says of it, as in `CapEff`.
+    #[must_use]
+    pub fn status(&self, field: &str) -> &str {
+        let mut lines = self.status.lines();
+        let value = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        value.expect("the kernel tells this of every thread").trim()
+    }
+
+    /// A set of capabilities, as in `CapEff`: bits by the numbers of `capability.h`.
+    #[must_use]
+    pub fn capabilities(&self, set: &str) -> u64 {
+        u64::from_str_radix(self.status(set), 16).expect("sets are hexadecimal")
     }
 }
 

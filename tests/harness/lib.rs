@@ -26,6 +26,7 @@ mod config;
 mod daemon;
 #[cfg(feature = "certificates")]
 pub mod hbone;
+mod machine;
 mod metrics;
 mod netns;
 mod network;
@@ -40,7 +41,8 @@ mod workload;
 pub use capture::{Capture, Captured};
 pub use cgroup::Cgroup;
 pub use config::Reeve;
-pub use daemon::Daemon;
+pub use daemon::{Daemon, Thread};
+pub use machine::Machine;
 pub use metrics::Metrics;
 pub use netns::Netns;
 pub use network::{Addresses, Network};

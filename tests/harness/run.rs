@@ -76,6 +76,12 @@ impl Run {
         format!("{}-{name}", self.counter.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// A name for a machine, which may be short only: it is a host's name.
+    pub(crate) fn name_of_machine(&self) -> String {
+        let number = self.counter.fetch_add(1, Ordering::Relaxed);
+        format!("reeve-{}-{number}", std::process::id())
+    }
+
     /// A new cgroup.
     pub(crate) fn cgroup(&self, name: &str) -> Cgroup {
         Cgroup::new(&self.name.cgroup().join(self.unique(name)))

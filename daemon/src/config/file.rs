@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
     identity::{SpiffeId, TrustDomain},
+    privileges::Confinement,
     yaml::{
         Located,
         values::{Ip, Labels, Name, Network, Port, duration, number},
@@ -39,6 +40,8 @@ pub(super) struct RawConfig {
     pub(super) timeouts: Timeouts,
     #[serde(default)]
     pub(super) maps: Maps,
+    #[serde(default)]
+    pub(super) sandbox: Confinement,
     #[serde(default)]
     pub(super) metrics: RawMetrics,
     #[serde(default)]
@@ -165,7 +168,8 @@ pub(super) struct PathText(pub(super) PathBuf);
 #[serde(try_from = "String")]
 pub(super) struct CgroupPath(pub(super) String);
 
-/// Name of a systemd unit that has a cgroup, as in `nginx.service`.
+/// Name of a systemd unit that has a cgroup, as in `nginx.service`, or of a template, as in
+/// `web@.service`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub(super) struct UnitName(pub(super) String);

@@ -32,6 +32,7 @@ pub use crate::yaml::{Mistake, Mistakes as ConfigErrors};
 use crate::{
     identity::TrustDomain,
     policy::PolicySources,
+    privileges::Confinement,
     workload::{Peer, Workload},
     yaml,
 };
@@ -70,6 +71,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Capacities of the kernel's maps.
     pub maps: Maps,
+    /// What of the daemon's confinement must be there.
+    pub sandbox: Confinement,
     /// The metrics endpoint.
     pub metrics: Metrics,
     /// The admin socket.

@@ -92,6 +92,7 @@ pub(super) fn settle(
         limits: raw.limits,
         timeouts: raw.timeouts,
         maps: raw.maps,
+        sandbox: raw.sandbox,
         metrics: Metrics {
             address: raw.metrics.address.map(|address| address.0),
             rules: raw.metrics.rules,

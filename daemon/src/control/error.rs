@@ -7,6 +7,7 @@ use crate::{
     cli::EXIT_USAGE,
     config::ConfigErrors,
     datapath,
+    privileges::PrivilegeError,
     telemetry::LogError,
     tunnel::StartError,
     workload::{RegistryError, cgroup::CgroupError},
@@ -20,6 +21,9 @@ pub enum RunError {
     /// The configuration or a policy is wrong.
     #[error("the configuration is wrong:\n{0}")]
     Config(ConfigErrors),
+    /// Privileges.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
     /// Logging.
     #[error(transparent)]
     Log(#[from] LogError),

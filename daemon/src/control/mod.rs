@@ -14,6 +14,7 @@ mod desired;
 mod error;
 mod files;
 mod guard;
+mod health;
 mod numbers;
 mod own_cgroup;
 mod process;
@@ -24,14 +25,17 @@ mod signals;
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::{oneshot, watch},
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     admin::PolicyStatus,
     config::Config,
     datapath::{self, Datapath},
     policy::{PolicySet, Snapshot},
-    telemetry::{Events, Readiness},
+    telemetry::{Events, Health, Readiness},
     workload::{Discovery, Registry, cgroup::CgroupTree},
 };
 
@@ -45,11 +49,10 @@ pub use process::prepare as prepare_process;
 pub use reload::{declaration, policies};
 
 use files::Files;
+use health::{Asked, HealthLook};
 use reconcile::Namespaces;
 use signals::{Signal, Signals};
 
-/// Certificates expire without a change; their validity is looked at this often.
-const LOOK: Duration = Duration::from_secs(5);
 /// First wait before what failed is tried again; doubled at each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Longest wait before what failed is tried again.
@@ -69,6 +72,7 @@ pub struct Control {
     bundle_files: Files,
     namespaces: Namespaces,
     readiness: watch::Sender<Readiness>,
+    health: watch::Sender<Health>,
     events: Option<(datapath::Events, Events)>,
     /// The kernel has held all that is declared at least once.
     is_enforced: bool,
@@ -88,6 +92,8 @@ pub struct Parts {
     pub policies: PolicySet,
     /// Where readiness is told.
     pub readiness: watch::Sender<Readiness>,
+    /// Where health is told.
+    pub health: watch::Sender<Health>,
     /// What the kernel tells, and who counts it.
     pub events: (datapath::Events, Events),
 }
@@ -99,7 +105,8 @@ enum Change {
     Bundles,
     Certificates,
     Retry,
-    Look,
+    /// Whether the loop turns; every few seconds.
+    Asked(oneshot::Sender<()>),
     Signal(Signal),
     RegistryEnded,
 }
@@ -135,6 +142,7 @@ impl Control {
             bundle_files: reload::watch_bundles(&config),
             namespaces: Namespaces::default(),
             readiness: parts.readiness,
+            health: parts.health,
             events: Some(parts.events),
             is_enforced: false,
             daemon,
@@ -150,7 +158,7 @@ impl Control {
         let mut signals = Signals::new().map_err(RunError::Signals)?;
         let mut certificates = self.daemon.identities.changes();
         let file = self.daemon.config.load().file.clone();
-        let mut retry = FIRST_RETRY;
+        let (mut retry, mut retry_at) = (FIRST_RETRY, None);
         let mut told = false;
 
         self.reconcile().await;
@@ -160,6 +168,7 @@ impl Control {
             let snapshot = self.snapshot.clone();
             tokio::spawn(follow_events(kernel, events, datapath, snapshot));
         }
+        let (_look, mut asked) = HealthLook::start(self.daemon.clone(), self.health.clone());
         loop {
             self.tell_readiness();
             if self.is_enforced && !told {
@@ -170,8 +179,9 @@ impl Control {
             }
             let failed = !self.daemon.view.load().problems.is_empty();
             if !failed {
-                retry = FIRST_RETRY;
+                (retry, retry_at) = (FIRST_RETRY, None);
             }
+            let again = *retry_at.get_or_insert_with(|| Instant::now() + retry);
             let change = tokio::select! {
                 changed = self.discovery.changed() => match changed {
                     Ok(()) => Change::Workloads,
@@ -181,8 +191,8 @@ impl Control {
                 () = self.bundle_files.changed() => Change::Bundles,
                 Ok(()) = certificates.changed() => Change::Certificates,
                 signal = signals.next() => Change::Signal(signal),
-                () = sleep(retry), if failed => Change::Retry,
-                () = sleep(LOOK) => Change::Look,
+                () = sleep_until(again), if failed => Change::Retry,
+                Some(answer) = asked.recv() => Change::Asked(answer),
             };
             match change {
                 Change::Workloads => self.reconcile().await,
@@ -192,24 +202,31 @@ impl Control {
                 }
                 Change::Bundles => self.reload_bundles(),
                 Change::Certificates => self.daemon.tunnels.judge_again(),
-                Change::Look => {}
+                // Certificates expire without a change: readiness is told again at each of these.
+                Change::Asked(answer) => {
+                    // Whoever asked may have given up.
+                    let _ = answer.send(());
+                }
                 Change::Retry => {
-                    retry = (retry * 2).min(LONGEST_RETRY);
+                    (retry, retry_at) = ((retry * 2).min(LONGEST_RETRY), None);
                     self.reconcile().await;
                 }
                 Change::Signal(Signal::Reload) => {
+                    process::notify_reloading();
                     self.reload_config(&file);
                     self.reconcile().await;
+                    // What was read is in force: `systemctl reload` returns.
+                    process::notify_ready();
                 }
                 Change::Signal(Signal::Stop) => break,
                 Change::RegistryEnded => return Err(RunError::RegistryEnded),
             }
         }
-        self.stop(&mut signals).await;
+        self.stop(&mut signals, &mut asked).await;
         Ok(())
     }
 
-    async fn stop(&mut self, signals: &mut Signals) {
+    async fn stop(&mut self, signals: &mut Signals, asked: &mut Asked) {
         let patience = self.daemon.config.load().timeouts.drain;
         tracing::info!(
             patience = %humantime::format_duration(patience),
@@ -220,6 +237,7 @@ impl Control {
         self.tell_readiness();
         tokio::select! {
             () = self.daemon.tunnels.drain(patience) => {}
+            () = health::answer(asked) => {}
             () = signals.stop() => tracing::warn!("asked again: connections are ended"),
         }
         tracing::info!("stopped");

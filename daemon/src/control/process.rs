@@ -1,5 +1,7 @@
 //! The daemon as a process: what it may use, what may look into it, and what systemd is told.
 
+use std::time::Duration;
+
 use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
@@ -18,6 +20,17 @@ pub fn prepare() {
     if let Err(error) = dumps {
         tracing::warn!(%error, "core dumps cannot be switched off; one would hold private keys");
     }
+}
+
+/// For how long systemd waits to hear that the daemon is well before it starts another; none where
+/// it does not (`WatchdogSec=` is not set, or there is no systemd).
+pub(super) fn watchdog() -> Option<Duration> {
+    sd_notify::watchdog_enabled()
+}
+
+/// Tells systemd that the daemon is well.
+pub(super) fn notify_watchdog() {
+    notify(&[NotifyState::Watchdog]);
 }
 
 /// Tells systemd, where it listens (`NOTIFY_SOCKET`), that the daemon is ready.

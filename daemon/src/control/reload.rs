@@ -4,9 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use tokio::task::block_in_place;
 
-use super::{
-    Control, certificates, files::Files, own_cgroup::settle_in, process, reconcile::describe,
-};
+use super::{Control, certificates, files::Files, own_cgroup::settle_in, reconcile::describe};
 use crate::{
     admin::PolicyStatus,
     config::{Config, ConfigErrors},
@@ -71,7 +69,6 @@ impl Control {
 
     /// Reads the configuration and the policies again. Mistakes in any leave all as it was.
     pub(super) fn reload_config(&mut self, file: &Path) {
-        process::notify_reloading();
         let before = self.daemon.config.load_full();
         let read = block_in_place(|| {
             let config = Config::load(file)?.keep_numbers(&before);
@@ -82,7 +79,6 @@ impl Control {
             Ok((new, policies)) => self.take_config(&before, new, policies),
             Err(mistakes) => self.refuse("config", &mistakes),
         }
-        process::notify_ready();
     }
 
     /// Reads the trust bundles of other trust domains again.
@@ -173,6 +169,7 @@ fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
         ("limits", before.limits != new.limits),
         ("timeouts", before.timeouts != new.timeouts),
         ("maps", before.maps != new.maps),
+        ("sandbox", before.sandbox != new.sandbox),
         ("metrics", before.metrics != new.metrics),
         ("admin", before.admin != new.admin),
         ("log", before.log != new.log),

@@ -1,9 +1,9 @@
 //! The bpf file system, in which programs and maps outlive the daemon.
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::{self, DirBuilder, File},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::Path,
 };
 
@@ -43,6 +43,16 @@ pub(super) fn prepare(folder: &Path) -> Result<(), Error> {
     })
 }
 
+/// Whether this process has other mounts than the first one, as services and containers have.
+fn has_own_mounts() -> bool {
+    let mounts = |process: &str| fs::metadata(format!("/proc/{process}/ns/mnt"));
+    match (mounts("self"), mounts("1")) {
+        (Ok(own), Ok(first)) => own.ino() != first.ino(),
+        // Not root of all: whoever runs reeve so is trusted to have looked.
+        _ => false,
+    }
+}
+
 fn is_bpffs(folder: &Path) -> bool {
     statfs(folder).is_ok_and(|info| info.filesystem_type() == BPF_FS_MAGIC)
 }
@@ -53,6 +63,12 @@ fn mount_at(folder: &Path) -> io::Result<()> {
         .map_err(|(_, error)| io::Error::from(error))?;
     if is_bpffs(folder) {
         return Ok(());
+    }
+    if has_own_mounts() {
+        return Err(io::Error::other(
+            "what is mounted here ends with the daemon, and with it all that is enforced: mount it \
+             on the host, and let the service or the container see it",
+        ));
     }
     let mounted = mount(
         Some("bpf"),

@@ -28,6 +28,22 @@ pub enum Error {
         /// From the kernel.
         source: io::Error,
     },
+    /// A program that was attached is so no more.
+    #[error("the program {name} is no longer attached: somebody has detached it")]
+    Detached {
+        /// The program.
+        name: &'static str,
+    },
+    /// Somebody else writes the maps.
+    #[error(
+        "the maps hold generation {found}, and this daemon wrote {written}: another reeve writes them"
+    )]
+    Overwritten {
+        /// What is there.
+        found: u32,
+        /// What was written.
+        written: u32,
+    },
     /// What is pinned was made by a reeve with other maps, and is not to be replaced.
     #[error(
         "what is pinned in {path} has layout {found} and this reeve has layout {expected}: it goes \

@@ -201,6 +201,11 @@ pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(removed)
 }
 
+/// Whether a link is still attached to something.
+pub(super) fn is_attached(link: BorrowedFd<'_>) -> bool {
+    sys::link_target(link).is_ok_and(|target| target != 0)
+}
+
 fn existing(path: &Path) -> io::Result<Option<OwnedFd>> {
     match sys::get_pinned(path) {
         Ok(link) => Ok(Some(link)),

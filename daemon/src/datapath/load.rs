@@ -247,6 +247,16 @@ pub(super) fn attach(ebpf: &Ebpf, cgroup_root: &Path, pins: &Path) -> Result<Lin
     Ok(attached)
 }
 
+/// Whether the cgroup's programs are still attached.
+pub(super) fn check(links: &Links) -> Result<(), Error> {
+    for ((name, _), link) in CGROUP_PROGRAMS.iter().zip(&links.cgroup) {
+        if !links::is_attached(link.as_fd()) {
+            return Err(Error::Detached { name });
+        }
+    }
+    Ok(())
+}
+
 /// The file descriptor of a verified program.
 pub(super) fn program<'a>(
     ebpf: &'a Ebpf,

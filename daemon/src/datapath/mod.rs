@@ -15,6 +15,7 @@ pub mod netns;
 mod pins;
 mod route;
 mod socket;
+mod sockets;
 mod state;
 mod sys;
 mod table;
@@ -41,6 +42,8 @@ use reeve_common::{
 pub use self::{
     error::Error,
     events::Events,
+    socket::speak_as,
+    sockets::{Purpose, Sockets},
     usage::{Counters, MapUsage},
 };
 use self::{
@@ -225,6 +228,17 @@ impl Datapath {
     #[must_use]
     pub fn numbers(&self) -> Numbers {
         lock(&self.state).numbers()
+    }
+
+    /// Whether the programs are still attached, and the maps still what this daemon writes: asked of
+    /// the kernel, where others may have detached or written them.
+    ///
+    /// # Errors
+    ///
+    /// What is missing.
+    pub fn check(&self) -> Result<(), Error> {
+        load::check(&lock(&self.links))?;
+        lock(&self.state).check()
     }
 
     /// How often what is enforced has changed since the maps were made.

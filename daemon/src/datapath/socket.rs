@@ -19,25 +19,18 @@ impl Netns {
     ///
     /// # Errors
     /// From the kernel.
-    pub fn tunnel_socket(&self, to: SocketAddr) -> io::Result<Socket> {
-        self.run(|| tcp(Domain::for_address(to)))
+    pub fn tunnel_socket(&self, domain: Domain) -> io::Result<Socket> {
+        self.run(|| tcp(domain))
     }
 
-    /// A non-blocking TCP socket in this namespace that speaks to a local application with the
-    /// client's own address: `IP_TRANSPARENT`, marked with `ONWARD_MARK`, bound to `client`. Its
-    /// port is chosen when it connects.
+    /// A non-blocking TCP socket in this namespace for connections to local applications:
+    /// `IP_TRANSPARENT`, and marked with `ONWARD_MARK`. [`speak_as`] says with whose address.
     ///
     /// # Errors
-    /// `InvalidInput` where `client` and `to` are of different families, else from the kernel.
-    pub fn onward_socket(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
-        if client.is_ipv4() != to.is_ipv4() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{client} cannot speak to {to}: the one is IPv4 and the other IPv6"),
-            ));
-        }
-        let socket = self.run(|| tcp(Domain::for_address(to)))?;
-        if client.is_ipv4() {
+    /// From the kernel.
+    pub fn onward_socket(&self, domain: Domain) -> io::Result<Socket> {
+        let socket = self.run(|| tcp(domain))?;
+        if domain == Domain::IPV4 {
             socket.set_ip_transparent_v4(true)?;
         } else {
             socket.set_ip_transparent_v6(true)?;
@@ -45,7 +38,6 @@ impl Netns {
         socket.set_mark(ONWARD_MARK)?;
         // A port is taken for each pair of addresses, rather than for the client's address alone.
         setsockopt(&socket, IpBindAddressNoPort, &true)?;
-        socket.bind(&SocketAddr::new(client, 0).into())?;
         Ok(socket)
     }
 
@@ -83,6 +75,21 @@ impl Netns {
             result => result,
         })
     }
+}
+
+/// Has a [`Netns::onward_socket`] speak to `to` with the address of `client`. Its port is chosen
+/// when it connects. Needs no privilege: making the socket did.
+///
+/// # Errors
+/// `InvalidInput` where `client` and `to` are of different families, else from the kernel.
+pub fn speak_as(socket: &Socket, client: IpAddr, to: SocketAddr) -> io::Result<()> {
+    if client.is_ipv4() != to.is_ipv4() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{client} cannot speak to {to}: the one is IPv4 and the other IPv6"),
+        ));
+    }
+    socket.bind(&SocketAddr::new(client, 0).into())
 }
 
 /// A non-blocking TCP socket that sends what it is given at once: a tunnel has gathered what

@@ -188,6 +188,21 @@ impl State {
         self.current.generation
     }
 
+    /// Whether the kernel has the generation that was written last.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        let found = self
+            .settings
+            .get(&0, 0)
+            .map_err(|source| map_error("SETTINGS", "read", source))?;
+        if found.generation == self.current.generation {
+            return Ok(());
+        }
+        Err(Error::Overwritten {
+            found: found.generation,
+            written: self.current.generation,
+        })
+    }
+
     /// Refuses everything to workloads whose numbers change hands.
     fn suspend(&mut self, desired: &Desired) -> Result<(), Error> {
         let unknown = WorkloadEntry {

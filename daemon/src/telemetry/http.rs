@@ -1,6 +1,13 @@
 //! The HTTP endpoint: `/metrics`, `/healthz`, `/readyz`.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use http::{
@@ -12,11 +19,13 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
+    runtime::{Builder, Handle},
     sync::{Semaphore, watch},
     time::timeout,
 };
 
 use super::Metrics;
+use crate::privileges::Confinement;
 
 /// Connections served at the same time; the next one waits to be accepted.
 const MAX_CONNECTIONS: usize = 32;
@@ -26,6 +35,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
 /// Largest head of a request in bytes.
 const MAX_HEAD: usize = 16 << 10;
+/// For the daemon to start: programs are verified, and policies compiled.
+const STARTING: Duration = Duration::from_secs(120);
 /// After `accept` failed, as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -39,17 +50,40 @@ pub struct Readiness {
     pub missing: Vec<String>,
 }
 
+/// Whether the daemon still works, when it was last looked at.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// What does not answer.
+    pub problem: Option<String>,
+    /// When this was so.
+    pub at: Instant,
+    /// For how long it counts: whoever looks may hang as well.
+    pub valid: Duration,
+}
+
+/// What the endpoint tells, besides metrics.
+#[derive(Clone, Debug)]
+pub struct Told {
+    /// For `/readyz`.
+    pub readiness: watch::Receiver<Readiness>,
+    /// For `/healthz`.
+    pub health: watch::Receiver<Health>,
+}
+
 /// The endpoint, bound and not yet serving.
 #[derive(Debug)]
 pub struct HttpServer {
-    listener: TcpListener,
+    listener: std::net::TcpListener,
     shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
 struct Shared {
     metrics: Metrics,
-    readiness: watch::Receiver<Readiness>,
+    told: Told,
+    /// Where the metrics are gathered: what they are read from needs privileges that reading
+    /// requests must not have.
+    gather: Handle,
 }
 
 // === impl Readiness ===
@@ -70,21 +104,51 @@ impl Readiness {
     }
 }
 
+// === impl Health ===
+
+impl Health {
+    /// Of a daemon that has only begun: good for as long as starting may take.
+    #[must_use]
+    pub fn starting() -> Self {
+        Self {
+            problem: None,
+            at: Instant::now(),
+            valid: STARTING,
+        }
+    }
+
+    /// What is wrong now.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        let silent = self.at.elapsed();
+        match &self.problem {
+            Some(problem) => Some(problem.clone()),
+            None if silent > self.valid => Some(format!(
+                "nothing has been heard of the daemon for {} s",
+                silent.as_secs()
+            )),
+            None => None,
+        }
+    }
+}
+
 // === impl HttpServer ===
 
 impl HttpServer {
-    /// Binds `address`.
+    /// Binds `address`. Called in the runtime in which metrics are to be gathered.
     ///
     /// # Errors
     /// From the kernel.
-    pub async fn bind(
-        address: SocketAddr,
-        metrics: Metrics,
-        readiness: watch::Receiver<Readiness>,
-    ) -> io::Result<Self> {
+    pub fn bind(address: SocketAddr, metrics: Metrics, told: Told) -> io::Result<Self> {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
         Ok(Self {
-            listener: TcpListener::bind(address).await?,
-            shared: Arc::new(Shared { metrics, readiness }),
+            listener,
+            shared: Arc::new(Shared {
+                metrics,
+                told,
+                gather: Handle::current(),
+            }),
         })
     }
 
@@ -96,15 +160,48 @@ impl HttpServer {
         self.listener.local_addr()
     }
 
+    /// Serves on a thread of its own, which has no privileges, for as long as the process lives.
+    ///
+    /// # Errors
+    /// When the thread cannot be made, or keeps what it must not have.
+    pub fn start(self, confinement: Confinement) -> io::Result<()> {
+        let (ready, started) = std::sync::mpsc::sync_channel(1);
+        thread::Builder::new().name("http".into()).spawn(move || {
+            let runtime = Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.and_then(|runtime| {
+                confinement.enter_exposed().map_err(io::Error::other)?;
+                Ok(runtime)
+            });
+            match runtime {
+                Ok(runtime) => {
+                    // Nobody to tell means that starting was given up.
+                    let _ = ready.send(Ok(()));
+                    runtime.block_on(self.serve());
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })?;
+        started.recv().map_err(io::Error::other)?
+    }
+
     /// Serves for as long as the future is polled.
-    pub async fn serve(self) {
+    async fn serve(self) {
+        let listener = match TcpListener::from_std(self.listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!(%error, "the metrics endpoint cannot be served");
+                return;
+            }
+        };
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             // Taken before `accept`, so that a flood waits in the kernel's bounded queue.
             let Ok(place) = places.clone().acquire_owned().await else {
                 return;
             };
-            match self.listener.accept().await {
+            match listener.accept().await {
                 Ok((stream, _)) => {
                     let shared = self.shared.clone();
                     tokio::spawn(async move {
@@ -123,8 +220,8 @@ impl HttpServer {
 
 async fn connection(stream: TcpStream, shared: Arc<Shared>) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = respond(&request, &shared);
-        async move { Ok::<_, Infallible>(response) }
+        let shared = shared.clone();
+        async move { Ok::<_, Infallible>(respond(&request, &shared).await) }
     });
     let result = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -137,7 +234,7 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) {
     }
 }
 
-fn respond(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>> {
+async fn respond(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
         response
@@ -146,7 +243,7 @@ fn respond(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>
         return response;
     }
     match request.uri().path() {
-        "/metrics" => match shared.metrics.render() {
+        "/metrics" => match gather(shared).await {
             Ok(body) => {
                 let mut response = text(StatusCode::OK, body);
                 response.headers_mut().insert(CONTENT_TYPE, METRICS_TEXT);
@@ -157,9 +254,12 @@ fn respond(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>
                 format!("metrics could not be collected: {error}\n"),
             ),
         },
-        "/healthz" => text(StatusCode::OK, "ok\n"),
+        "/healthz" => match shared.told.health.borrow().problem() {
+            None => text(StatusCode::OK, "ok\n"),
+            Some(problem) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
+        },
         "/readyz" => {
-            let readiness = shared.readiness.borrow();
+            let readiness = shared.told.readiness.borrow();
             if readiness.is_ready() {
                 text(StatusCode::OK, "ready\n")
             } else {
@@ -171,6 +271,16 @@ fn respond(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>
             StatusCode::NOT_FOUND,
             "there are /metrics, /healthz and /readyz\n",
         ),
+    }
+}
+
+/// The metrics as text, gathered where that is allowed.
+async fn gather(shared: &Shared) -> Result<String, String> {
+    let metrics = shared.metrics.clone();
+    let gathered = shared.gather.spawn(async move { metrics.render() });
+    match gathered.await {
+        Ok(text) => text.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -187,15 +297,23 @@ mod tests {
 
     use super::*;
 
-    async fn start(readiness: Readiness) -> (SocketAddr, watch::Sender<Readiness>) {
-        let (sender, receiver) = watch::channel(readiness);
+    struct Tell {
+        readiness: watch::Sender<Readiness>,
+        health: watch::Sender<Health>,
+    }
+
+    fn start(readiness: Readiness) -> (SocketAddr, Tell) {
+        let (readiness, ready) = watch::channel(readiness);
+        let (health, healthy) = watch::channel(Health::starting());
+        let told = Told {
+            readiness: ready,
+            health: healthy,
+        };
         let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
-        let server = HttpServer::bind(loopback, Metrics::default(), receiver)
-            .await
-            .unwrap();
+        let server = HttpServer::bind(loopback, Metrics::default(), told).unwrap();
         let address = server.local_addr().unwrap();
-        tokio::spawn(server.serve());
-        (address, sender)
+        server.start(Confinement::default()).unwrap();
+        (address, Tell { readiness, health })
     }
 
     async fn request(address: SocketAddr, head: &str) -> String {
@@ -209,7 +327,7 @@ mod tests {
 
     #[tokio::test]
     async fn metrics_are_prometheus_text() {
-        let (address, _sender) = start(Readiness::default()).await;
+        let (address, _tell) = start(Readiness::default());
         let answer = request(address, "GET /metrics").await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         assert!(answer.contains("content-type: text/plain; version=0.0.4"));
@@ -218,10 +336,9 @@ mod tests {
 
     #[tokio::test]
     async fn readyz_says_what_is_missing_and_changes_with_it() {
-        let (address, sender) = start(Readiness {
+        let (address, tell) = start(Readiness {
             missing: vec!["workload web has no certificate".into()],
-        })
-        .await;
+        });
         let answer = request(address, "GET /readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
         assert!(answer.contains("- workload web has no certificate\n"));
@@ -231,7 +348,7 @@ mod tests {
                 .starts_with("HTTP/1.1 200")
         );
 
-        sender.send(Readiness::default()).unwrap();
+        tell.readiness.send(Readiness::default()).unwrap();
         assert!(
             request(address, "GET /readyz")
                 .await
@@ -240,8 +357,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn healthz_says_what_does_not_answer_and_when_nothing_is_heard() {
+        let (address, tell) = start(Readiness::default());
+        tell.health.send_modify(|health| {
+            health.problem = Some("tunnel worker 1 does not answer".into());
+        });
+        let answer = request(address, "GET /healthz").await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.contains("tunnel worker 1"), "{answer}");
+
+        tell.health.send_modify(|health| {
+            health.problem = None;
+            health.valid = Duration::ZERO;
+        });
+        let answer = request(address, "GET /healthz").await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.contains("nothing has been heard"), "{answer}");
+    }
+
+    #[tokio::test]
     async fn other_methods_and_paths_are_refused() {
-        let (address, _sender) = start(Readiness::default()).await;
+        let (address, _tell) = start(Readiness::default());
         assert!(
             request(address, "POST /metrics")
                 .await
@@ -252,7 +388,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_sends_nothing_is_dropped() {
-        let (address, _sender) = start(Readiness::default()).await;
+        let (address, _tell) = start(Readiness::default());
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream
             .write_all(b"GET /metrics HTTP/1.1\r\n")

@@ -114,31 +114,26 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
 
 async fn connect(worker: &Worker, target: &Target) -> Result<TcpStream, TunnelError> {
     let to = target.peer;
-    let socket = target
-        .netns
-        .tunnel_socket(to)
-        .map_err(|source| TunnelError::Socket {
+    let connecting = async {
+        let socket = worker.stash.to_peer(&target.netns, to).await;
+        let socket = socket.map_err(|source| TunnelError::Socket {
             to,
             source: source.into(),
         })?;
+        socket::connect(socket, to, Some(worker.timeouts.user))
+            .await
+            .map_err(|source| TunnelError::Connect {
+                to,
+                source: source.into(),
+            })
+    };
     let limit = worker.timeouts.connect;
-    match timeout(
+    let late = |_| TunnelError::Timeout {
+        stage: Stage::Connect,
+        to,
         limit,
-        socket::connect(socket, to, Some(worker.timeouts.user)),
-    )
-    .await
-    {
-        Ok(Ok(tcp)) => Ok(tcp),
-        Ok(Err(source)) => Err(TunnelError::Connect {
-            to,
-            source: source.into(),
-        }),
-        Err(_) => Err(TunnelError::Timeout {
-            stage: Stage::Connect,
-            to,
-            limit,
-        }),
-    }
+    };
+    timeout(limit, connecting).await.map_err(late)?
 }
 
 /// TLS and HTTP/2 until the peer has answered.

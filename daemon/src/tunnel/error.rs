@@ -4,7 +4,9 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use reeve_common::Reason;
 
-use crate::{identity::SpiffeId, policy::Decision, telemetry::HandshakeReason};
+use crate::{
+    identity::SpiffeId, policy::Decision, privileges::PrivilegeError, telemetry::HandshakeReason,
+};
 
 /// The data path could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +22,12 @@ pub enum StartError {
     /// A worker's event loop could not be made.
     #[error("cannot make the event loop of a tunnel worker: {0}; check the limit on open files")]
     Runtime(io::Error),
+    /// The thread that opens sockets could not be made.
+    #[error("cannot start the thread that opens sockets: {0}; check the limit on threads")]
+    Sockets(io::Error),
+    /// A worker keeps privileges that it must not have.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
 }
 
 /// The listeners of a network namespace could not be opened.

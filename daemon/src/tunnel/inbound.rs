@@ -9,7 +9,7 @@ use http::{Method, Request, Response, StatusCode};
 use reeve_common::Direction;
 use tokio::{net::TcpStream, select, time::timeout};
 
-use crate::datapath::netns::Netns;
+use crate::datapath::{netns::Netns, speak_as};
 
 use super::{
     TunnelError, authority,
@@ -90,7 +90,7 @@ fn destination(request: &Request<RecvStream>) -> Option<SocketAddr> {
 /// found out about the connection goes into `call`.
 async fn connect(
     worker: &Worker,
-    netns: &Netns,
+    netns: &Arc<Netns>,
     link: &Link,
     call: &mut Call,
     respond: &mut SendResponse<Bytes>,
@@ -98,16 +98,18 @@ async fn connect(
     admit(worker, link, call)?;
     let place = worker.bounds.place()?;
     let failed = |error: std::io::Error| TunnelError::Application(error.into());
-    let socket = netns
-        .onward_socket(call.source.ip(), call.destination)
-        .map_err(failed)?;
     let limit = worker.timeouts.connect;
     // No TCP_USER_TIMEOUT: it would end an application that pauses reading for longer than that,
     // and within a host nothing goes missing unnoticed.
-    let connecting = timeout(limit, socket::connect(socket, call.destination, None));
+    let (source, destination) = (call.source, call.destination);
+    let connecting = async {
+        let socket = worker.stash.to_application(netns, destination).await?;
+        speak_as(&socket, source.ip(), destination)?;
+        socket::connect(socket, destination, None).await
+    };
     select! {
         biased;
-        connected = connecting => match connected {
+        connected = timeout(limit, connecting) => match connected {
             Ok(connected) => Ok((connected.map_err(failed)?, place)),
             Err(_) => Err(TunnelError::ApplicationTimeout(limit)),
         },

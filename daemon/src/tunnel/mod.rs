@@ -28,6 +28,7 @@ mod pool;
 mod registry;
 mod server;
 mod socket;
+mod stash;
 mod sweep;
 #[cfg(test)]
 mod tests;

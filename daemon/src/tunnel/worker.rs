@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     config::{Limits, Ports, Timeouts},
-    datapath::netns::Netns,
+    datapath::{Sockets, netns::Netns},
 };
 
 use super::{
@@ -30,6 +30,7 @@ use super::{
     pool::Pool,
     registry::Registry,
     server, socket,
+    stash::Stash,
 };
 
 /// How often a drain looks whether everything has ended.
@@ -45,6 +46,7 @@ pub(super) struct Worker {
     pub(super) ports: Ports,
     pub(super) bounds: Arc<Bounds>,
     pub(super) pool: Pool,
+    pub(super) stash: Rc<Stash>,
     pub(super) links: Rc<Registry<Link>>,
     pub(super) connections: Rc<Registry<Connection>>,
     /// Nothing new is begun.
@@ -70,6 +72,7 @@ impl Worker {
         timeouts: Timeouts,
         ports: Ports,
         bounds: Arc<Bounds>,
+        sockets: Sockets,
     ) -> Rc<Self> {
         Rc::new(Self {
             shared,
@@ -78,6 +81,7 @@ impl Worker {
             ports,
             bounds,
             pool: Pool::default(),
+            stash: Stash::new(sockets),
             links: Registry::new(),
             connections: Registry::new(),
             draining: Cell::new(false),
@@ -88,6 +92,7 @@ impl Worker {
     /// Accepts what arrives at `listeners` until [`Self::unlisten`].
     pub(super) fn listen(self: &Rc<Self>, listeners: Listeners) {
         let netns = listeners.netns;
+        self.stash.keep(&netns);
         let mut tasks = Vec::new();
         for socket in listeners.outbound {
             let (worker, netns) = (self.clone(), netns.clone());
@@ -121,6 +126,7 @@ impl Worker {
     /// Closes the listeners of a namespace. What they have accepted goes on.
     pub(super) fn unlisten(&self, cookie: u64) {
         let tasks = self.listening.borrow_mut().remove(&cookie);
+        self.stash.forget(cookie);
         tasks.into_iter().flatten().for_each(|task| task.abort());
     }
 

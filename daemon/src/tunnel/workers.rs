@@ -17,11 +17,13 @@ use tokio::{
     runtime::{Builder, LocalOptions, LocalRuntime},
     sync::{mpsc, oneshot},
     task::spawn_local,
+    time::timeout_at,
 };
 
 use crate::{
     config::{Limits, Ports, Timeouts},
-    datapath::netns::Netns,
+    datapath::{Sockets, netns::Netns},
+    privileges::Confinement,
 };
 
 use super::{
@@ -53,6 +55,8 @@ enum Command {
     Unlisten(u64),
     JudgeAgain,
     Status(oneshot::Sender<(usize, Vec<TunnelStatus>)>),
+    /// Say that the event loop turns.
+    Answer(oneshot::Sender<()>),
     Drain {
         deadline: Instant,
         done: oneshot::Sender<()>,
@@ -71,18 +75,25 @@ impl Tunnels {
         limits: &Limits,
         timeouts: &Timeouts,
         ports: Ports,
+        confinement: Confinement,
     ) -> Result<Self, StartError> {
         let bounds = Bounds::new(limits);
+        let sockets = Sockets::start(confinement).map_err(StartError::Sockets)?;
         let mut workers = Vec::new();
         for number in 0..worker_count(limits) {
             let (commands, inbox) = mpsc::unbounded_channel();
             let (shared, bounds) = (shared.clone(), bounds.clone());
+            let sockets = sockets.clone();
             let (limits, timeouts) = (*limits, *timeouts);
             let (ready, started) = std::sync::mpsc::sync_channel(1);
             thread::Builder::new()
                 .name(format!("tunnel-{number}"))
                 .spawn(move || {
-                    let runtime = match runtime() {
+                    let runtime = runtime().map_err(StartError::Runtime).and_then(|runtime| {
+                        confinement.enter_exposed()?;
+                        Ok(runtime)
+                    });
+                    let runtime = match runtime {
                         Ok(runtime) => runtime,
                         Err(error) => {
                             // Nobody to tell means that starting was given up.
@@ -92,7 +103,7 @@ impl Tunnels {
                     };
                     let _ = ready.send(Ok(()));
                     runtime.block_on(async {
-                        let worker = Worker::new(shared, limits, timeouts, ports, bounds);
+                        let worker = Worker::new(shared, limits, timeouts, ports, bounds, sockets);
                         work(worker, inbox).await;
                     });
                 })
@@ -102,7 +113,7 @@ impl Tunnels {
                 })?;
             match started.recv() {
                 Ok(Ok(())) => workers.push(commands),
-                Ok(Err(error)) => return Err(StartError::Runtime(error)),
+                Ok(Err(error)) => return Err(error),
                 Err(_) => {
                     return Err(StartError::Runtime(std::io::Error::other(
                         "the thread ended at once",
@@ -200,6 +211,23 @@ impl Tunnels {
         status
     }
 
+    /// The first worker, by its number, that does not answer within `patience`.
+    pub async fn silent(&self, patience: Duration) -> Option<usize> {
+        let mut pending = Vec::new();
+        for worker in &self.workers {
+            let (answer, answered) = oneshot::channel();
+            let _ = worker.send(Command::Answer(answer));
+            pending.push(answered);
+        }
+        let deadline = tokio::time::Instant::now() + patience;
+        for (number, answered) in pending.into_iter().enumerate() {
+            if !matches!(timeout_at(deadline, answered).await, Ok(Ok(()))) {
+                return Some(number);
+            }
+        }
+        None
+    }
+
     /// Stops accepting, tells peers that no more streams are taken, waits for connections to end
     /// by themselves for at most `patience`, and ends those that have not.
     pub async fn drain(&self, patience: Duration) {
@@ -270,6 +298,10 @@ async fn work(worker: Rc<Worker>, mut inbox: mpsc::UnboundedReceiver<Command>) {
             Command::Listen(listeners) => worker.listen(listeners),
             Command::Unlisten(cookie) => worker.unlisten(cookie),
             Command::JudgeAgain => worker.judge_again(),
+            Command::Answer(answer) => {
+                // Whoever asked may have given up.
+                let _ = answer.send(());
+            }
             Command::Status(answer) => {
                 // Whoever asked may have given up.
                 let _ = answer.send(worker.status(MOST_IN_STATUS));

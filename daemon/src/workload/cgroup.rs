@@ -132,8 +132,8 @@ impl CgroupTree {
             .collect()
     }
 
-    /// Folders below the root whose name is that of a systemd unit, and the folders that were
-    /// searched.
+    /// Folders below the root whose name is that of a systemd unit, or of an instance where `name`
+    /// is a template's (`web@.service`), and the folders that were searched.
     ///
     /// Only slices are searched: systemd itself makes units in slices alone, while what is below
     /// a service or a scope may have been delegated to somebody who is free to choose names.
@@ -146,7 +146,7 @@ impl CgroupTree {
                 let Some(child_name) = child.file_name().and_then(|name| name.to_str()) else {
                     continue;
                 };
-                if child_name == name {
+                if is_unit(child_name, name) {
                     found.push(child);
                 } else if child_name.ends_with(".slice") {
                     waiting.push(child);
@@ -237,6 +237,16 @@ pub fn processes(folder: &Path) -> Vec<u32> {
     pids
 }
 
+/// Whether `unit` is the unit `name`, or an instance of the template `name`.
+fn is_unit(unit: &str, name: &str) -> bool {
+    let is_instance = |(template, kind): (&str, &str)| {
+        let instance = unit.strip_prefix(template)?.strip_prefix('@')?;
+        let instance = instance.strip_suffix(kind)?.strip_suffix('.')?;
+        Some(!instance.is_empty())
+    };
+    unit == name || name.split_once("@.").and_then(is_instance) == Some(true)
+}
+
 /// Folders of a folder.
 fn children(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else {
@@ -311,6 +321,28 @@ mod tests {
         assert_eq!(mount, Path::new("/sys/fs/c group"));
         assert_eq!(depth_of_shown_root(&root), Some(2));
         assert_eq!(cgroup2_mount("no mounts at all"), None);
+    }
+
+    #[test]
+    fn a_template_means_its_instances_and_nothing_else() {
+        for instance in ["web@1.service", "web@a-b.service", r"web@x\x2dy.service"] {
+            assert!(is_unit(instance, "web@.service"), "{instance}");
+        }
+        for other in [
+            "web@.service",
+            "web.service",
+            "web@1.socket",
+            "web2@1.service",
+            "my-web@1.service",
+            "web@1service",
+        ] {
+            assert!(
+                !is_unit(other, "web@.service") || other == "web@.service",
+                "{other}"
+            );
+        }
+        assert!(is_unit("web@1.service", "web@1.service"));
+        assert!(!is_unit("web@2.service", "web@1.service"));
     }
 
     #[test]

@@ -35,7 +35,8 @@ pub struct Attributes {
 pub enum CgroupSelector {
     /// Path below the cgroup2 mount, with a leading slash.
     Cgroup(String),
-    /// Name of a systemd unit, as in `nginx.service`: the cgroup of that name.
+    /// Name of a systemd unit, as in `nginx.service`: the cgroup of that name; or of a template, as
+    /// in `web@.service`: those of all its instances.
     Unit(String),
 }
 

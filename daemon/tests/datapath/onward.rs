@@ -5,8 +5,9 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
 };
 
+use reeve::datapath::{netns::Netns, speak_as};
 use reeve_common::{Action, Direction, protocol::TCP};
-use socket2::Socket;
+use socket2::{Domain, Socket};
 
 use crate::world::{CLASS, MOMENT, PATIENCE, Scope, World};
 
@@ -34,11 +35,17 @@ fn world() -> World {
 
 fn connect(world: &World, client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
     world.as_reeve(|netns| {
-        let socket: Socket = netns.onward_socket(client, to)?;
+        let socket = onward(netns, client, to)?;
         socket.set_nonblocking(false)?;
         socket.connect_timeout(&to.into(), PATIENCE)?;
         Ok(socket.into())
     })
+}
+
+fn onward(netns: &Netns, client: IpAddr, to: SocketAddr) -> std::io::Result<Socket> {
+    let socket = netns.onward_socket(Domain::for_address(to))?;
+    speak_as(&socket, client, to)?;
+    Ok(socket)
 }
 
 #[test]
@@ -94,7 +101,7 @@ fn a_mark_alone_opens_nothing() {
     let client = world.there.v4;
     // Not reeve's cgroup: neither a stranger nor the workload itself is believed.
     let refused = world.here.run(&world.stranger, || {
-        let socket = world.here.netns.onward_socket(client, to)?;
+        let socket = onward(&world.here.netns, client, to)?;
         socket.set_nonblocking(false)?;
         socket.connect_timeout(&to.into(), MOMENT)
     });

@@ -5,6 +5,8 @@
 //! own library sources: cargo looks for those beside the compiler only.
 
 mod host;
+mod machine;
+mod mirror;
 mod packages;
 mod rust_src;
 mod tools;
@@ -31,6 +33,7 @@ pub(crate) fn for_building(workspace: &Workspace) -> Result<()> {
 pub(crate) fn for_running(workspace: &Workspace) -> Result<()> {
     host::ensure()?;
     packages::ensure()?;
+    machine::ensure(workspace)?;
     for_building(workspace)
 }
 

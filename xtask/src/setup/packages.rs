@@ -8,7 +8,7 @@ use super::say;
 use crate::run;
 
 /// Each program with the Debian package that has it.
-const PROGRAMS: [(&str, &str); 10] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
@@ -20,6 +20,8 @@ const PROGRAMS: [(&str, &str); 10] = [
     // The alert rules' own tests, and a scrape of a daemon.
     ("prometheus", "prometheus"),
     ("promtool", "prometheus"),
+    ("debootstrap", "debootstrap"),
+    ("systemd-nspawn", "systemd-container"),
 ];
 
 /// Asked by Debian's maintainer scripts before they start a service.

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::say;
+use super::{mirror::Mirror, say};
 use crate::{run, workspace::Workspace};
 
 /// rustup answers in seconds or has no server; it must not hold up the fallback.
@@ -89,33 +89,6 @@ fn from_debian(workspace: &Workspace, version: &str, library: &Path) -> Result<(
         }
     }
     bail!("no suite of the machine's Debian mirror has rust-src {version}")
-}
-
-/// The machine's own Debian mirror.
-struct Mirror {
-    uri: String,
-    codename: String,
-}
-
-impl Mirror {
-    fn of_this_machine() -> Result<Self> {
-        let targets = run::output(Command::new("apt-get").args([
-            "indextargets",
-            "--format",
-            "$(ORIGIN)|$(LABEL)|$(REPO_URI)|$(CODENAME)",
-            "Created-By: Packages",
-        ]))?;
-        targets
-            .lines()
-            .filter_map(|line| line.strip_prefix("Debian|Debian|")?.split_once('|'))
-            // bookworm-updates and the like are parts of bookworm.
-            .min_by_key(|(_, codename)| codename.len())
-            .map(|(uri, codename)| Self {
-                uri: uri.to_owned(),
-                codename: codename.to_owned(),
-            })
-            .context("apt knows no Debian mirror; `apt-get update` may help")
-    }
 }
 
 /// Downloads the package from one suite.

@@ -13,6 +13,7 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 use reeve_common::{Origin, ipv4_mapped};
+use socket2::Domain;
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     net::{TcpListener, TcpSocket, TcpStream},
@@ -24,6 +25,7 @@ use crate::{
     datapath::netns::Netns,
     identity::{CertificateSource, IdentityStore},
     policy::{Inputs, Known, PolicySet, Snapshot},
+    privileges::Confinement,
     telemetry::{ConnectionLog, Metrics, Observers},
     tunnel::{Shared, Tunnels, TunnelsStatus},
     workload::{Attributes, CgroupSelector, Peer, RunningWorkload, Workload},
@@ -139,7 +141,14 @@ impl Node {
             log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
             metrics,
         };
-        let tunnels = Tunnels::start(shared.clone(), &limits, &timeouts, Ports::default()).unwrap();
+        let tunnels = Tunnels::start(
+            shared.clone(),
+            &limits,
+            &timeouts,
+            Ports::default(),
+            Confinement::default(),
+        )
+        .unwrap();
         let node = Self {
             tunnels,
             netns,
@@ -202,7 +211,7 @@ impl Node {
 
     /// A socket in the namespace.
     pub(super) fn socket(&self) -> TcpSocket {
-        let socket = self.netns.tunnel_socket("10.0.0.1:0".parse().unwrap());
+        let socket = self.netns.tunnel_socket(Domain::IPV4);
         TcpSocket::from_std_stream(socket.unwrap().into())
     }
 

@@ -28,10 +28,12 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
     config::{Limits, Ports, Timeouts},
+    datapath::Sockets,
     identity::{
         CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
         TrustDomain, server_name_for,
     },
+    privileges::Confinement,
     telemetry::{ConnectionLog, Metrics, Observers, Role},
     tunnel::{
         Origins, Shared,
@@ -162,6 +164,7 @@ pub(super) fn worker(
         timeouts,
         Ports::default(),
         Bounds::new(&limits),
+        Sockets::start(Confinement::default()).unwrap(),
     )
 }
 

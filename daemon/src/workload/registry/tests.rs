@@ -248,6 +248,40 @@ fn a_unit_is_found_in_slices_and_nowhere_else() {
 }
 
 #[test]
+fn instances_of_a_template_are_one_workload_and_are_followed() {
+    let root = TestCgroup::new();
+    let system = root.child("system.slice");
+    let selector = CgroupSelector::Unit("web@.service".into());
+    let registry = Registry::start(root.tree(), declare([workload("web", selector)])).unwrap();
+    // systemd gives the instances of a template a slice of their own, made with the first.
+    let slice = system.child("system-web.slice");
+    let first = slice.child("web@1.service");
+    let one = eventually(&registry, |web| web.cgroups.len() == 1).cgroups;
+    assert_eq!(one, [(cgroup::id(&first.0).unwrap(), 4)]);
+    let _other = slice.child("other@1.service");
+    let _second = slice.child("web@2.service");
+    eventually(&registry, |web| web.cgroups.len() == 2);
+
+    drop(first);
+    let _restarted = slice.child("web@1.service");
+    eventually(&registry, |web| {
+        web.cgroups.len() == 2 && !web.cgroups.contains(&one[0])
+    });
+}
+
+#[test]
+fn a_slice_is_one_workload_with_all_that_is_in_it() {
+    let root = TestCgroup::new();
+    let selector = CgroupSelector::Unit("jobs.slice".into());
+    let registry = Registry::start(root.tree(), declare([workload("jobs", selector)])).unwrap();
+    let slice = root.child("jobs.slice");
+    let unit = slice.child("backup.service");
+    let _process = Process::start(&unit, ISOLATED);
+    let running = eventually(&registry, |jobs| jobs.netns.is_some());
+    assert_eq!(running.cgroups, [(cgroup::id(&slice.0).unwrap(), 2)]);
+}
+
+#[test]
 fn a_namespace_is_let_go_with_its_last_process() {
     let root = TestCgroup::new();
     let web = root.child("web");

@@ -1,0 +1,335 @@
+//! As a service of a real systemd: the unit in `deploy/`, in a machine that boots.
+
+use std::{fs, os::unix::fs::symlink, path::PathBuf};
+
+use harness::{Machine, Network, Node, Output, Thread, Workload, eventually};
+
+use crate::arrange::{PORT, serve};
+
+/// Exposure that `systemd-analyze security` finds, in tenths. docs/deploy.md has the figure and
+/// what is left.
+const EXPOSURE: &str = "33";
+
+const EARLY: &str = "
+[Service]
+Type=oneshot
+ExecStart=/usr/local/bin/peer send SERVER --text early --patience 2
+[Install]
+WantedBy=multi-user.target
+";
+
+#[test]
+fn what_starts_behind_the_service_is_judged_from_its_first_packet() {
+    let scene = Scene::new("enforcedParents: [/system.slice]", "");
+    let machine = scene.boot();
+    let time = |unit: &str| {
+        let time = machine.property(unit, "ActiveEnterTimestampMonotonic");
+        time.parse::<u64>().unwrap()
+    };
+    assert_eq!(machine.property("reeve.service", "ActiveState"), "active");
+    let ready = time("reeve.service");
+    for later in ["network-pre.target", "sysinit.target", "multi-user.target"] {
+        assert!(ready < time(later), "{later}");
+    }
+    assert_eq!(machine.property("early.service", "Result"), "exit-code");
+    let log = machine.log("early.service");
+    assert!(log.contains("Operation not permitted"), "{log}");
+}
+
+#[test]
+fn with_the_guard_nothing_is_open_where_the_daemon_does_not_come_up() {
+    let broken = "[Service]\nExecStart=\nExecStart=/bin/false\nTimeoutStartSec=5s\n";
+    let scene = Scene::new("enforcedParents: [/system.slice]", broken);
+    let machine = scene.boot_with(&["reeve-guard.service", "reeve.service", "early.service"]);
+    assert_ne!(machine.property("reeve.service", "ActiveState"), "active");
+    assert_eq!(machine.property("reeve-guard.service", "Result"), "success");
+    assert_eq!(machine.property("early.service", "Result"), "exit-code");
+    let log = machine.log("early.service");
+    assert!(log.contains("Operation not permitted"), "{log}");
+}
+
+#[test]
+fn the_service_reloads_drains_and_has_the_tightest_sandbox() {
+    let scene = Scene::new("", "");
+    let machine = scene.boot();
+    // `Type=notify-reload`: what was written is in force when `systemctl reload` returns.
+    assert!(start_in("jobs.slice", &machine, &scene).status.success());
+    machine.write("/etc/reeve/reeve.yaml", &scene.config(JOBS, ""));
+    machine.run(["systemctl", "reload", "reeve"]).ok();
+    let refused = start_in("jobs.slice", &machine, &scene);
+    assert!(!refused.status.success(), "{}", refused.stdout);
+    machine.write("/etc/reeve/reeve.yaml", "nonsense");
+    machine.run(["systemctl", "reload", "reeve"]).ok();
+    let refused = start_in("jobs.slice", &machine, &scene);
+    assert!(!refused.status.success(), "what was in force stays so");
+
+    let judged = machine.run([
+        "systemd-analyze",
+        "security",
+        "--no-pager",
+        &format!("--threshold={EXPOSURE}"),
+        "reeve.service",
+    ]);
+    judged.ok();
+    let main = machine.main_process("reeve.slice", "reeve.service");
+    let exposed = Thread::all_of(main);
+    let exposed = exposed.iter().filter(|thread| thread.name == "tunnel-0");
+    for thread in exposed {
+        assert_eq!(thread.capabilities("CapEff"), 0);
+    }
+
+    machine.run(["systemctl", "stop", "reeve"]).ok();
+    assert_eq!(machine.property("reeve.service", "Result"), "success");
+    assert!(machine.log("reeve.service").contains("shutting down"));
+    let refused = start_in("jobs.slice", &machine, &scene);
+    assert!(!refused.status.success(), "what is pinned goes on refusing");
+}
+
+#[test]
+fn instances_of_a_template_and_slices_are_followed_when_they_restart() {
+    let scene = Scene::new(WEB_AND_JOBS, "");
+    let machine = scene.boot();
+    // A slice that stays enrols its units from their first packet.
+    machine.run(["systemctl", "start", "jobs.slice"]).ok();
+    for _ in 0..5 {
+        let refused = start_in("jobs.slice", &machine, &scene);
+        assert!(!refused.status.success(), "{}", refused.stdout);
+    }
+    assert!(start_in("system.slice", &machine, &scene).status.success());
+
+    // What a template's instances may do is what the template's workload may.
+    machine.write("/etc/reeve/policies/web.yaml", &scene.policy_of("web"));
+    machine.write("/run/systemd/system/web@.service", WEB);
+    machine.run(["systemctl", "daemon-reload"]).ok();
+    machine.run(["systemctl", "reload", "reeve"]).ok();
+    for instance in ["web@1.service", "web@2.service"] {
+        for action in ["start", "restart"] {
+            machine.run(["systemctl", action, instance]).ok();
+            let cgroup = machine.property(instance, "ControlGroup");
+            let say = |to: &str| {
+                machine.shell(&format!(
+                    "echo $$ > /sys/fs/cgroup{cgroup}/cgroup.procs && \
+                     exec peer send {to} --text hello --patience 5"
+                ))
+            };
+            eventually("the instance is enrolled", || {
+                !say(&scene.elsewhere()).status.success()
+            });
+            say(&scene.server()).ok();
+        }
+    }
+}
+
+#[test]
+fn a_daemon_whose_worker_hangs_is_started_again() {
+    let scene = Scene::new("", "[Service]\nWatchdogSec=3s\n");
+    let machine = scene.boot();
+    let before = machine.main_process("reeve.slice", "reeve.service");
+    let threads = Thread::all_of(before);
+    let worker = threads.iter().find(|thread| thread.name == "tunnel-0");
+    let hung = crate::health::Hung::of(worker.unwrap().id);
+    eventually("systemd gives it up", || {
+        machine.log("reeve.service").contains("Watchdog timeout")
+    });
+    // What is dead is buried by the debugger first.
+    drop(hung);
+    eventually("another daemon runs", || {
+        machine.main_process("reeve.slice", "reeve.service") != before
+    });
+    eventually("it is up", || {
+        machine.property("reeve.service", "ActiveState") == "active"
+    });
+    let log = machine.log("reeve.service");
+    assert!(log.contains("tunnel worker 0 does not answer"), "{log}");
+}
+
+#[test]
+fn keys_come_from_the_service_managers_credentials() {
+    let scene = Scene::new("", "");
+    let machine = scene.boot();
+    let root = machine.shell("cat /var/lib/reeve/ca/root.pem").ok();
+    machine
+        .shell("mkdir -m 700 /etc/keys && mv /var/lib/reeve/ca/root.* /etc/keys/")
+        .ok();
+    machine.write(
+        "/etc/systemd/system/reeve.service.d/keys.conf",
+        "[Service]\n\
+         LoadCredential=root.key:/etc/keys/root.key\n\
+         LoadCredential=root.pem:/etc/keys/root.pem\n",
+    );
+    let config = scene.config(
+        WEB_AND_JOBS,
+        "certificates: {sources: [{name: ca, embedded: {caDir: /run/credentials/reeve.service}}]}",
+    );
+    machine.write("/etc/reeve/reeve.yaml", &config);
+    machine.run(["systemctl", "daemon-reload"]).ok();
+    machine.run(["systemctl", "restart", "reeve"]).ok();
+    eventually("the key signs certificates", || {
+        let status = machine.run(["reeve", "status", "--json"]).json();
+        status["certificates"][0]["serial"].is_string()
+    });
+    assert_eq!(
+        machine
+            .shell("cat /run/credentials/reeve.service/root.pem")
+            .ok(),
+        root
+    );
+    assert!(
+        !machine
+            .shell("ls /var/lib/reeve/ca/root.key")
+            .status
+            .success(),
+        "no other key was made"
+    );
+}
+
+#[test]
+fn a_kernel_without_landlock_is_told_of_and_refused_where_it_is_required() {
+    let scene = Scene::new("", "[Service]\nSystemCallFilter=~landlock_create_ruleset\n");
+    let machine = scene.boot();
+    assert_eq!(machine.property("reeve.service", "ActiveState"), "active");
+    let log = machine.log("reeve.service");
+    assert!(log.contains("is not shut off from files"), "{log}");
+
+    let config = scene.config("", "sandbox: {landlock: required}");
+    machine.write("/etc/reeve/reeve.yaml", &config);
+    let restarted = machine.run(["systemctl", "restart", "reeve"]);
+    assert!(!restarted.status.success());
+    let log = machine.log("reeve.service");
+    assert!(log.contains("`sandbox.landlock` is `required`"), "{log}");
+}
+
+const JOBS: &str = "workloads: [{name: jobs, unit: jobs.slice}]";
+
+const WEB_AND_JOBS: &str = "workloads:
+  - {name: web, unit: web@.service}
+  - {name: jobs, unit: jobs.slice}";
+
+const WEB: &str = "
+[Service]
+ExecStart=/bin/sleep infinity
+";
+
+/// A node for a machine, and a server on another that answers at two ports.
+struct Scene {
+    node: Node,
+    server: Workload,
+    _servers: [harness::Process; 2],
+    _other: Node,
+    files: PathBuf,
+}
+
+impl Scene {
+    /// With these lines in the daemon's configuration, and this drop-in for its unit.
+    fn new(config: &str, unit: &str) -> Self {
+        let network = Network::new();
+        let (node, other) = (Node::new(&network, "one"), Node::new(&network, "two"));
+        let server = other.pod("server");
+        let servers = [PORT, PORT + 1].map(|port| serve(&server, port, &[]));
+        let files = node.folder().join("machine");
+        let scene = Self {
+            files,
+            node,
+            _servers: servers,
+            server,
+            _other: other,
+        };
+        let early = EARLY.replace("SERVER", &scene.server());
+        for (file, text) in [
+            ("reeve/reeve.yaml", scene.config(config, "").as_str()),
+            ("reeve/policies/none.yaml", ""),
+            ("drop-in/test.conf", unit),
+            ("early.service", &early),
+        ] {
+            let file = scene.files.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+        scene
+    }
+
+    /// A machine that starts the service when it boots, and `early.service` behind it.
+    fn boot(&self) -> Machine {
+        self.boot_with(&["reeve.service", "early.service"])
+    }
+
+    /// A machine that starts these units when it boots.
+    fn boot_with(&self, wanted: &[&str]) -> Machine {
+        let files = |name: &str| self.files.join(name);
+        let deploy = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+        for unit in ["reeve.service", "reeve-guard.service"] {
+            fs::copy(deploy.join(unit), files(unit)).unwrap();
+        }
+        fs::create_dir(files("wants")).unwrap();
+        for unit in wanted {
+            symlink(format!("../{unit}"), files("wants").join(unit)).unwrap();
+        }
+        Machine::boot(
+            &self.node,
+            &[
+                (&files("reeve"), "/etc/reeve"),
+                (&files("reeve.service"), "/etc/systemd/system/reeve.service"),
+                (
+                    &files("reeve-guard.service"),
+                    "/etc/systemd/system/reeve-guard.service",
+                ),
+                (&files("early.service"), "/etc/systemd/system/early.service"),
+                (&files("drop-in"), "/etc/systemd/system/reeve.service.d"),
+                (&files("wants"), "/etc/systemd/system/sysinit.target.wants"),
+            ],
+        )
+    }
+
+    fn config(&self, lines: &str, more: &str) -> String {
+        format!(
+            "trustDomain: example.org\n\
+             peers: [{{name: server, addresses: [{}]}}]\n\
+             policies: {{folder: policies}}\n\
+             {lines}\n{more}\n",
+            self.server.addresses().v4
+        )
+    }
+
+    /// Lets a workload call the server.
+    fn policy_of(&self, workload: &str) -> String {
+        format!(
+            "apiVersion: reeve.dev/v1alpha1\n\
+             kind: ConnectionPolicy\n\
+             metadata: {{name: {workload}}}\n\
+             spec:\n\
+             \x20 workloads: {{names: [{workload}]}}\n\
+             \x20 egress:\n\
+             \x20   - to: [{{cidr: {}/32}}]\n\
+             \x20     ports: [{{port: {PORT}}}]\n",
+            self.server.addresses().v4
+        )
+    }
+
+    fn server(&self) -> String {
+        self.server.addresses().port4(PORT).to_string()
+    }
+
+    /// Where no policy lets anybody.
+    fn elsewhere(&self) -> String {
+        self.server.addresses().port4(PORT + 1).to_string()
+    }
+}
+
+/// Runs a client in a unit of its own, in a slice, which calls the server at once.
+fn start_in(slice: &str, machine: &Machine, scene: &Scene) -> Output {
+    machine.run([
+        "systemd-run",
+        "--quiet",
+        "--wait",
+        "--pipe",
+        "--slice",
+        slice,
+        "peer",
+        "send",
+        &scene.server(),
+        "--text",
+        "hello",
+        "--patience",
+        "5",
+    ])
+}
