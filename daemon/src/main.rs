@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         Command::Check { config } => cli::check(&config),
         Command::Status { json, socket } => cli::status(&socket, json),
         Command::Ca { command } => cli::ca(&command),
+        Command::Certs(words) => cli::certs(&words),
         Command::Observe(words) => cli::observe(&words),
         Command::Detach { config } => cli::detach(&config),
         Command::Completions { shell } => cli::completions(shell),

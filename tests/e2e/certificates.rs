@@ -263,7 +263,7 @@ fn the_daemon_resumes_no_session() {
 // === what is refused how ===
 
 /// Whether the daemon refuses a client that presents this, breaking this rule.
-fn refused_client(guarded: &Guarded, issued: &Issued, rule: &str) -> Result<(), String> {
+pub(crate) fn refused_client(guarded: &Guarded, issued: &Issued, rule: &str) -> Result<(), String> {
     let reason = counted_as(rule);
     let told = || guarded.daemon.logged(&["handshake", rule]).len();
     let (counted_before, told_before) = (guarded.handshakes(reason), told());
@@ -281,7 +281,7 @@ fn refused_client(guarded: &Guarded, issued: &Issued, rule: &str) -> Result<(), 
 }
 
 /// Whether the client's call fails since the daemon refuses the server for breaking this rule.
-fn refused_server(calling: &Calling, rule: &str) -> Result<(), String> {
+pub(crate) fn refused_server(calling: &Calling, rule: &str) -> Result<(), String> {
     let reason = counted_as(rule);
     let failure = match reason {
         "wrong_identity" => "peer_identity",

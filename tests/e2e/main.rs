@@ -10,9 +10,11 @@
 mod arrange;
 mod ca;
 mod certificates;
+mod certs;
 mod command_line;
 mod concurrency;
 mod connect_requests;
+mod crypto_policy;
 mod documents;
 mod expiry;
 mod fail_closed;

@@ -83,7 +83,7 @@ pub struct WorkloadStatus {
 }
 
 /// One identity and its certificate. Times are RFC 3339.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CertificateStatus {
     /// Whose.
@@ -92,6 +92,10 @@ pub struct CertificateStatus {
     pub source: String,
     /// Serial number, lower case hexadecimal; none without a valid certificate.
     pub serial: Option<String>,
+    /// Distinguished name of its issuer.
+    pub issuer: Option<String>,
+    /// Counts the certificates of all identities since the daemon began.
+    pub generation: Option<u64>,
     /// Start of validity.
     pub not_before: Option<String>,
     /// End of validity.
@@ -100,6 +104,10 @@ pub struct CertificateStatus {
     pub seconds_left: Option<u64>,
     /// When the source is asked next.
     pub next_attempt: Option<String>,
+    /// When the source was last asked.
+    pub last_attempt: Option<String>,
+    /// When that last gave a certificate that could be used.
+    pub last_success: Option<String>,
     /// Why the last attempt failed; none where it did not.
     pub last_error: Option<String>,
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use super::{CaCommand, observe::Observe};
+use super::{CaCommand, certs::Certs, observe::Observe};
 
 pub(super) const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
 pub(super) const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
@@ -128,6 +128,21 @@ Exit codes: 0 the daemon answered, ready or not; 1 it did not."
         #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
         socket: PathBuf,
     },
+
+    /// Show this node's certificates, or check any other
+    #[command(
+        long_about = "\
+Show the certificates of this node's workloads: where each comes from, who signed it, how long it \
+is valid, when it is renewed, and how the last attempt ended.",
+        after_help = "\
+Examples:
+  reeve certs
+  reeve certs --json | jq '.certificates[] | select(.secondsLeft < 600)'
+  reeve certs inspect 10.0.0.7:15008 --bundle ./bundle.pem
+
+Exit codes: 0 the daemon answered, whatever it said; 1 it did not."
+    )]
+    Certs(Box<Certs>),
 
     /// Make, renew, revoke and show the certificates of the embedded CA
     #[command(

@@ -389,7 +389,7 @@ fn time(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }
 
-fn left(until: SystemTime) -> String {
+pub(super) fn left(until: SystemTime) -> String {
     match until.duration_since(SystemTime::now()) {
         Ok(left) => humantime::format_duration(Duration::from_secs(left.as_secs())).to_string(),
         Err(_) => "EXPIRED".to_owned(),
@@ -398,11 +398,11 @@ fn left(until: SystemTime) -> String {
 
 // === values ===
 
-fn trust_domain(text: &str) -> Result<TrustDomain, String> {
+pub(super) fn trust_domain(text: &str) -> Result<TrustDomain, String> {
     TrustDomain::parse(text).map_err(|error| error.to_string())
 }
 
-fn spiffe_id(text: &str) -> Result<SpiffeId, String> {
+pub(super) fn spiffe_id(text: &str) -> Result<SpiffeId, String> {
     SpiffeId::parse(text).map_err(|error| error.to_string())
 }
 

@@ -4,7 +4,9 @@
 
 mod args;
 mod ca;
+mod certs;
 mod detach;
+mod inspect;
 mod observe;
 mod status;
 mod table;
@@ -19,6 +21,7 @@ use clap::CommandFactory;
 
 pub use args::{Cli, Command};
 pub use ca::{CaCommand, ca};
+pub use certs::{Certs, certs};
 pub use observe::{Observe, observe};
 
 use crate::{

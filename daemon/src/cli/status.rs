@@ -213,12 +213,8 @@ mod tests {
             certificates: vec![CertificateStatus {
                 spiffe_id: "spiffe://example.org/ns/default/sa/web".into(),
                 source: "embedded_ca".into(),
-                serial: None,
-                not_before: None,
-                not_after: None,
-                seconds_left: None,
-                next_attempt: None,
                 last_error: Some("the disk is full".into()),
+                ..CertificateStatus::default()
             }],
             policies: PolicyStatus {
                 refused: Some("web.yaml:1:1: is not a policy".into()),

@@ -8,11 +8,14 @@ use serde::Deserialize;
 
 use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
-    identity::{SpiffeId, TrustDomain},
+    identity::{
+        CipherSuite, CryptoProfile, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY, SMALLEST_RSA_KEY,
+        SpiffeId, TrustDomain,
+    },
     privileges::Confinement,
     yaml::{
         Located,
-        values::{Ip, Labels, Name, Network, Port, duration, number},
+        values::{Ip, Labels, Name, Network, Port, duration, number, positive_duration},
     },
 };
 
@@ -33,6 +36,8 @@ pub(super) struct RawConfig {
     pub(super) policies: RawPolicies,
     #[serde(default)]
     pub(super) certificates: RawCertificates,
+    #[serde(default)]
+    pub(super) tls: Option<Located<RawTls>>,
     pub(super) ports: Option<Located<Ports>>,
     #[serde(default)]
     pub(super) limits: Limits,
@@ -135,6 +140,18 @@ pub(super) struct RawEmbeddedCa {
     pub(super) leaf_lifetime: Option<LeafLifetime>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawTls {
+    #[serde(default)]
+    pub(super) profile: CryptoProfile,
+    pub(super) key_types: Option<Located<Vec<KeyType>>>,
+    pub(super) min_rsa_bits: Option<RsaBits>,
+    pub(super) max_lifetime: Option<MaxLifetime>,
+    pub(super) groups: Option<Located<Vec<KeyExchangeGroup>>>,
+    pub(super) cipher_suites: Option<Located<Vec<CipherSuite>>>,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RawMetrics {
@@ -178,6 +195,21 @@ pub(super) struct UnitName(pub(super) String);
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(try_from = "String")]
 pub(super) struct SocketText(pub(super) SocketAddr);
+
+/// Least size of an RSA key.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(transparent)]
+pub(super) struct RsaBits(
+    #[serde(
+        deserialize_with = "number::<_, _, { SMALLEST_RSA_KEY as u64 }, { LARGEST_RSA_KEY as u64 }>"
+    )]
+    pub(super) u32,
+);
+
+/// Longest lifetime of a workload's certificate.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(transparent)]
+pub(super) struct MaxLifetime(#[serde(deserialize_with = "positive_duration")] pub(super) Duration);
 
 /// Lifetime of a leaf certificate.
 #[derive(Clone, Copy, Debug)]

@@ -30,7 +30,7 @@ pub use tunnel::{Limits, Ports, Timeouts};
 
 pub use crate::yaml::{Mistake, Mistakes as ConfigErrors};
 use crate::{
-    identity::TrustDomain,
+    identity::{CryptoRules, TrustDomain},
     policy::PolicySources,
     privileges::Confinement,
     workload::{Peer, Workload},
@@ -63,6 +63,8 @@ pub struct Config {
     pub policies: PolicySources,
     /// Where certificates come from.
     pub certificates: Certificates,
+    /// Which cryptography is accepted. Default: that of the default profile.
+    pub tls: CryptoRules,
     /// Ports that reeve takes.
     pub ports: Ports,
     /// Bounds of the tunnel.

@@ -24,6 +24,7 @@ use crate::{
 
 mod certificates;
 mod peers;
+mod tls;
 
 const STATE_DIR: &str = "/var/lib/reeve";
 const BPFFS: &str = "/sys/fs/bpf/reeve";
@@ -66,6 +67,7 @@ pub(super) fn settle(
     let stand_in = TrustDomain::parse("missing").ok()?;
     let domain = trust_domain.unwrap_or(stand_in);
     let ports = report.ports(raw.ports);
+    let tls = report.tls(raw.tls);
     let file = document.file().to_path_buf();
     let folder = file.parent().unwrap_or(Path::new("")).to_owned();
     let state_dir = raw
@@ -88,6 +90,7 @@ pub(super) fn settle(
             .collect(),
         peers,
         policies: policies(raw.policies, &folder),
+        tls,
         ports,
         limits: raw.limits,
         timeouts: raw.timeouts,

@@ -157,6 +157,40 @@ certificates: {vault: {}}
 }
 
 #[test]
+fn a_profile_is_narrowed_and_not_widened() {
+    use crate::identity::{CipherSuite, CryptoProfile, CryptoRules};
+    let tls = |text: &str| load(&format!("trustDomain: a\ntls: {text}\n")).map(|read| read.tls);
+    assert_eq!(tls("{}").unwrap(), CryptoRules::default());
+    let fips = CryptoRules::of(CryptoProfile::Fips);
+    assert_eq!(tls("{profile: fips}").unwrap(), fips);
+    let narrowed = tls("{profile: fips, cipherSuites: [TLS_AES_256_GCM_SHA384]}").unwrap();
+    assert_eq!(narrowed.cipher_suites, [CipherSuite::Aes256Gcm]);
+    assert_eq!(narrowed.groups, fips.groups);
+    for (text, wanted) in [
+        (
+            "{profile: fips, groups: [x25519]}",
+            "2:30: tls.groups: has something that the profile",
+        ),
+        ("{keyTypes: []}", "2:17: tls.keyTypes: is empty"),
+        ("{minRsaBits: 1024}", "2:19: tls.minRsaBits"),
+        (
+            "{maxLifetime: 0s}",
+            "2:20: tls.maxLifetime: found a duration of zero",
+        ),
+        (
+            "{groups: [x448]}",
+            "2:16: tls.groups[0]: `x448` is not known here",
+        ),
+    ] {
+        let found = mistakes(&format!("trustDomain: a\ntls: {text}\n"));
+        assert!(
+            found.len() == 1 && found[0].contains(wanted),
+            "{wanted}: {found:?}"
+        );
+    }
+}
+
+#[test]
 fn the_file_itself_can_be_wrong() {
     for (text, what) in [
         ("", "is empty"),

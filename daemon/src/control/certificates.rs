@@ -11,8 +11,8 @@ use super::ca;
 use crate::{
     config::{Config, Source},
     identity::{
-        BundleError, CaError, CertificateSource, EmbeddedCa, IdentityStore, Sources, TrustBundle,
-        TrustDomain,
+        BundleError, CaError, CertificateSource, CryptoPolicy, EmbeddedCa, IdentityStore, Sources,
+        TrustBundle, TrustDomain,
     },
 };
 
@@ -54,7 +54,8 @@ pub fn identity_store(config: &Config) -> Result<IdentityStore, CertificatesErro
     for (name, source) in &config.certificates.sources {
         sources.insert(name.clone(), open(config, source)?);
     }
-    let store = IdentityStore::new(sources);
+    let policy = Arc::new(CryptoPolicy::new(config.tls.clone()));
+    let store = IdentityStore::with_policy(sources, policy);
     store.replace_bundles(&trust_bundles(config)?);
     Ok(store)
 }

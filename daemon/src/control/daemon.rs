@@ -193,6 +193,8 @@ impl Daemon {
                 spiffe_id: identity.spiffe_id.to_string(),
                 source: identity.source,
                 serial: certificate.as_ref().map(|found| found.serial.clone()),
+                issuer: certificate.as_ref().map(|found| found.issuer.clone()),
+                generation: certificate.as_ref().map(|found| found.generation),
                 not_before: certificate.as_ref().map(|found| rfc3339(found.not_before)),
                 not_after: certificate.as_ref().map(|found| rfc3339(found.not_after)),
                 seconds_left: certificate.as_ref().and_then(|found| {
@@ -200,6 +202,8 @@ impl Daemon {
                     left.ok().map(|left| left.as_secs())
                 }),
                 next_attempt: identity.next_attempt.map(rfc3339),
+                last_attempt: identity.last_attempt.map(rfc3339),
+                last_success: identity.last_success.map(rfc3339),
                 last_error: identity.last_error.map(|error| error.to_string()),
             }
         };

@@ -165,6 +165,7 @@ fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
         ("node", before.node != new.node),
         ("stateDir", before.state_dir != new.state_dir),
         ("certificates", before.certificates != new.certificates),
+        ("tls", before.tls != new.tls),
         ("ports", before.ports != new.ports),
         ("limits", before.limits != new.limits),
         ("timeouts", before.timeouts != new.timeouts),

@@ -1,13 +1,19 @@
 //! Trust bundles: whose signature counts in which trust domain.
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    ops::{Deref, DerefMut},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use arc_swap::ArcSwap;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
 use webpki::{CertRevocationList, OwnedCertRevocationList};
 use x509_parser::x509::X509Version;
 
-use super::{RejectReason, TrustDomain, clock, svid_rules};
+use super::{CryptoPolicy, KeyKind, RejectReason, TrustDomain, clock, svid_rules};
 
 /// The certificates that sign for one trust domain, and the revocation lists that go with them.
 ///
@@ -16,17 +22,18 @@ use super::{RejectReason, TrustDomain, clock, svid_rules};
 pub struct TrustBundle {
     trust_domain: TrustDomain,
     anchors: Vec<TrustAnchor<'static>>,
-    /// Validity of each anchor, in the order of `anchors`: webpki does not keep it.
-    validity: Vec<Validity>,
+    /// What webpki does not keep of each anchor, in the order of `anchors`.
+    facts: Vec<Facts>,
     certificates: Vec<CertificateDer<'static>>,
     crls: Vec<CertRevocationList<'static>>,
     crl_ders: Vec<CertificateRevocationListDer<'static>>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Validity {
+struct Facts {
     not_before: SystemTime,
     not_after: SystemTime,
+    key: KeyKind,
 }
 
 /// Why a trust bundle cannot be used.
@@ -54,9 +61,13 @@ pub enum BundleError {
     },
 }
 
-/// Bundles by trust domain. They are never merged: a trust domain's bundle says nothing of
-/// another's identities.
-pub type TrustBundles = BTreeMap<TrustDomain, Arc<TrustBundle>>;
+/// Bundles by trust domain, and the cryptography that chains to them must keep to. They are never
+/// merged: a trust domain's bundle says nothing of another's identities.
+#[derive(Clone, Debug)]
+pub struct TrustBundles {
+    by_domain: BTreeMap<TrustDomain, Arc<TrustBundle>>,
+    policy: Arc<CryptoPolicy>,
+}
 
 /// The bundles in force for one identity, replaced at runtime as a whole. Every verifier of the
 /// identity reads the newest.
@@ -78,16 +89,16 @@ impl TrustBundle {
         crl_ders: Vec<CertificateRevocationListDer<'static>>,
     ) -> Result<Self, BundleError> {
         let mut anchors = Vec::with_capacity(certificates.len());
-        let mut validity = Vec::with_capacity(certificates.len());
+        let mut facts = Vec::with_capacity(certificates.len());
         for (index, certificate) in certificates.iter().enumerate() {
-            let (anchor, valid) =
+            let (anchor, about) =
                 anchor(certificate).map_err(|reason| BundleError::Certificate {
                     trust_domain: trust_domain.clone(),
                     position: index + 1,
                     reason,
                 })?;
             anchors.push(anchor);
-            validity.push(valid);
+            facts.push(about);
         }
         let mut crls = Vec::with_capacity(crl_ders.len());
         for (index, der) in crl_ders.iter().enumerate() {
@@ -103,7 +114,7 @@ impl TrustBundle {
         Ok(Self {
             trust_domain,
             anchors,
-            validity,
+            facts,
             certificates,
             crls,
             crl_ders,
@@ -137,7 +148,7 @@ impl TrustBundle {
     /// When the first of its certificates expires; none for an empty bundle.
     #[must_use]
     pub fn earliest_not_after(&self) -> Option<SystemTime> {
-        self.validity.iter().map(|valid| valid.not_after).min()
+        self.facts.iter().map(|about| about.not_after).min()
     }
 
     /// Whether both were made from the same certificates and lists.
@@ -157,30 +168,37 @@ impl TrustBundle {
         &self.crls
     }
 
-    /// Whether this very element of [`Self::anchors`] is valid at `now`.
-    pub(super) fn anchor_is_valid(&self, anchor: &TrustAnchor<'_>, now: UnixTime) -> bool {
+    /// Whether this very element of [`Self::anchors`] may sign at `now`.
+    pub(super) fn check_anchor(
+        &self,
+        anchor: &TrustAnchor<'_>,
+        policy: &CryptoPolicy,
+        now: UnixTime,
+    ) -> Result<(), RejectReason> {
         let now = clock::from_unix(now);
-        self.anchors
-            .iter()
-            .zip(&self.validity)
-            .any(|(candidate, valid)| {
-                std::ptr::eq(candidate, anchor) && valid.not_before <= now && now <= valid.not_after
-            })
+        let mut anchors = self.anchors.iter().zip(&self.facts);
+        let about = anchors
+            .find(|(candidate, _)| std::ptr::eq(*candidate, anchor))
+            .map(|(_, about)| about)
+            .filter(|about| about.not_before <= now && now <= about.not_after)
+            .ok_or(RejectReason::AnchorValidity)?;
+        policy.check_key(about.key)
     }
 }
 
-fn anchor(der: &CertificateDer<'_>) -> Result<(TrustAnchor<'static>, Validity), RejectReason> {
+fn anchor(der: &CertificateDer<'_>) -> Result<(TrustAnchor<'static>, Facts), RejectReason> {
     let certificate = svid_rules::parse(der)?;
     if certificate.version() != X509Version::V3 {
         return Err(RejectReason::SignerNotCa);
     }
     svid_rules::check_signer(&certificate)?;
-    let validity = Validity {
+    let facts = Facts {
         not_before: clock::from_asn1(certificate.validity().not_before),
         not_after: clock::from_asn1(certificate.validity().not_after),
+        key: KeyKind::of(&certificate),
     };
     let anchor = webpki::anchor_from_trusted_cert(der)?.to_owned();
-    Ok((anchor, validity))
+    Ok((anchor, facts))
 }
 
 impl fmt::Debug for TrustBundle {
@@ -194,16 +212,64 @@ impl fmt::Debug for TrustBundle {
     }
 }
 
+// === impl TrustBundles ===
+
+impl TrustBundles {
+    /// No bundles, and this policy for those to come.
+    #[must_use]
+    pub fn with_policy(policy: Arc<CryptoPolicy>) -> Self {
+        Self {
+            by_domain: BTreeMap::new(),
+            policy,
+        }
+    }
+
+    /// The cryptography that chains must keep to.
+    #[must_use]
+    pub fn policy(&self) -> &Arc<CryptoPolicy> {
+        &self.policy
+    }
+}
+
+impl Default for TrustBundles {
+    fn default() -> Self {
+        Self::with_policy(CryptoPolicy::shared_default())
+    }
+}
+
+impl Deref for TrustBundles {
+    type Target = BTreeMap<TrustDomain, Arc<TrustBundle>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.by_domain
+    }
+}
+
+impl DerefMut for TrustBundles {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.by_domain
+    }
+}
+
 // === impl TrustStore ===
 
 impl TrustStore {
-    /// A store that begins with these bundles.
+    /// A store that begins with these bundles, and the default policy.
     #[must_use]
     pub fn new(bundles: impl IntoIterator<Item = TrustBundle>) -> Self {
+        Self::with_policy(CryptoPolicy::shared_default(), bundles)
+    }
+
+    /// A store that begins with these bundles, for chains that keep to a policy.
+    #[must_use]
+    pub fn with_policy(
+        policy: Arc<CryptoPolicy>,
+        bundles: impl IntoIterator<Item = TrustBundle>,
+    ) -> Self {
         let by_domain = |bundle: TrustBundle| (bundle.trust_domain.clone(), Arc::new(bundle));
-        Self(ArcSwap::from_pointee(
-            bundles.into_iter().map(by_domain).collect(),
-        ))
+        let mut all = TrustBundles::with_policy(policy);
+        all.extend(bundles.into_iter().map(by_domain));
+        Self(ArcSwap::from_pointee(all))
     }
 
     /// The bundles in force now.

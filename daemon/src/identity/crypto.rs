@@ -1,50 +1,25 @@
 //! Which TLS is spoken: 1.3 only, every handshake a full one, client and server with certificates.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use rustls::{
     ClientConfig, Error, ServerConfig,
     client::Resumption,
-    crypto::{
-        CryptoProvider,
-        aws_lc_rs::{
-            self,
-            cipher_suite::{
-                TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
-            },
-            kx_group::{SECP256R1, SECP384R1, X25519, X25519MLKEM768},
-        },
-    },
+    crypto::CryptoProvider,
     server::NoServerSessionStorage,
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
 
-use super::SvidVerifier;
+use super::{CryptoPolicy, SvidVerifier};
 
 /// HBONE is HTTP/2.
 pub const ALPN: &[u8] = b"h2";
 
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-    Arc::new(CryptoProvider {
-        // AES-128 first: it is the cheapest per byte where the processor has AES, which is where
-        // the data path's time goes, and its key is not the weakest link beside P-256. Istio's
-        // ztunnel takes both AES suites; ChaCha20 is for processors without AES.
-        cipher_suites: vec![
-            TLS13_AES_128_GCM_SHA256,
-            TLS13_AES_256_GCM_SHA384,
-            TLS13_CHACHA20_POLY1305_SHA256,
-        ],
-        // The hybrid first: what is recorded today stays secret from tomorrow's quantum computer.
-        kx_groups: vec![X25519MLKEM768, X25519, SECP256R1, SECP384R1],
-        ..aws_lc_rs::default_provider()
-    })
-});
-
-/// Suites and groups of every handshake, over aws-lc-rs.
+/// aws-lc-rs with the default profile's suites and groups.
 #[must_use]
-pub fn provider() -> &'static Arc<CryptoProvider> {
-    &PROVIDER
+pub fn provider() -> Arc<CryptoProvider> {
+    CryptoPolicy::shared_default().provider().clone()
 }
 
 /// What a tunnel listener presents and asks for.
@@ -55,7 +30,7 @@ pub(super) fn server_config(
     key: Arc<CertifiedKey>,
     verifier: SvidVerifier,
 ) -> Result<ServerConfig, Error> {
-    let mut config = ServerConfig::builder_with_provider(provider().clone())
+    let mut config = ServerConfig::builder_with_provider(verifier.provider())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
@@ -76,7 +51,7 @@ pub(super) fn client_config(
     key: Arc<CertifiedKey>,
     verifier: SvidVerifier,
 ) -> Result<ClientConfig, Error> {
-    let mut config = ClientConfig::builder_with_provider(provider().clone())
+    let mut config = ClientConfig::builder_with_provider(verifier.provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))

@@ -6,8 +6,11 @@ mod bundle;
 pub mod ca;
 mod clock;
 mod crypto;
+mod crypto_policy;
 mod describe;
+mod inspect;
 mod key_kind;
+mod probe;
 mod reject;
 mod renewal;
 mod server_name;
@@ -24,8 +27,14 @@ mod verify;
 pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
 pub use crypto::{ALPN, provider};
+pub use crypto_policy::{
+    CipherSuite, CryptoPolicy, CryptoProfile, CryptoRules, KeyExchangeGroup, KeyType,
+    LARGEST_RSA_KEY, SMALLEST_RSA_KEY,
+};
 pub use describe::CertificateSummary;
+pub use inspect::{BrokenRule, Inspection, inspect};
 pub use key_kind::KeyKind;
+pub use probe::{Presented, ProbeError, Probed, probe};
 pub use reject::RejectReason;
 pub use server_name::{server_name_for, server_name_matches};
 pub use source::{CertificateSource, Material, SourceError};

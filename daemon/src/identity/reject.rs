@@ -92,6 +92,12 @@ reject_reasons! {
         "the revocation list has expired";
     RevocationListInvalid = "revocation_list_invalid", Revoked,
         "the revocation list is not signed by the certificate's issuer, or cannot be used";
+    KeyType = "key_type", InvalidSvid,
+        "a key in the chain is of a kind that `tls.keyTypes` does not permit";
+    KeySize = "key_size", InvalidSvid,
+        "an RSA key in the chain is smaller than `tls.minRsaBits`";
+    Lifetime = "lifetime", InvalidSvid,
+        "the certificate's lifetime is longer than `tls.maxLifetime`";
     WrongIdentity = "wrong_identity", WrongIdentity,
         "the certificate is valid and holds another SPIFFE ID than the one expected";
 }

@@ -13,8 +13,9 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use super::{
-    BundleStatus, CertificateSource, IdentityStatus, Material, ReloadError, SourceError, SpiffeId,
-    Svid, TrustBundle, TrustBundles, TrustStore, renewal::Renewal, status::CertificateStatus,
+    BundleStatus, CertificateSource, CryptoPolicy, IdentityStatus, Material, ReloadError,
+    SourceError, SpiffeId, Svid, TrustBundle, TrustBundles, TrustStore, renewal::Renewal,
+    status::CertificateStatus,
 };
 
 /// How long a source may take to answer. A source that issues over the network needs seconds.
@@ -73,13 +74,19 @@ struct Progress {
 // === impl IdentityStore ===
 
 impl IdentityStore {
-    /// A store without identities, until [`Self::ensure`] names some.
+    /// A store without identities, until [`Self::ensure`] names some, with the default policy.
     #[must_use]
     pub fn new(sources: Sources) -> Self {
+        Self::with_policy(sources, CryptoPolicy::shared_default())
+    }
+
+    /// The same for certificates, ours and our peers', that keep to a policy.
+    #[must_use]
+    pub fn with_policy(sources: Sources, policy: Arc<CryptoPolicy>) -> Self {
         Self {
             shared: Arc::new(Shared {
                 sources,
-                configured: Mutex::default(),
+                configured: Mutex::new(TrustBundles::with_policy(policy)),
                 slots: ArcSwap::default(),
                 changes: watch::Sender::new(0),
                 generation: AtomicU64::new(0),
@@ -104,7 +111,7 @@ impl IdentityStore {
                 None => {
                     let slot = Arc::new(match old {
                         Some(old) => old.with_source(source),
-                        None => Slot::new(id.clone(), source.clone()),
+                        None => self.shared.slot(id.clone(), source.clone()),
                     });
                     new.push(slot.clone());
                     slot
@@ -176,7 +183,7 @@ impl IdentityStore {
     pub fn bundles(&self) -> Vec<BundleStatus> {
         let mut found: BTreeMap<_, Vec<Arc<TrustBundle>>> = BTreeMap::new();
         let mut add = |bundles: &TrustBundles| {
-            for (domain, bundle) in bundles {
+            for (domain, bundle) in bundles.iter() {
                 let found = found.entry(domain.clone()).or_default();
                 if !found.iter().any(|other| other.same_as(bundle)) {
                     found.push(bundle.clone());
@@ -329,6 +336,10 @@ impl Shared {
         }
     }
 
+    fn slot(&self, id: SpiffeId, source: String) -> Slot {
+        Slot::new(id, source, lock(&self.configured).policy().clone())
+    }
+
     /// An expired key is of no use but to a thief.
     fn drop_expired(&self, slot: &Slot, now: SystemTime) {
         let expired = |svid: &Arc<Svid>| svid.not_after < now;
@@ -351,8 +362,9 @@ impl Shared {
 /// What an identity trusts that has these bundles of its own.
 fn effective(configured: &TrustBundles, own: &[Arc<TrustBundle>]) -> TrustBundles {
     let by_domain = |bundle: &Arc<TrustBundle>| (bundle.trust_domain().clone(), bundle.clone());
-    let mut bundles: TrustBundles = own.iter().map(by_domain).collect();
-    for (domain, bundle) in configured {
+    let mut bundles = TrustBundles::with_policy(configured.policy().clone());
+    bundles.extend(own.iter().map(by_domain));
+    for (domain, bundle) in configured.iter() {
         bundles.insert(domain.clone(), bundle.clone());
     }
     bundles
@@ -361,12 +373,12 @@ fn effective(configured: &TrustBundles, own: &[Arc<TrustBundle>]) -> TrustBundle
 // === impl Slot ===
 
 impl Slot {
-    fn new(id: SpiffeId, source: String) -> Self {
+    fn new(id: SpiffeId, source: String, policy: Arc<CryptoPolicy>) -> Self {
         Self {
             id,
             source,
             svid: ArcSwapOption::empty(),
-            trust: Arc::default(),
+            trust: Arc::new(TrustStore::with_policy(policy, [])),
             own: Mutex::default(),
             progress: Mutex::default(),
         }

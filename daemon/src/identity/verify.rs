@@ -7,7 +7,7 @@ use std::{cell::Cell, sync::Arc};
 use rustls::{
     DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature},
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
@@ -16,7 +16,10 @@ use webpki::{
     RevocationOptionsBuilder, VerifiedPath,
 };
 
-use super::{RejectReason, SpiffeId, TrustBundle, TrustBundles, TrustStore, crypto, svid_rules};
+use super::{
+    CryptoPolicy, KeyKind, RejectReason, SpiffeId, TrustBundle, TrustBundles, TrustStore, crypto,
+    svid_rules,
+};
 
 /// DER of 1.3.6.1.5.5.7.3.1 (RFC 5280, section 4.2.1.12).
 const SERVER_AUTH: KeyPurposeId<'static> =
@@ -66,13 +69,15 @@ pub fn verify_chain(
     if bundle.is_empty() {
         return Err(RejectReason::TrustDomainRevoked);
     }
-    verify_path(bundle, leaf, intermediates, now)?;
+    verify_path(bundle, bundles.policy(), leaf, intermediates, now)?;
     svid_rules::check_leaf(&parsed)?;
+    bundles.policy().check_leaf(&parsed)?;
     Ok(id)
 }
 
 fn verify_path(
     bundle: &TrustBundle,
+    policy: &CryptoPolicy,
     leaf: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
     now: UnixTime,
@@ -90,7 +95,7 @@ fn verify_path(
     // path that was right but for us says more.
     let refused = Cell::new(None);
     let check_signers = |path: &VerifiedPath<'_>| {
-        signers(path, bundle, now).map_err(|reason| {
+        signers(path, bundle, policy, now).map_err(|reason| {
             refused.set(Some(reason));
             webpki::Error::UnknownIssuer
         })
@@ -116,16 +121,16 @@ fn verify_path(
 fn signers(
     path: &VerifiedPath<'_>,
     bundle: &TrustBundle,
+    policy: &CryptoPolicy,
     now: UnixTime,
 ) -> Result<(), RejectReason> {
     for signer in path.intermediate_certificates() {
-        svid_rules::check_signer(&svid_rules::parse(&signer.der())?)?;
+        let der = signer.der();
+        let signer = svid_rules::parse(&der)?;
+        svid_rules::check_signer(&signer)?;
+        policy.check_key(KeyKind::of(&signer))?;
     }
-    if bundle.anchor_is_valid(path.anchor(), now) {
-        Ok(())
-    } else {
-        Err(RejectReason::AnchorValidity)
-    }
+    bundle.check_anchor(path.anchor(), policy, now)
 }
 
 /// ExtendedKeyUsage, where it is present, has both purposes (X509-SVID, section 4.4): a workload is
@@ -168,6 +173,11 @@ impl SvidVerifier {
             expected: Some(expected),
             ..Self::any(trust)
         }
+    }
+
+    /// Suites and groups of its handshakes.
+    pub(super) fn provider(&self) -> Arc<CryptoProvider> {
+        self.trust.current().policy().provider().clone()
     }
 
     fn verify(

@@ -93,10 +93,18 @@ impl Authority {
 
     /// A CA below this one that `change` may spoil.
     pub fn intermediate(&self, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        self.intermediate_of(KeyPair::generate().unwrap(), change)
+    }
+
+    /// A CA below this one with this key.
+    pub fn intermediate_of(
+        &self,
+        key: KeyPair,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Self {
         let mut params = ca_params("example.org");
         params.subject_alt_names.clear();
         change(&mut params);
-        let key = KeyPair::generate().unwrap();
         let signed = params.signed_by(&key, &self.issuer).unwrap();
         let certificate = CertificateDer::from(signed);
         let mut intermediates = vec![certificate.clone()];
@@ -252,6 +260,18 @@ impl Issued {
         self.chain[0] = der.into();
         self
     }
+}
+
+/// Serial number of a certificate.
+pub fn serial(certificate: &CertificateDer<'_>) -> Vec<u8> {
+    use x509_parser::prelude::{FromDer, X509Certificate};
+    let (_, certificate) = X509Certificate::from_der(certificate).unwrap();
+    certificate.raw_serial().to_vec()
+}
+
+/// A revocation list as PEM.
+pub fn crl_pem(list: &CertificateRevocationListDer<'_>) -> String {
+    pem("X509 CRL", list)
 }
 
 fn pem(label: &str, der: &[u8]) -> String {

@@ -124,7 +124,8 @@ impl Authority {
         let Some((leaf, intermediates)) = material.chain.split_first() else {
             return Err(useless(RejectReason::Malformed));
         };
-        let bundles = TrustBundles::from([(self.trust_domain.clone(), self.bundle.clone())]);
+        let mut bundles = TrustBundles::default();
+        bundles.insert(self.trust_domain.clone(), self.bundle.clone());
         let now = clock::to_unix(SystemTime::now());
         verify_chain(&bundles, leaf, intermediates, now)
             .map(drop)

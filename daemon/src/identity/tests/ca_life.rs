@@ -74,7 +74,8 @@ fn open(folder: &Path) -> Result<EmbeddedCa, CaError> {
 
 /// How `verifier`'s node finds what `signer`'s node has issued.
 fn judged(verifier: &EmbeddedCa, material: &Material) -> Result<(), RejectReason> {
-    let bundles = TrustBundles::from([(domain(), verifier.bundle())]);
+    let mut bundles = TrustBundles::default();
+    bundles.insert(domain(), verifier.bundle());
     let (leaf, above) = material.chain.split_first().unwrap();
     let now = clock::to_unix(SystemTime::now());
     verify_chain(&bundles, leaf, above, now).map(drop)

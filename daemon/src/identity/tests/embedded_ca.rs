@@ -208,7 +208,9 @@ fn what_it_issues_is_right_and_short_lived() {
     let ca = folder.open().unwrap();
     let id = SpiffeId::parse(OURS).unwrap();
     let trust = Arc::new(TrustStore::default());
-    trust.replace([(domain("example.org"), ca.bundle().clone())].into());
+    let mut bundles = TrustBundles::default();
+    bundles.insert(domain("example.org"), ca.bundle());
+    trust.replace(bundles);
     let issue = || {
         let material = ca.issue(&id).unwrap();
         Svid::check(&id, &material, &trust.current(), &trust, SystemTime::now()).unwrap()

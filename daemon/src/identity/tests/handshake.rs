@@ -100,8 +100,20 @@ impl World {
         root: Authority,
         bundles: impl FnOnce(&Authority) -> Vec<TrustBundle>,
     ) -> Self {
+        let trust = TrustStore::new(bundles(&root));
+        Self::of(root, trust)
+    }
+
+    /// We trust the CA as far as chains to it keep to these rules.
+    pub(super) fn with_rules(root: Authority, rules: CryptoRules) -> Self {
+        let policy = Arc::new(CryptoPolicy::new(rules));
+        let trust = TrustStore::with_policy(policy, [bundle("example.org", &[&root])]);
+        Self::of(root, trust)
+    }
+
+    fn of(root: Authority, trust: TrustStore) -> Self {
         let peers_trust = Arc::new(TrustStore::new([bundle("example.org", &[&root])]));
-        let trust = Arc::new(TrustStore::new(bundles(&root)));
+        let trust = Arc::new(trust);
         let ours = check(OURS, &root.leaf(OURS), &peers_trust.current(), &trust).unwrap();
         Self {
             root,
@@ -160,7 +172,9 @@ pub(super) fn bundle(trust_domain: &str, roots: &[&Authority]) -> TrustBundle {
 /// Bundles as a store holds them.
 pub(super) fn bundles<const N: usize>(bundles: [TrustBundle; N]) -> TrustBundles {
     let by_domain = |bundle: TrustBundle| (bundle.trust_domain().clone(), Arc::new(bundle));
-    bundles.into_iter().map(by_domain).collect()
+    let mut all = TrustBundles::default();
+    all.extend(bundles.into_iter().map(by_domain));
+    all
 }
 
 /// A bundle of these CAs, some of which may not sign.

@@ -8,6 +8,7 @@ mod ca_life;
 )]
 #[path = "../../../../tests/harness/certs/mod.rs"]
 mod certs;
+mod crypto_policy;
 mod embedded_ca;
 mod handshake;
 mod outcomes;
