@@ -40,6 +40,7 @@ fn main() -> ExitCode {
         Command::Ca { command } => cli::ca(&command),
         Command::Certs(words) => cli::certs(&words),
         Command::Observe(words) => cli::observe(&words),
+        Command::Explain(words) => cli::explain(&words),
         Command::Detach { config } => cli::detach(&config),
         Command::Completions { shell } => cli::completions(shell),
     }
@@ -116,6 +117,7 @@ fn run(file: &Path) -> Result<(), RunError> {
             identities,
             tunnels,
             metrics.clone(),
+            snapshot.clone(),
             observers,
         );
         let daemon = Arc::new(daemon);

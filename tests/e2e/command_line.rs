@@ -274,6 +274,7 @@ fn help_teaches() {
         "check",
         "status",
         "observe",
+        "explain",
         "detach",
         "completions",
     ];

@@ -17,6 +17,7 @@ mod connect_requests;
 mod crypto_policy;
 mod documents;
 mod expiry;
+mod explain;
 mod fail_closed;
 mod guard;
 mod harness_itself;

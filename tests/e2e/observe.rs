@@ -17,7 +17,11 @@ fn who_watches_sees_a_connection_from_its_verdict_to_its_end_on_both_nodes() {
     let _echo = serve(&pair.server, PORT, &[]);
     let (here, there) = (watch(&pair.one, &one, &[]), watch(&pair.two, &two, &[]));
     let to = pair.server.addresses().port4(PORT);
-    until_seen(&here, || drop(send(&pair.client, to, &["--text", "hello"])));
+    let talk = || drop(send(&pair.client, to, &["--text", "hello"]));
+    until_seen(&here, talk);
+    until_seen(&there, talk);
+    // Both watch now, from the beginning.
+    talk();
 
     let allowed = wait_for(&here, "allowed", "egress");
     let opened = wait_for(&here, "opened", "egress");

@@ -3,7 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::Status;
-use crate::telemetry::{ObserveRequest, Observed};
+use crate::{
+    answers::{Enquiry, Explanation},
+    telemetry::{ObserveRequest, Observed},
+};
 
 /// Version of requests and answers. A field that is added does not raise it.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -29,6 +32,8 @@ pub enum Command {
     Status,
     /// What happens to connections: the one command that is answered by many lines.
     Observe(Box<ObserveRequest>),
+    /// What becomes of a connection, and why.
+    Explain(Box<Enquiry>),
 }
 
 /// One line from the daemon.
@@ -39,6 +44,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// One of the answers to [`Command::Observe`].
     Observed(Box<Observed>),
+    /// To [`Command::Explain`].
+    Explanation(Box<Explanation>),
     /// The request was refused, and why.
     Error(String),
 }

@@ -271,7 +271,7 @@ mod tests {
                     node: "here".into(),
                     ..Status::default()
                 })),
-                Command::Observe(_) => Answer::Error("it is no question".into()),
+                _ => Answer::Error("another question".into()),
             }
         }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use super::{CaCommand, certs::Certs, observe::Observe};
+use super::{CaCommand, certs::Certs, explain::Explain, observe::Observe};
 
 pub(super) const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
 pub(super) const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
@@ -184,6 +184,26 @@ Examples:
 Exit codes: 0 all was shown, or the reader has gone; 1 no daemon answers, or it ended."
     )]
     Observe(Box<Observe>),
+
+    /// Say what becomes of a connection, by which rule, or which rules came nearest
+    #[command(
+        long_about = "\
+Say what becomes of a connection: the verdict of the source's egress and of the destination's \
+ingress, as far as they are workloads of this node, the rule that gave it with its file and line, \
+or \"no policy allows it\" with the rules that came nearest and what of them did not fit.
+
+Asks the running daemon, and compares what it says with what the kernel's maps hold. With \
+`--config`, it answers from the files alone.",
+        after_help = "\
+Examples:
+  reeve explain --from web --to db --port 5432
+  reeve explain --from spiffe://example.org/ns/shop/sa/web --to db --port 5432 --json
+  reeve explain --from 10.0.0.7 --to web --port 80 --plaintext
+  reeve explain --from web --to 1.1.1.1 --port 53 --protocol udp --config ./reeve.yaml
+
+Exit codes: 0 allowed; 1 denied; 2 nothing could be said; 3 the kernel holds something else."
+    )]
+    Explain(Box<Explain>),
 
     /// Remove what a stopped daemon left in the kernel: nothing is enforced any more
     #[command(

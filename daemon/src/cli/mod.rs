@@ -6,6 +6,7 @@ mod args;
 mod ca;
 mod certs;
 mod detach;
+mod explain;
 mod inspect;
 mod observe;
 mod status;
@@ -22,6 +23,7 @@ use clap::CommandFactory;
 pub use args::{Cli, Command};
 pub use ca::{CaCommand, ca};
 pub use certs::{Certs, certs};
+pub use explain::{Explain, explain};
 pub use observe::{Observe, observe};
 
 use crate::{

@@ -13,6 +13,7 @@ use crate::{
     config::Config,
     datapath::Datapath,
     identity::IdentityStore,
+    policy::Snapshot,
     telemetry::{
         CertificateTimes, Metrics, Observation, ObserveRequest, Observers, Readiness, Readings,
     },
@@ -29,6 +30,7 @@ pub struct Daemon {
     pub(super) identities: Arc<IdentityStore>,
     pub(super) tunnels: Tunnels,
     pub(super) metrics: Metrics,
+    pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
     observers: Observers,
     pub(super) view: ArcSwap<View>,
     started: Instant,
@@ -57,6 +59,7 @@ impl Daemon {
         identities: Arc<IdentityStore>,
         tunnels: Tunnels,
         metrics: Metrics,
+        snapshot: Arc<ArcSwap<Snapshot>>,
         observers: Observers,
     ) -> Self {
         let starting = View {
@@ -69,6 +72,7 @@ impl Daemon {
             identities,
             tunnels,
             metrics,
+            snapshot,
             observers,
             view: ArcSwap::from_pointee(starting),
             started: Instant::now(),
@@ -248,6 +252,10 @@ impl Responder for Daemon {
     async fn respond(&self, command: admin::Command) -> Answer {
         match command {
             admin::Command::Status => Answer::Status(Box::new(self.status().await)),
+            admin::Command::Explain(enquiry) => match self.explain(&enquiry).await {
+                Ok(explanation) => Answer::Explanation(Box::new(explanation)),
+                Err(error) => Answer::Error(error),
+            },
             admin::Command::Observe(_) => {
                 Answer::Error("this is answered by `observe`, event by event".to_owned())
             }

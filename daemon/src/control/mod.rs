@@ -12,6 +12,7 @@ mod certificates;
 mod daemon;
 mod desired;
 mod error;
+mod explain;
 mod files;
 mod guard;
 mod health;

@@ -13,6 +13,7 @@ mod links;
 mod load;
 pub mod netns;
 mod pins;
+mod readback;
 mod route;
 mod socket;
 mod sockets;
@@ -35,8 +36,8 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey, WorkloadEntry,
-    WorkloadId, ipv4_mapped,
+    Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey,
+    VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
 };
 
 pub use self::{
@@ -245,6 +246,31 @@ impl Datapath {
     #[must_use]
     pub fn generation(&self) -> u32 {
         lock(&self.state).generation()
+    }
+
+    /// What the maps hold for a connection of a workload, looked up as the programs do.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn verdict(
+        &self,
+        workload: WorkloadId,
+        direction: Direction,
+        remote: IpAddr,
+        protocol: u8,
+        port: u16,
+    ) -> Result<VerdictEntry, Error> {
+        lock(&self.state).verdict(workload, direction, remote, protocol, port)
+    }
+
+    /// The workload that the maps have a cgroup enrolled as.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn enrolled(&self, cgroup: u64) -> Result<Option<WorkloadId>, Error> {
+        lock(&self.state).enrolled(cgroup)
     }
 
     /// Takes the original destination of a connection that the outbound listener of a namespace

@@ -34,12 +34,12 @@ pub(super) struct State {
     settings: maps::Array<MapData, KernelSettings>,
     /// What is in `settings`.
     current: KernelSettings,
-    workloads: Tracked<Hash<u64, WorkloadEntry>>,
+    pub(super) workloads: Tracked<Hash<u64, WorkloadEntry>>,
     namespaces: Tracked<Hash<u64, NamespaceEntry>>,
     local_addresses: Tracked<Hash<Address, WorkloadId>>,
-    peers: Tracked<Trie<PeerKey, PeerEntry>>,
-    peer_ports: Tracked<Hash<PeerPortKey, PeerEntry>>,
-    verdicts: Tracked<Trie<VerdictKey, VerdictEntry>>,
+    pub(super) peers: Tracked<Trie<PeerKey, PeerEntry>>,
+    pub(super) peer_ports: Tracked<Hash<PeerPortKey, PeerEntry>>,
+    pub(super) verdicts: Tracked<Trie<VerdictKey, VerdictEntry>>,
 }
 
 /// A desired state, by key.

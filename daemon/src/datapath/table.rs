@@ -90,6 +90,11 @@ impl<T: Table> Tracked<T> {
         Ok(())
     }
 
+    /// The map itself, to see what is really in it.
+    pub(super) fn table(&self) -> &T {
+        &self.table
+    }
+
     /// Name of the map.
     pub(super) fn name(&self) -> &'static str {
         self.name

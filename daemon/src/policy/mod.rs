@@ -14,6 +14,7 @@ mod far_ends;
 mod identities;
 mod load;
 mod lower;
+mod nearest;
 mod number;
 mod population;
 mod rule;
@@ -27,4 +28,5 @@ mod verdicts;
 mod tests;
 
 pub use load::{Known, PolicySet, PolicySources};
+pub use nearest::{Misfit, Near, Part, Question};
 pub use snapshot::{Decision, Inputs, KernelTables, RulePlace, Snapshot};

@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, fmt, ops::RangeInclusive, path::Path, sync::Arc
 use ipnet::IpNet;
 use reeve_common::{Direction, protocol};
 
-use super::selector::{AttributeSelector, IdentityPrefix};
+use super::{
+    RulePlace,
+    selector::{AttributeSelector, IdentityPrefix},
+};
 use crate::{identity::SpiffeId, workload::Attributes};
 
 /// One rule: these workloads may talk, in this direction, with these far ends, on these ports.
@@ -72,6 +75,18 @@ pub(crate) enum PortMatch {
     Protocol(u8),
     /// Some ports of a protocol.
     Ports(u8, RangeInclusive<u16>),
+}
+
+// === impl Origin ===
+
+impl Origin {
+    /// File and line, for people; none for what no file says.
+    pub(crate) fn place(&self) -> Option<RulePlace<'_>> {
+        (self.line > 0).then(|| RulePlace {
+            file: &self.file,
+            line: self.line,
+        })
+    }
 }
 
 // === impl Subjects ===

@@ -309,11 +309,31 @@ impl Snapshot {
     /// no policy holds.
     #[must_use]
     pub fn rule_place(&self, rule: u32) -> Option<RulePlace<'_>> {
-        let origin = &self.rule(rule)?.origin;
-        (origin.line > 0).then(|| RulePlace {
-            file: &origin.file,
-            line: origin.line,
-        })
+        self.rule(rule)?.origin.place()
+    }
+
+    /// The rules of all policies, in the order in which they are written, and what is implied.
+    pub(crate) fn rules_of_policies(&self) -> impl Iterator<Item = &Rule> {
+        self.compiled.rules.iter()
+    }
+
+    /// Everybody who is known: local workloads first, in no further order.
+    pub fn peers(&self) -> impl Iterator<Item = &Arc<Peer>> {
+        self.peers.values()
+    }
+
+    /// Whom a connection to this address and port is for, where somebody is known to be there.
+    #[must_use]
+    pub fn peer_at(&self, ip: IpAddr, protocol: u8, port: u16) -> Option<&Arc<Peer>> {
+        let far_end = self.compiled.far_ends.at(ip)?;
+        self.peer(far_end.destination(protocol, port).peer)
+    }
+
+    /// Everybody who is known to be at an address.
+    pub fn peers_at(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Peer>> {
+        let far_end = self.compiled.far_ends.at(ip);
+        let residents = far_end.map_or(&[][..], |far_end| &far_end.residents);
+        residents.iter().filter_map(|peer| self.peer(*peer))
     }
 
     fn rule(&self, number: u32) -> Option<&Rule> {
@@ -383,7 +403,7 @@ impl fmt::Display for RulePlace<'_> {
 }
 
 /// Protocol and port under which verdicts are asked: both ICMPs are one and have no ports.
-fn judged(protocol: u8, port: u16) -> (u8, u16) {
+pub(super) fn judged(protocol: u8, port: u16) -> (u8, u16) {
     match judged_protocol(protocol) {
         protocol::ICMP => (protocol::ICMP, 0),
         other => (other, port),

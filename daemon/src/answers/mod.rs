@@ -1,0 +1,13 @@
+//! Answers about policies: what becomes of a connection and why, whether policies do what their
+//! users' tests expect, what is in force, and what is probably not meant.
+//!
+//! In: a [`Snapshot`](crate::policy::Snapshot), of the running daemon or compiled from files.
+//! Out: what `reeve explain` and `reeve policy` print. Every verdict is asked of the snapshot that
+//! the kernel's tables and the tunnel's verdicts come from, so what is explained is what happens.
+
+mod ends;
+mod explain;
+mod offline;
+
+pub use explain::{Enquiry, Explanation, Half, Kernel, KernelVerdict, NearRule, Verdict, explain};
+pub use offline::Offline;

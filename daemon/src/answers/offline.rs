@@ -1,0 +1,93 @@
+//! A snapshot from files alone, without anything running.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    sync::Arc,
+};
+
+use crate::{
+    config::{Config, ConfigErrors},
+    policy::{Inputs, Known, PolicySet, Snapshot},
+    workload::{CgroupSelector, RunningWorkload, Workload},
+};
+
+/// Stands in for the addresses that a workload will have when it runs. In 240.0.0.0/4, which
+/// nobody uses, so that only the widest blocks of policies hold it.
+const FIRST_STAND_IN: u32 = 0xf000_0001;
+
+/// A configuration and its policies, compiled as if all workloads ran.
+#[derive(Debug)]
+pub struct Offline {
+    /// The configuration.
+    pub config: Config,
+    /// The policies.
+    pub policies: PolicySet,
+    /// What they come to.
+    pub snapshot: Snapshot,
+}
+
+// === impl Offline ===
+
+impl Offline {
+    /// Reads a configuration and the policies that it names.
+    ///
+    /// # Errors
+    /// Every mistake in any of the files.
+    pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        let config = Config::load(file)?;
+        let known = Known {
+            workloads: &config.workloads,
+            peers: &config.peers,
+        };
+        let policies = PolicySet::load(&config.policies, &known)?;
+        Ok(Self::new(config, policies))
+    }
+
+    /// Compiles. A workload whose addresses are not declared gets one that nobody uses.
+    #[must_use]
+    pub fn new(config: Config, policies: PolicySet) -> Self {
+        let workloads = running(&config.workloads);
+        let snapshot = Snapshot::compile(&Inputs {
+            workloads: &workloads,
+            peers: &config.peers,
+            policies: &policies,
+            node_addresses: &config.node.addresses,
+            tunnel_port: config.ports.tunnel,
+        });
+        Self {
+            config,
+            policies,
+            snapshot,
+        }
+    }
+}
+
+/// Whether an address is only a stand-in.
+pub(super) fn is_stand_in(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V4(v4) if v4.to_bits() >> 28 == 0xf)
+}
+
+/// An address for somebody of whom none is known.
+pub(super) fn stand_in(number: u32) -> IpAddr {
+    Ipv4Addr::from_bits(FIRST_STAND_IN.saturating_add(number)).into()
+}
+
+/// The workloads as they will run: alone in their namespaces, but for units, which share the
+/// host's.
+fn running(workloads: &[Arc<Workload>]) -> Vec<Arc<RunningWorkload>> {
+    let run = |(workload, number): (&Arc<Workload>, u32)| {
+        let mut addresses = workload.addresses.clone();
+        if addresses.is_empty() {
+            addresses.push(stand_in(number));
+        }
+        Arc::new(RunningWorkload {
+            workload: Arc::clone(workload),
+            cgroups: Vec::new(),
+            netns: None,
+            owns_netns: matches!(workload.selector, CgroupSelector::Cgroup(_)),
+            addresses,
+        })
+    };
+    workloads.iter().zip(1..).map(run).collect()
+}

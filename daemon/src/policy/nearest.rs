@@ -1,0 +1,350 @@
+//! Why no rule allowed a connection: the rules that came nearest, and what of each did not fit.
+//!
+//! For people only. The verdict itself never comes from here; a test holds the two together.
+
+use std::{fmt, net::IpAddr};
+
+use reeve_common::{Direction, WorkloadId, protocol};
+
+use super::{
+    Decision, RulePlace, Snapshot,
+    rule::{FarEnd, PortMatch, Rule, Subjects},
+};
+use crate::{
+    identity::SpiffeId,
+    telemetry::ProtocolName,
+    workload::{Attributes, Workload},
+};
+
+/// A connection of a local workload, to be explained.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// The workload.
+    pub workload: WorkloadId,
+    /// Which end it is.
+    pub direction: Direction,
+    /// Address of the far end.
+    pub address: IpAddr,
+    /// The client's identity, where the connection comes through a tunnel.
+    pub client: Option<&'a SpiffeId>,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Port of the destination.
+    pub port: u16,
+}
+
+/// A rule that does not allow a connection, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Near<'a> {
+    /// `policy/rule`.
+    pub rule: &'a str,
+    /// Where it is written.
+    pub place: Option<RulePlace<'a>>,
+    /// What does not fit; empty where all of it does.
+    pub misfits: Vec<Misfit>,
+}
+
+/// What of a rule does not fit, with a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    /// Which part.
+    pub part: Part,
+    /// What it asks for, and what there is.
+    pub why: String,
+}
+
+/// A part of a rule, the easiest to correct first.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "camelCase")]
+pub enum Part {
+    /// It allows an identity, and the connection comes without one that is proven.
+    Proof,
+    /// It is about other ports.
+    Port,
+    /// It is about other protocols.
+    Protocol,
+    /// It is for other workloads.
+    Subject,
+    /// It is about other far ends.
+    FarEnd,
+}
+
+/// What is known of a far end.
+struct Known<'a> {
+    address: IpAddr,
+    /// Who is declared there.
+    attributes: Option<&'a Attributes>,
+    /// Who it proves to be.
+    client: Option<&'a SpiffeId>,
+    /// Name for people.
+    name: String,
+}
+
+/// Parts that do not fit, at most, for a rule to be near: of three, one has to.
+const MOST_MISFITS: usize = 2;
+
+impl Snapshot {
+    /// Judges the connection as the kernel or the tunnel does.
+    #[must_use]
+    pub fn judge(&self, question: &Question<'_>) -> Decision {
+        let Question {
+            workload,
+            address,
+            protocol,
+            port,
+            ..
+        } = *question;
+        match (question.direction, question.client) {
+            (Direction::Egress, _) => self.judge_egress(workload, (address, port).into(), protocol),
+            (Direction::Ingress, Some(client)) => {
+                self.judge_ingress(workload, client, address, protocol, port)
+            }
+            (Direction::Ingress, None) => self.judge_plaintext(workload, address, protocol, port),
+        }
+    }
+
+    /// The rules that came nearest to allowing a connection, at most `most` of them.
+    #[must_use]
+    pub fn nearest(&self, question: &Question<'_>, most: usize) -> Vec<Near<'_>> {
+        let mut near = self.measured(question);
+        near.retain(|near| (1..=MOST_MISFITS).contains(&near.misfits.len()));
+        // Rules keep their order where they are equally near.
+        near.sort_by_key(|near| {
+            let parts: Vec<_> = near
+                .misfits
+                .iter()
+                .map(|misfit| misfit.part)
+                .rev()
+                .collect();
+            (near.misfits.len(), parts)
+        });
+        near.truncate(most);
+        near
+    }
+
+    /// Every rule of the direction that allows, with what does not fit.
+    pub(super) fn measured(&self, question: &Question<'_>) -> Vec<Near<'_>> {
+        let Some(running) = self.workload(question.workload) else {
+            return Vec::new();
+        };
+        let known = self.far_end(question);
+        self.rules_of_policies()
+            .filter(|rule| rule.direction == question.direction)
+            .map(|rule| self.near(rule, question, &running.workload, &known))
+            .collect()
+    }
+
+    fn near<'a>(
+        &'a self,
+        rule: &'a Rule,
+        question: &Question<'_>,
+        workload: &Workload,
+        known: &Known<'_>,
+    ) -> Near<'a> {
+        let mut misfits = Vec::new();
+        let mut misfit = |part, why| misfits.push(Misfit { part, why });
+        let needs_proof = question.direction == Direction::Ingress
+            && question.protocol == protocol::TCP
+            && known.client.is_none();
+        let fitting = rule
+            .far_ends
+            .iter()
+            .filter(|far_end| self.fits(far_end, known, workload));
+        match fitting.map(FarEnd::needs_identity).min() {
+            None => misfit(
+                Part::FarEnd,
+                format!(
+                    "is about {}; the {} is {}",
+                    list(rule.far_ends.iter()),
+                    match question.direction {
+                        Direction::Egress => "destination",
+                        Direction::Ingress => "source",
+                    },
+                    known.name
+                ),
+            ),
+            Some(true) if needs_proof => misfit(
+                Part::Proof,
+                "asks for an identity that is proven through a tunnel; this is plaintext".into(),
+            ),
+            Some(_) => {}
+        }
+        let (number, port) = super::snapshot::judged(question.protocol, question.port);
+        if !rule.ports.iter().any(|ports| ports.matches(number, port)) {
+            let same_protocol = rule.ports.iter().any(|ports| protocol_of(ports) == number);
+            let part = if same_protocol {
+                Part::Port
+            } else {
+                Part::Protocol
+            };
+            misfit(
+                part,
+                format!(
+                    "is about {}; this is {} {}",
+                    list(rule.ports.iter().map(Ports)),
+                    ProtocolName(number),
+                    question.port
+                ),
+            );
+        }
+        if !self.is_for(rule, workload) {
+            misfit(
+                Part::Subject,
+                format!(
+                    "is for workloads with {}; {} is {}",
+                    Written(&rule.subjects),
+                    workload.name,
+                    WrittenAttributes(&workload.attributes)
+                ),
+            );
+        }
+        misfits.sort_by_key(|misfit| misfit.part);
+        Near {
+            rule: &rule.origin.name,
+            place: rule.origin.place(),
+            misfits,
+        }
+    }
+
+    /// What is known of the far end of a connection.
+    fn far_end<'a>(&'a self, question: &Question<'a>) -> Known<'a> {
+        let declared = match (question.direction, question.client) {
+            (Direction::Egress, _) => {
+                self.peer_at(question.address, question.protocol, question.port)
+            }
+            (Direction::Ingress, Some(client)) => self.peers_at(question.address).find(|peer| {
+                let attributes = peer.attributes.as_ref();
+                attributes.is_some_and(|attributes| attributes.spiffe_id == *client)
+            }),
+            (Direction::Ingress, None) => self.peers_at(question.address).next(),
+        };
+        let attributes = declared.and_then(|peer| peer.attributes.as_ref());
+        let mut name = match (declared, question.client) {
+            (Some(peer), _) => peer.name.clone(),
+            (None, Some(client)) => client.to_string(),
+            (None, None) => question.address.to_string(),
+        };
+        if let Some(attributes) = attributes {
+            name.push_str(&format!(" ({})", WrittenAttributes(attributes)));
+        }
+        Known {
+            address: question.address,
+            attributes,
+            client: question.client,
+            name,
+        }
+    }
+
+    fn fits(&self, far_end: &FarEnd, known: &Known<'_>, workload: &Workload) -> bool {
+        let declared = known.attributes.map(|attributes| &attributes.spiffe_id);
+        let id = known.client.or(declared);
+        match far_end {
+            FarEnd::Anybody => true,
+            FarEnd::Cidr { block, except } => {
+                let contains = |block: &ipnet::IpNet| block.contains(&known.address.to_canonical());
+                contains(block) && !except.iter().any(contains)
+            }
+            FarEnd::Identity(wanted) => id == Some(wanted),
+            FarEnd::IdentityPrefix(prefix) => {
+                id.is_some_and(|id| id.as_str().starts_with(prefix.as_str()))
+            }
+            FarEnd::Attributes(selector) => match (known.attributes, known.client) {
+                (Some(attributes), _) => selector.matches(attributes),
+                // As `identities` has it of those whom nobody declared.
+                (None, Some(client)) => {
+                    let names = client.service_account();
+                    let own = workload.attributes.spiffe_id.trust_domain();
+                    let same = |wanted: &Option<String>, is: Option<&str>| {
+                        wanted.is_none() || wanted.as_deref() == is
+                    };
+                    client.trust_domain() == own
+                        && selector.labels.is_empty()
+                        && same(&selector.namespace, names.map(|(namespace, _)| namespace))
+                        && same(&selector.service_account, names.map(|(_, account)| account))
+                }
+                (None, None) => false,
+            },
+        }
+    }
+
+    fn is_for(&self, rule: &Rule, workload: &Workload) -> bool {
+        rule.subjects.matches(&workload.name, &workload.attributes)
+    }
+}
+
+fn protocol_of(ports: &PortMatch) -> u8 {
+    match ports {
+        PortMatch::Everything => protocol::ANY,
+        PortMatch::Protocol(number) | PortMatch::Ports(number, _) => *number,
+    }
+}
+
+// === for people ===
+
+fn list(items: impl Iterator<Item = impl fmt::Display>) -> String {
+    let items: Vec<_> = items.map(|item| item.to_string()).collect();
+    if items.is_empty() {
+        return "nobody".to_owned();
+    }
+    items.join(", or ")
+}
+
+/// Ports of a rule.
+struct Ports<'a>(&'a PortMatch);
+
+impl fmt::Display for Ports<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            PortMatch::Everything => f.write_str("everything"),
+            PortMatch::Protocol(number) => write!(f, "{}", ProtocolName(*number)),
+            PortMatch::Ports(number, range) if range.start() == range.end() => {
+                write!(f, "{} {}", ProtocolName(*number), range.start())
+            }
+            PortMatch::Ports(number, range) => {
+                let name = ProtocolName(*number);
+                write!(f, "{name} {}-{}", range.start(), range.end())
+            }
+        }
+    }
+}
+
+/// The workloads that a policy is for.
+struct Written<'a>(&'a Subjects);
+
+impl fmt::Display for Written<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = self.0.names.iter().map(String::as_str).collect();
+        if names.is_empty() {
+            return write!(f, "{}", self.0.attributes);
+        }
+        write!(f, "name {}", names.join(" or "))?;
+        if self.0.attributes != super::selector::AttributeSelector::default() {
+            write!(f, ", {}", self.0.attributes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Who somebody is.
+struct WrittenAttributes<'a>(&'a Attributes);
+
+impl fmt::Display for WrittenAttributes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Attributes {
+            namespace,
+            service_account,
+            labels,
+            spiffe_id,
+        } = self.0;
+        write!(
+            f,
+            "{spiffe_id}, namespace {namespace}, service account {service_account}"
+        )?;
+        for (key, value) in labels {
+            write!(f, ", {key}={value}")?;
+        }
+        Ok(())
+    }
+}
