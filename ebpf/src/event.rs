@@ -173,6 +173,7 @@ pub fn report(connection: &Connection, outcome: Outcome) {
 #[inline(always)]
 pub fn report_closed(
     tag: &SocketTag,
+    reason: Reason,
     local: Address,
     local_port: u16,
     bytes_sent: u64,
@@ -201,7 +202,7 @@ pub fn report_closed(
         kind: EventKind::Closed as u8,
         hook: Hook::SocketState as u8,
         allowed: 1,
-        reason: Reason::Closed as u8,
+        reason: reason as u8,
         reserved: [0; 10],
     });
     record.submit(0);

@@ -21,6 +21,7 @@ use reeve_common::{
 use crate::{
     address::{self, field},
     event::{Connection, Outcome, report, report_closed},
+    judge::judge,
     maps::{ARRIVING, ONWARD, ORIGINAL_DESTINATIONS, set_tag, settings, tag},
 };
 
@@ -61,7 +62,7 @@ fn changed(ctx: &SockOpsContext) {
     } else if op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB {
         connected(ctx, tag);
     } else if ctx.arg(1) == BPF_TCP_CLOSE {
-        closed(ctx, tag);
+        closed(ctx, tag, &settings);
     }
 }
 
@@ -265,7 +266,7 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
 
 /// A watched connection has come to its end.
 #[inline(always)]
-fn closed(ctx: &SockOpsContext, tag: &SocketTag) {
+fn closed(ctx: &SockOpsContext, tag: &SocketTag, settings: &Settings) {
     if tag.flags & TAG_ONWARD != 0 {
         // The application refused it, or it is long established and the entry gone.
         let _ = ONWARD.remove(seen_from_workload(tuple(ctx)));
@@ -295,5 +296,28 @@ fn closed(ctx: &SockOpsContext, tag: &SocketTag) {
         received = received.saturating_sub(1);
     }
     let (address, port) = local(ctx.ops);
-    report_closed(tag, address, port, sent, received);
+    let reason = if is_revoked(tag, port, settings) {
+        Reason::Revoked
+    } else {
+        Reason::Closed
+    };
+    report_closed(tag, reason, address, port, sent, received);
+}
+
+/// Whether a connection that is at its end was no longer allowed: so one that the daemon has ended
+/// is told apart from one that the application has.
+#[inline(always)]
+fn is_revoked(tag: &SocketTag, local_port: u16, settings: &Settings) -> bool {
+    if tag.generation == settings.generation {
+        return tag.flags & TAG_ALLOWED == 0;
+    }
+    let mut connection = Connection::new(Hook::SocketState);
+    connection.remote = tag.remote;
+    connection.remote_port = tag.remote_port;
+    connection.local_port = local_port;
+    connection.workload = tag.workload;
+    connection.protocol = protocol::TCP;
+    connection.direction = tag.direction;
+    let outcome = judge(&mut connection);
+    !outcome.allowed() || outcome.through_tunnel()
 }

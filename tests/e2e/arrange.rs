@@ -86,10 +86,7 @@ pub(crate) struct Traffic {
 /// TCP to [`PORT`].
 pub(crate) const TCP: Traffic = tcp(PORT);
 /// UDP to [`PORT`].
-pub(crate) const UDP: Traffic = Traffic {
-    protocol: "UDP",
-    port: Some(PORT),
-};
+pub(crate) const UDP: Traffic = udp(PORT);
 /// ICMP.
 pub(crate) const ICMP: Traffic = Traffic {
     protocol: "ICMP",
@@ -100,6 +97,14 @@ pub(crate) const ICMP: Traffic = Traffic {
 pub(crate) const fn tcp(port: u16) -> Traffic {
     Traffic {
         protocol: "TCP",
+        port: Some(port),
+    }
+}
+
+/// UDP to a port.
+pub(crate) const fn udp(port: u16) -> Traffic {
+    Traffic {
+        protocol: "UDP",
         port: Some(port),
     }
 }

@@ -29,6 +29,7 @@ mod opposite;
 mod plaintext;
 mod privileges;
 mod restart;
+mod revocation;
 mod sockets;
 mod stalls;
 mod systemd;

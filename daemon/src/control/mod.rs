@@ -21,6 +21,7 @@ mod own_cgroup;
 mod process;
 mod reconcile;
 mod reload;
+mod revoke;
 mod signals;
 
 use std::{sync::Arc, time::Duration};
@@ -74,7 +75,11 @@ pub struct Control {
     namespaces: Namespaces,
     readiness: watch::Sender<Readiness>,
     health: watch::Sender<Health>,
-    events: Option<(datapath::Events, Events)>,
+    events: Option<datapath::Events>,
+    /// Counts and logs what the kernel tells.
+    kernel_events: Events,
+    /// Generation by which live connections were last judged again.
+    judged: Option<u32>,
     /// The kernel has held all that is declared at least once.
     is_enforced: bool,
 }
@@ -144,7 +149,9 @@ impl Control {
             namespaces: Namespaces::default(),
             readiness: parts.readiness,
             health: parts.health,
-            events: Some(parts.events),
+            events: Some(parts.events.0),
+            kernel_events: parts.events.1,
+            judged: None,
             is_enforced: false,
             daemon,
         }
@@ -164,7 +171,8 @@ impl Control {
 
         self.reconcile().await;
         // Only now do the numbers in events have names, those left from before included.
-        if let Some((kernel, events)) = self.events.take() {
+        if let Some(kernel) = self.events.take() {
+            let events = self.kernel_events.clone();
             let datapath = self.daemon.datapath.clone();
             let snapshot = self.snapshot.clone();
             tokio::spawn(follow_events(kernel, events, datapath, snapshot));

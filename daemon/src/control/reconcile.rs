@@ -13,7 +13,7 @@ use super::{
     desired::{kernel_state, running_namespaces},
 };
 use crate::{
-    datapath::{Datapath, netns::Netns},
+    datapath::{Datapath, KernelState, netns::Netns},
     policy::{Inputs, Snapshot},
     workload::Discovery,
 };
@@ -64,10 +64,11 @@ impl Control {
         let before = self.daemon.view.load_full();
         let mut listening = before.listening.clone();
         listening.retain(|cookie| ready.iter().any(|netns| netns.cookie == *cookie));
-        self.apply(&discovery, &listening, &snapshot, &mut problems);
+        let state = self.apply(&discovery, &listening, &snapshot, &mut problems);
 
         self.snapshot.store(snapshot.clone());
         self.daemon.tunnels.judge_again();
+        self.revoke(&snapshot, &namespaces, &state);
         let identities = discovery.workloads.iter().map(|running| {
             let source = config.certificates.source_of(&running.workload);
             let id = running.workload.attributes.spiffe_id.clone();
@@ -127,13 +128,14 @@ impl Control {
         listening: &HashSet<u64>,
         snapshot: &Snapshot,
         problems: &mut Vec<String>,
-    ) {
+    ) -> KernelState {
         let tables = snapshot.kernel_tables().clone();
         let state = kernel_state(&self.own_cgroups, discovery, listening, tables);
         match block_in_place(|| self.daemon.datapath.apply(&state)) {
             Ok(()) => self.is_enforced = true,
             Err(error) => problems.push(describe(&error)),
         }
+        state
     }
 }
 

@@ -7,6 +7,7 @@
 //! The next one adopts it, see [`Datapath::load`].
 
 mod bpffs;
+mod diag;
 mod error;
 mod events;
 mod links;
@@ -40,20 +41,22 @@ use reeve_common::{
     VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
 };
 
-pub use self::{
-    error::Error,
-    events::Events,
-    socket::speak_as,
-    sockets::{Purpose, Sockets},
-    usage::{Counters, MapUsage},
-};
 use self::{
+    diag::Diagnosis,
     links::Target,
     load::Links,
     netns::Netns,
     pins::Pins,
     state::{State, take},
     sys::AttachType,
+};
+pub use self::{
+    diag::{LiveSocket, Remembered},
+    error::Error,
+    events::Events,
+    socket::speak_as,
+    sockets::{Purpose, Sockets},
+    usage::{Counters, MapUsage},
 };
 use crate::{
     config::{EbpfLog, Maps, Ports},
@@ -110,6 +113,10 @@ pub struct Datapath {
     counters: PerCpuArray<MapData, u64>,
     /// `ORIGINAL_DESTINATIONS`, to take entries out of.
     claims: OwnedFd,
+    /// `FLOWS`, for the same.
+    revoked: OwnedFd,
+    /// `SOCKETS`, to be read socket by socket.
+    tags: OwnedFd,
     /// Maps that only the programs fill, and their capacities.
     origins: (maps::HashMap<MapData, OriginKey, Origin>, u32),
     flows: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
@@ -181,6 +188,8 @@ impl Datapath {
             flows: take(&mut ebpf, "FLOWS", |map| map.try_into())?,
             onward: take(&mut ebpf, "ONWARD", |map| map.try_into())?,
             claims: pinned_map(pins.folder(), "ORIGINAL_DESTINATIONS")?,
+            revoked: pinned_map(pins.folder(), "FLOWS")?,
+            tags: pinned_map(pins.folder(), "SOCKETS")?,
             pins: Mutex::new(pins),
             ebpf: Mutex::new(ebpf),
             settings,
@@ -291,6 +300,75 @@ impl Datapath {
                 None
             }
         }
+    }
+
+    /// Ends the connections of a namespace that `is_over` says are. TCP's other ends get a reset,
+    /// and the applications an error. Gives those that were ended here, and not by themselves
+    /// meanwhile. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel; its `sock_diag` may lack the ending (`CONFIG_INET_DIAG_DESTROY`). Packets
+    /// of connections that are not allowed are refused all the same.
+    pub fn end_connections(
+        &self,
+        netns: &Netns,
+        mut is_over: impl FnMut(&LiveSocket) -> bool,
+    ) -> Result<Vec<LiveSocket>, Error> {
+        let failed = |doing| {
+            move |source| Error::Namespace {
+                inode: netns.inode,
+                doing,
+                source,
+            }
+        };
+        let mut diagnosis = Diagnosis::open(netns).map_err(failed("open a netlink socket"))?;
+        let mut sockets = diagnosis
+            .sockets(self.tags.as_fd())
+            .map_err(failed("list the sockets (sock_diag)"))?;
+        sockets.retain(&mut is_over);
+        let mut ended = Vec::with_capacity(sockets.len());
+        for socket in sockets {
+            if diagnosis
+                .destroy(&socket)
+                .map_err(failed("end a connection (sock_diag)"))?
+            {
+                ended.push(socket);
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Forgets the flows, connections without a handshake, that `is_over` says are no longer
+    /// allowed, and gives those that no program has forgotten meanwhile. Walks the map: for a
+    /// change of policy, not for every packet. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn end_flows(
+        &self,
+        mut is_over: impl FnMut(&FlowKey, &FlowEntry) -> bool,
+    ) -> Result<Vec<(FlowKey, FlowEntry)>, Error> {
+        let over: Vec<FlowKey> = self
+            .flows
+            .0
+            .iter()
+            // A walk that entries are removed from meanwhile may come to its end early.
+            .map_while(Result::ok)
+            .filter(|(key, entry)| is_over(key, entry))
+            .map(|(key, _)| key)
+            .collect();
+        let mut ended = Vec::with_capacity(over.len());
+        for key in over {
+            let taken = sys::take(self.revoked.as_fd(), &key).map_err(|source| Error::Pin {
+                doing: "take an entry out of the map",
+                path: lock(&self.pins).folder().join("FLOWS"),
+                source,
+            })?;
+            ended.extend(taken.map(|entry| (key, entry)));
+        }
+        Ok(ended)
     }
 
     /// What the programs have counted.

@@ -223,6 +223,17 @@ impl Snapshot {
         self.peers_by_identity.get(id)
     }
 
+    /// Who is at a destination, as the kernel sees it: the peer's number, 0 for nobody known, and
+    /// whether a tunnel reaches it.
+    #[must_use]
+    pub fn destination(&self, destination: SocketAddr, protocol: u8) -> (u32, bool) {
+        let far_end = self.compiled.far_ends.at(destination.ip());
+        far_end.map_or((0, false), |far_end| {
+            let occupant = far_end.destination(protocol, destination.port());
+            (occupant.peer, occupant.tunnel)
+        })
+    }
+
     /// Judges a connection that a local workload opens, by address, as the kernel does.
     #[must_use]
     pub fn judge_egress(

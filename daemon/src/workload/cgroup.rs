@@ -1,6 +1,7 @@
 //! The node's cgroup2 tree: where it is mounted, ids and depths of cgroups, their processes.
 
 use std::{
+    collections::HashMap,
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
@@ -156,6 +157,25 @@ impl CgroupTree {
         }
         found.sort();
         (found, searched)
+    }
+
+    /// What holds for each cgroup below the root: the value of the nearest of its ancestors, itself
+    /// among them, that has one in `known`. Reads the tree.
+    #[must_use]
+    pub fn nearest<T: Copy>(&self, known: &HashMap<u64, T>) -> HashMap<u64, T> {
+        let mut found = known.clone();
+        let mut waiting = vec![(self.root.clone(), None)];
+        while let Some((folder, inherited)) = waiting.pop() {
+            let Ok(metadata) = fs::metadata(&folder) else {
+                continue;
+            };
+            let value = known.get(&metadata.ino()).copied().or(inherited);
+            if let Some(value) = value {
+                found.insert(metadata.ino(), value);
+            }
+            waiting.extend(children(&folder).into_iter().map(|child| (child, value)));
+        }
+        found
     }
 
     /// The folder of the cgroup that this process is in.

@@ -16,6 +16,7 @@ mod evasion;
 mod headers;
 mod ingress;
 mod kernel;
+mod live;
 mod onward;
 mod packet;
 mod pins;

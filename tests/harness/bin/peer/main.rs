@@ -5,6 +5,7 @@ mod connect_rate;
 mod enter;
 mod flood;
 mod heartbeat;
+mod hold;
 mod ping;
 mod probe;
 mod raw;
@@ -50,6 +51,8 @@ enum Command {
     Ping(ping::Options),
     /// Open, use and close TCP connections without end, and tell what became of them
     Probe(probe::Options),
+    /// Hold a connection on which nothing is said, and tell when it ends
+    Hold(hold::Options),
     /// Send a few bytes over one TCP connection again and again, and read their echo
     Heartbeat(heartbeat::Options),
 }
@@ -67,6 +70,7 @@ fn main() -> anyhow::Result<()> {
         Command::Raw(options) => raw::run(&options),
         Command::Ping(options) => ping::run(&options),
         Command::Probe(options) => probe::run(&options),
+        Command::Hold(options) => hold::run(&options),
         Command::Heartbeat(options) => heartbeat::run(&options),
     }
 }

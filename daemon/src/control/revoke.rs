@@ -1,0 +1,302 @@
+//! Live connections after a change: judged again, and ended where they are no longer allowed.
+//!
+//! The programs judge every packet by what is in force now, so nothing passes that is not allowed
+//! any more. Here silent connections are ended too, so that both applications learn of it at
+//! once, and whatever was ended is counted and logged. Tunnels look after their own.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
+
+use reeve_common::{
+    Action, Direction, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
+    NO_WORKLOAD, Reason, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+};
+use tokio::task::block_in_place;
+
+use super::{Control, reconcile::describe};
+use crate::{
+    datapath::{self, KernelState, LiveSocket, Remembered, netns::Netns},
+    policy::Snapshot,
+    workload::cgroup::CgroupTree,
+};
+
+/// What live connections are judged by.
+struct Judge<'a> {
+    snapshot: &'a Snapshot,
+    generation: u32,
+    /// Whose each cgroup is.
+    owners: HashMap<u64, WorkloadEntry>,
+    /// Whose each namespace is, by cookie.
+    namespaces: HashMap<u64, WorkloadId>,
+    /// Addresses that belong to one workload alone.
+    local: HashSet<(IpAddr, WorkloadId)>,
+}
+
+/// A connection that is over.
+struct Over {
+    workload: WorkloadId,
+    protocol: u8,
+    direction: Direction,
+    local: SocketAddr,
+    remote: SocketAddr,
+    /// The rule that denies it.
+    rule: u32,
+}
+
+impl Control {
+    /// Judges every live connection of `namespaces` again, if what is enforced has changed since
+    /// it was last done.
+    pub(super) fn revoke(
+        &mut self,
+        snapshot: &Snapshot,
+        namespaces: &[Arc<Netns>],
+        state: &KernelState,
+    ) {
+        let generation = self.daemon.datapath.generation();
+        if self.judged == Some(generation) {
+            return;
+        }
+        let started = Instant::now();
+        let over = block_in_place(|| {
+            let judge = Judge::new(snapshot, generation, state, &self.cgroups);
+            self.end_connections(&judge, namespaces)
+        });
+        match over {
+            Ok(0) => {}
+            Ok(ended) => tracing::info!(
+                ended,
+                milliseconds = started.elapsed().as_millis(),
+                "live connections that are no longer allowed were ended"
+            ),
+            Err(error) => {
+                tracing::warn!(
+                    error = describe(&error),
+                    "live connections cannot all be ended; those that are no longer allowed carry nothing more"
+                );
+                return;
+            }
+        }
+        self.judged = Some(generation);
+    }
+
+    /// Ends what is over, and gives its number.
+    fn end_connections(
+        &self,
+        judge: &Judge<'_>,
+        namespaces: &[Arc<Netns>],
+    ) -> Result<usize, datapath::Error> {
+        let datapath = &self.daemon.datapath;
+        let mut number = 0;
+        let mut result = Ok(());
+        for netns in namespaces {
+            let ended = datapath.end_connections(netns, |socket| {
+                judge.of_socket(socket, netns.cookie).is_some()
+            });
+            match ended {
+                Ok(sockets) => {
+                    number += sockets.len();
+                    for socket in sockets.iter().filter(|socket| !judge.is_told(socket)) {
+                        if let Some(over) = judge.of_socket(socket, netns.cookie) {
+                            self.tell(judge, &over);
+                        }
+                    }
+                }
+                Err(error) => result = Err(error),
+            }
+        }
+        let now = monotonic_nanoseconds();
+        let flows = datapath.end_flows(|key, entry| judge.of_flow(key, entry, now).is_some())?;
+        number += flows.len();
+        for (key, entry) in flows {
+            if let Some(over) = judge.of_flow(&key, &entry, now) {
+                self.tell(judge, &over);
+            }
+        }
+        result.map(|()| number)
+    }
+
+    /// Counts and logs that a connection was revoked, as the programs do where it sends something.
+    fn tell(&self, judge: &Judge<'_>, over: &Over) {
+        let event = Event {
+            timestamp: monotonic_nanoseconds(),
+            bytes_sent: 0,
+            bytes_received: 0,
+            duration: 0,
+            local: datapath::address(over.local.ip()),
+            remote: datapath::address(over.remote.ip()),
+            workload: over.workload,
+            peer: judge.snapshot.destination(over.remote, over.protocol).0,
+            rule: over.rule,
+            local_port: over.local.port(),
+            remote_port: over.remote.port(),
+            protocol: over.protocol,
+            direction: over.direction as u8,
+            kind: EventKind::Verdict as u8,
+            hook: Hook::SocketState as u8,
+            allowed: 0,
+            reason: Reason::Revoked as u8,
+            reserved: [0; 10],
+        };
+        self.kernel_events.record(&event, judge.snapshot);
+        let metrics = &self.daemon.metrics;
+        metrics.verdict(over.direction, false, Reason::Revoked);
+    }
+}
+
+// === impl Judge ===
+
+impl<'a> Judge<'a> {
+    fn new(
+        snapshot: &'a Snapshot,
+        generation: u32,
+        state: &KernelState,
+        cgroups: &CgroupTree,
+    ) -> Self {
+        let known = state.workloads.iter();
+        let known = known.map(|(cgroup, _, entry)| (*cgroup, *entry)).collect();
+        Self {
+            snapshot,
+            generation,
+            owners: cgroups.nearest(&known),
+            namespaces: state
+                .namespaces
+                .iter()
+                .map(|(cookie, entry)| (*cookie, entry.workload))
+                .collect(),
+            local: state
+                .local_addresses
+                .iter()
+                .map(|(address, workload)| (ip(address), *workload))
+                .collect(),
+        }
+    }
+
+    /// Whether the programs have told already that a connection is refused.
+    fn is_told(&self, socket: &LiveSocket) -> bool {
+        socket.remembered.is_some_and(|remembered| {
+            remembered.generation == self.generation && !remembered.allowed
+        })
+    }
+
+    /// What becomes of a socket's connection: none where it may go on, or is none of a workload's.
+    fn of_socket(&self, socket: &LiveSocket, netns: u64) -> Option<Over> {
+        let remembered = socket.remembered;
+        let goes_on = |remembered: Remembered| {
+            remembered.in_tunnel || (remembered.allowed && remembered.generation == self.generation)
+        };
+        if remembered.is_some_and(goes_on) {
+            return None;
+        }
+        let workload = match self.owners.get(&socket.cgroup) {
+            Some(entry) if entry.flags & WORKLOAD_IS_REEVE != 0 => return None,
+            Some(entry) if entry.flags & WORKLOAD_UNKNOWN != 0 => NO_WORKLOAD,
+            Some(entry) => entry.workload,
+            None => {
+                let of_socket = remembered.map(|remembered| remembered.workload);
+                let of_namespace = self.namespaces.get(&netns).copied();
+                let known = |workload: &WorkloadId| *workload != NO_WORKLOAD;
+                of_socket
+                    .filter(known)
+                    .or_else(|| of_namespace.filter(known))?
+            }
+        };
+        let (local, remote) = (socket.local, socket.remote);
+        let stays = local.ip().is_loopback()
+            || remote.ip().is_loopback()
+            || self.local.contains(&(remote.ip(), workload));
+        if stays {
+            return None;
+        }
+        let over = |direction, rule| Over {
+            workload,
+            protocol: socket.protocol,
+            direction,
+            local,
+            remote,
+            rule,
+        };
+        if workload == NO_WORKLOAD {
+            return Some(over(Direction::Egress, 0));
+        }
+        let direction = remembered.and_then(|remembered| {
+            // A datagram socket may have been connected to whoever had called it.
+            (socket.protocol == protocol::TCP).then_some(remembered.direction)?
+        });
+        let judge = |direction| self.refusal(workload, direction, socket.protocol, local, remote);
+        let rule = match direction {
+            Some(direction) => judge(direction)?,
+            // Nobody has seen its beginning: either direction will do.
+            None => {
+                judge(Direction::Ingress)?;
+                judge(Direction::Egress)?
+            }
+        };
+        Some(over(direction.unwrap_or(Direction::Egress), rule))
+    }
+
+    /// The same for a flow.
+    fn of_flow(&self, key: &FlowKey, entry: &FlowEntry, now: u64) -> Option<Over> {
+        let idle = now.saturating_sub(entry.last_seen);
+        if entry.generation == self.generation || idle >= FLOW_IDLE_NANOSECONDS {
+            return None;
+        }
+        let direction = if entry.direction == Direction::Egress as u32 {
+            Direction::Egress
+        } else {
+            Direction::Ingress
+        };
+        let local = SocketAddr::new(ip(&key.local), key.local_port);
+        let remote = SocketAddr::new(ip(&key.remote), key.remote_port);
+        Some(Over {
+            workload: key.workload,
+            protocol: key.protocol,
+            direction,
+            local,
+            remote,
+            rule: self.refusal(key.workload, direction, key.protocol, local, remote)?,
+        })
+    }
+
+    /// The rule that refuses a connection without a tunnel; none where it is allowed.
+    fn refusal(
+        &self,
+        workload: WorkloadId,
+        direction: Direction,
+        protocol: u8,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> Option<u32> {
+        let snapshot = self.snapshot;
+        let (decision, bypasses) = match direction {
+            Direction::Egress => (
+                snapshot.judge_egress(workload, remote, protocol),
+                protocol == protocol::TCP && snapshot.destination(remote, protocol).1,
+            ),
+            Direction::Ingress => (
+                snapshot.judge_plaintext(workload, remote.ip(), protocol, local.port()),
+                false,
+            ),
+        };
+        let allowed = decision.action == Action::Allow && !bypasses;
+        (!allowed).then_some(decision.rule)
+    }
+}
+
+fn ip(address: &reeve_common::Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
+}
+
+/// The kernel's clock for events and flows.
+fn monotonic_nanoseconds() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    // The clock is there on every Linux; without it, everything is new.
+    now.map_or(0, |now| {
+        let seconds = u64::try_from(now.tv_sec()).unwrap_or_default();
+        let rest = u64::try_from(now.tv_nsec()).unwrap_or_default();
+        seconds * 1_000_000_000 + rest
+    })
+}
