@@ -24,5 +24,6 @@ pub mod policy;
 pub mod privileges;
 pub mod telemetry;
 pub mod tunnel;
+pub mod watch;
 pub mod workload;
 pub mod yaml;

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         },
         Command::Guard { config } => cli::guard(&config),
         Command::Check { config } => cli::check(&config),
+        Command::Reload { json, socket } => cli::reload(&socket, json),
         Command::Status { json, socket } => cli::status(&socket, json),
         Command::Ca { command } => cli::ca(&command),
         Command::Certs(words) => cli::certs(&words),

@@ -6,11 +6,13 @@
 
 mod client;
 mod protocol;
+mod reload;
 mod server;
 mod status;
 
 pub use client::{AskError, Observing, ask, observe};
 pub use protocol::{Answer, Command, PROTOCOL_VERSION, Request};
+pub use reload::{ReloadPart, ReloadReport};
 pub use server::{AdminError, AdminSocket, Responder};
 pub use status::{
     BundleStatus, CertificateStatus, MapUsage, PolicyStatus, Status, TunnelStatus, TunnelsStatus,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Status;
+use super::{ReloadReport, Status};
 use crate::{
     answers::{Enquiry, Explanation},
     telemetry::{ObserveRequest, Observed},
@@ -30,6 +30,8 @@ pub struct Request {
 pub enum Command {
     /// How the daemon is.
     Status,
+    /// Read everything again.
+    Reload,
     /// What happens to connections: the one command that is answered by many lines.
     Observe(Box<ObserveRequest>),
     /// What becomes of a connection, and why.
@@ -42,6 +44,8 @@ pub enum Command {
 pub enum Answer {
     /// To [`Command::Status`].
     Status(Box<Status>),
+    /// To [`Command::Reload`].
+    Reloaded(ReloadReport),
     /// One of the answers to [`Command::Observe`].
     Observed(Box<Observed>),
     /// To [`Command::Explain`].

@@ -108,8 +108,13 @@ pub struct CertificateStatus {
     pub last_attempt: Option<String>,
     /// When that last gave a certificate that could be used.
     pub last_success: Option<String>,
+    /// How the last attempt ended: `accepted`, `unchanged` or `rejected`.
+    pub last_result: Option<String>,
     /// Why the last attempt failed; none where it did not.
     pub last_error: Option<String>,
+    /// What an operator should know of the source though nothing fails: `polled` where files cannot
+    /// be watched, `mounted_file` where one is mounted by itself and will never change.
+    pub remarks: Vec<String>,
 }
 
 /// One trust domain's bundle.
@@ -122,6 +127,10 @@ pub struct BundleStatus {
     pub certificates: usize,
     /// When the first of them expires, RFC 3339.
     pub earliest_not_after: Option<String>,
+    /// Whether revocation is checked: there is a revocation list.
+    pub revocation_checked: bool,
+    /// When the first revocation list expires, RFC 3339.
+    pub next_update: Option<String>,
 }
 
 /// The data path.

@@ -144,6 +144,31 @@ Exit codes: 0 the daemon answered, whatever it said; 1 it did not."
     )]
     Certs(Box<Certs>),
 
+    /// Have the daemon read everything again: configuration, policies, trust, certificates
+    #[command(
+        long_about = "\
+Have the daemon read everything again: configuration, policies, trust bundles, revocation lists, \
+and every workload's certificate from its source, as SIGHUP does.
+
+What is refused leaves what was there before in force, and is told here with the reason. Files \
+that change are noticed by themselves; this is for the impatient and for scripts that need to know.",
+        after_help = "\
+Examples:
+  reeve reload
+  reeve check && reeve reload
+  reeve reload --json | jq '.parts[] | select(.refused != [])'
+
+Exit codes: 0 all was read, 1 something was refused or no daemon answers."
+    )]
+    Reload {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket (`admin.socket` of its configuration)
+        #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+        socket: PathBuf,
+    },
+
     /// Make, renew, revoke and show the certificates of the embedded CA
     #[command(
         long_about = "\

@@ -9,6 +9,7 @@ mod detach;
 mod explain;
 mod inspect;
 mod observe;
+mod reload;
 mod status;
 mod table;
 
@@ -59,6 +60,30 @@ pub fn status(socket: &Path, json: bool) -> ExitCode {
         Ok(Answer::Error(refusal)) => refused(&refusal),
         Ok(_) => refused("it answered another question: is it another version?"),
         Err(error) => failed(&error),
+    }
+}
+
+/// `reeve reload`.
+#[must_use]
+pub fn reload(socket: &Path, json: bool) -> ExitCode {
+    let report = match admin::ask(socket, admin::Command::Reload) {
+        Ok(Answer::Reloaded(report)) => report,
+        Ok(Answer::Error(refusal)) => return refused(&refusal),
+        Ok(_) => return refused("it answered another question: is it another version?"),
+        Err(error) => return failed(&error),
+    };
+    let printed = if json {
+        match serde_json::to_string_pretty(&report) {
+            Ok(text) => print(&(text + "\n")),
+            Err(error) => failed(&error),
+        }
+    } else {
+        print(&reload::render(&report))
+    };
+    if report.is_accepted() {
+        printed
+    } else {
+        ExitCode::FAILURE
     }
 }
 

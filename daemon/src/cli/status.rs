@@ -77,24 +77,37 @@ fn workloads(page: &mut String, status: &Status) -> fmt::Result {
 
 fn certificates(page: &mut String, status: &Status) -> fmt::Result {
     writeln!(page, "Certificates")?;
-    let mut table = Table::new(["IDENTITY", "VALID FOR", "UNTIL", "SOURCE", "LAST ERROR"]);
+    let mut table = Table::new(["IDENTITY", "VALID FOR", "UNTIL", "SOURCE", "REMARKS"]);
     for certificate in &status.certificates {
         table.push([
             certificate.spiffe_id.clone(),
             certificate.seconds_left.map_or_else(dash, duration),
             certificate.not_after.clone().unwrap_or_else(dash),
             certificate.source.clone(),
-            certificate.last_error.clone().unwrap_or_else(dash),
+            match (&certificate.last_error, &certificate.remarks[..]) {
+                (Some(error), _) => error.clone(),
+                (None, []) => dash(),
+                (None, remarks) => remarks.join(", "),
+            },
         ]);
     }
     writeln!(page, "{table}")?;
     writeln!(page, "Trust bundles")?;
-    let mut table = Table::new(["TRUST DOMAIN", "CERTIFICATES", "FIRST EXPIRES"]);
+    let mut table = Table::new([
+        "TRUST DOMAIN",
+        "CERTIFICATES",
+        "FIRST EXPIRES",
+        "REVOCATION",
+    ]);
     for bundle in &status.bundles {
         table.push([
             bundle.trust_domain.clone(),
             bundle.certificates.to_string(),
             bundle.earliest_not_after.clone().unwrap_or_else(dash),
+            match &bundle.next_update {
+                Some(time) => format!("checked until {time}"),
+                None => "not checked".to_owned(),
+            },
         ]);
     }
     writeln!(page, "{table}")

@@ -9,8 +9,8 @@ use serde::Deserialize;
 use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
     identity::{
-        CipherSuite, CryptoProfile, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY, SMALLEST_RSA_KEY,
-        SpiffeId, TrustDomain,
+        CipherSuite, CryptoProfile, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY, PathPattern,
+        SMALLEST_RSA_KEY, SpiffeId, TrustDomain,
     },
     privileges::Confinement,
     yaml::{
@@ -122,6 +122,8 @@ pub(super) struct RawCertificates {
     pub(super) sources: Vec<Located<RawSource>>,
     #[serde(default)]
     pub(super) trust_bundles: BTreeMap<TrustDomain, PathText>,
+    #[serde(default)]
+    pub(super) revocation_lists: BTreeMap<TrustDomain, Vec<PathText>>,
 }
 
 /// Exactly one of the kinds is there.
@@ -130,7 +132,24 @@ pub(super) struct RawCertificates {
 pub(super) struct RawSource {
     pub(super) name: Option<Name>,
     pub(super) embedded: Option<RawEmbeddedCa>,
+    pub(super) files: Option<Located<RawFiles>>,
 }
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawFiles {
+    pub(super) folder: Option<Pattern>,
+    pub(super) certificate: Option<Pattern>,
+    pub(super) key: Option<Pattern>,
+    #[serde(default = "default_bundle")]
+    pub(super) bundle: Option<Pattern>,
+    pub(super) revocation_lists: Option<Pattern>,
+}
+
+/// A path with parts of an identity in it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct Pattern(pub(super) PathPattern);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -227,6 +246,10 @@ const LEAF_LIFETIME: std::ops::RangeInclusive<Duration> =
 // === defaults ===
 
 // `Option` with a default of its own: the field can be switched off with `null`.
+fn default_bundle() -> Option<Pattern> {
+    Pattern::try_from("ca.crt".to_owned()).ok()
+}
+
 fn default_metrics_address() -> Option<SocketText> {
     Some(SocketText(METRICS_ADDRESS))
 }
@@ -312,6 +335,14 @@ impl TryFrom<String> for PathText {
             return Err("found an empty path; expected one as in `/etc/reeve/policies`".into());
         }
         Ok(Self(text.into()))
+    }
+}
+
+impl TryFrom<String> for Pattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        PathPattern::parse(&text).map(Self)
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
-    identity::TrustDomain,
+    identity::{FilesLayout, TrustDomain},
     workload::Workload,
     yaml::values::{number, size},
 };
@@ -40,6 +40,9 @@ pub struct Certificates {
     /// PEM files with the certificates of trust domains' authorities. They count instead of what a
     /// source brings for the same trust domain. Default none.
     pub trust_bundles: BTreeMap<TrustDomain, PathBuf>,
+    /// Files with revocation lists of trust domains' authorities, in addition to those that a source
+    /// brings. Default none.
+    pub revocation_lists: BTreeMap<TrustDomain, Vec<PathBuf>>,
 }
 
 /// One source of certificates.
@@ -47,6 +50,8 @@ pub struct Certificates {
 pub enum Source {
     /// reeve's own certificate authority.
     Embedded(EmbeddedCa),
+    /// Files that somebody else writes.
+    Files(FilesLayout),
 }
 
 /// reeve's own certificate authority.

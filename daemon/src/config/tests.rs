@@ -147,7 +147,7 @@ certificates: {vault: {}}
         "14:31: timeouts.idle: found the number 5; expected a duration, as in `30s`",
         "15:20: metrics.address: `localhost` is not an address with a port",
         "16:15: log.format: `jsn` is not known here; expected `text` or `json`; did you mean `json`?",
-        "17:16: certificates.vault: there is no such field; expected one of sources, trustBundles",
+        "17:16: certificates.vault: there is no such field; expected one of sources, trustBundles, revocationLists",
     ];
     for (found, wanted) in found.iter().zip(wanted) {
         let line = format!("/etc/reeve/reeve.yaml:{wanted}");
@@ -285,7 +285,7 @@ workloads:
     );
     let wanted = [
         "5:5: certificates.sources[1]: has the name `embedded`, as the source on line 4 does",
-        "7:5: certificates.sources[3]: does not say what it is; add `embedded: {}`",
+        "7:5: certificates.sources[3]: does not say what it is; add `embedded: {}` or `files`",
         "9:39: workloads[0].certificates: `othr` is no source of `certificates.sources`; did you \
          mean `other`?",
         "11:3: workloads[2]: gets the identity `spiffe://a/ns/default/sa/s` from `other`, and the \
@@ -296,6 +296,30 @@ workloads:
         assert!(found.starts_with(&line), "found:  {found}\nwanted: {line}");
     }
     assert_eq!(found.len(), wanted.len(), "{found:#?}");
+}
+
+#[test]
+fn files_have_the_names_that_cert_manager_gives_them() {
+    let config = load(
+        "{trustDomain: a, certificates: {sources: [{files: {folder: 'tls/{serviceAccount}'}}]}}",
+    )
+    .unwrap();
+    let [(name, super::Source::Files(files))] = &config.certificates.sources[..] else {
+        panic!("there is one source, of files");
+    };
+    let pattern = |text| crate::identity::PathPattern::parse(text).unwrap();
+    assert_eq!(name, "files");
+    assert_eq!(files.folder, pattern("/etc/reeve/tls/{serviceAccount}"));
+    assert_eq!(files.certificate, pattern("tls.crt"));
+    assert_eq!(files.key, pattern("tls.key"));
+    assert_eq!(files.bundle, Some(pattern("ca.crt")));
+    assert_eq!(files.revocation_lists, None);
+    let found = mistakes(
+        "{trustDomain: a, certificates: {sources: [{files: {folder: '/{name}'}}, \
+         {files: {}, embedded: {}}]}}",
+    );
+    assert!(found[0].contains("expected one of {namespace}, {serviceAccount}, {path}"));
+    assert!(found[1].contains("is several things, embedded and files; keep one"));
 }
 
 #[test]

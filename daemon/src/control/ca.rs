@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use tokio::task::block_in_place;
 
-use super::files::Files;
-use crate::identity::EmbeddedCa;
+use crate::{identity::EmbeddedCa, watch::Files};
 
 /// Reads the CA's folder again at each change, for as long as the daemon runs. Needs a tokio runtime.
 pub(super) fn follow(ca: Arc<EmbeddedCa>) {

@@ -11,8 +11,9 @@ use super::ca;
 use crate::{
     config::{Config, Source},
     identity::{
-        BundleError, CaError, CertificateSource, CryptoPolicy, EmbeddedCa, IdentityStore, Sources,
-        TrustBundle, TrustDomain,
+        BundleError, CaError, CertificateSource, CryptoPolicy, EmbeddedCa, FilesSource,
+        IdentityStore, RevocationLists, SourceError, Sources, TrustBundle, TrustDomain,
+        read_revocation_lists,
     },
 };
 
@@ -35,6 +36,14 @@ pub enum CertificatesError {
         /// What is wrong with it.
         source: rustls_pki_types::pem::Error,
     },
+    /// A file of revocation lists cannot be used.
+    #[error("the revocation lists of {trust_domain} cannot be used: {source}")]
+    RevocationLists {
+        /// Whose lists.
+        trust_domain: TrustDomain,
+        /// What is wrong.
+        source: SourceError,
+    },
     /// A trust bundle may not be used.
     #[error("{}: {source}", .path.display())]
     Bundle {
@@ -56,7 +65,8 @@ pub fn identity_store(config: &Config) -> Result<IdentityStore, CertificatesErro
     }
     let policy = Arc::new(CryptoPolicy::new(config.tls.clone()));
     let store = IdentityStore::with_policy(sources, policy);
-    store.replace_bundles(&trust_bundles(config)?);
+    let (bundles, lists) = trust(config)?;
+    store.configure_trust(&bundles, lists);
     Ok(store)
 }
 
@@ -71,28 +81,42 @@ fn open(config: &Config, source: &Source) -> Result<Arc<dyn CertificateSource>, 
             ca::follow(ca.clone());
             Ok(ca)
         }
+        Source::Files(layout) => Ok(Arc::new(FilesSource::new(layout.clone()))),
     }
 }
 
-/// The bundles that are configured.
+/// The bundles and revocation lists that are configured.
 ///
 /// # Errors
 /// The first file that cannot be used.
-pub(super) fn trust_bundles(config: &Config) -> Result<Vec<Arc<TrustBundle>>, CertificatesError> {
-    let files = config.certificates.trust_bundles.iter();
-    files
-        .map(|(domain, path)| trust_bundle(domain, path).map(Arc::new))
-        .collect()
+pub(super) fn trust(
+    config: &Config,
+) -> Result<(Vec<Arc<TrustBundle>>, RevocationLists), CertificatesError> {
+    let bundles = config.certificates.trust_bundles.iter();
+    let bundles = bundles.map(|(domain, path)| trust_bundle(domain, path).map(Arc::new));
+    let lists = config.certificates.revocation_lists.iter();
+    let lists = lists.map(|(domain, paths)| {
+        let mut lists = Vec::new();
+        for path in paths {
+            let read = read_revocation_lists(path);
+            lists.extend(read.map_err(|source| CertificatesError::RevocationLists {
+                trust_domain: domain.clone(),
+                source,
+            })?);
+        }
+        Ok((domain.clone(), lists))
+    });
+    Ok((
+        bundles.collect::<Result<_, _>>()?,
+        lists.collect::<Result<_, CertificatesError>>()?,
+    ))
 }
 
 /// Their files.
-pub(super) fn trust_bundle_files(config: &Config) -> Vec<PathBuf> {
-    config
-        .certificates
-        .trust_bundles
-        .values()
-        .cloned()
-        .collect()
+pub(super) fn trust_files(config: &Config) -> Vec<PathBuf> {
+    let lists = config.certificates.revocation_lists.values().flatten();
+    let bundles = config.certificates.trust_bundles.values();
+    bundles.chain(lists).cloned().collect()
 }
 
 fn trust_bundle(domain: &TrustDomain, path: &Path) -> Result<TrustBundle, CertificatesError> {

@@ -2,24 +2,29 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    admin::{self, Answer, Responder, Status, WorkloadState, WorkloadStatus},
+    admin::{self, Answer, ReloadReport, Responder, Status, WorkloadState, WorkloadStatus},
     config::Config,
     datapath::Datapath,
     identity::IdentityStore,
     policy::Snapshot,
-    telemetry::{
-        CertificateTimes, Metrics, Observation, ObserveRequest, Observers, Readiness, Readings,
-    },
+    telemetry::{Metrics, Observation, ObserveRequest, Observers, Readiness, Readings},
     tunnel::Tunnels,
     workload::{Discovery, RunningWorkload},
 };
+
+/// `reeve reload` at the same time; more wait.
+const RELOADS_QUEUED: usize = 1;
+
+/// Those who ask for everything to be read again.
+pub(super) type Reloads = mpsc::Receiver<oneshot::Sender<ReloadReport>>;
 
 /// The parts that are told, and the newest view of what control did with them.
 #[derive(Debug)]
@@ -32,6 +37,9 @@ pub struct Daemon {
     pub(super) metrics: Metrics,
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
     observers: Observers,
+    ask_for_reload: mpsc::Sender<oneshot::Sender<ReloadReport>>,
+    /// For control to take.
+    reloads: Mutex<Option<Reloads>>,
     pub(super) view: ArcSwap<View>,
     started: Instant,
 }
@@ -62,6 +70,7 @@ impl Daemon {
         snapshot: Arc<ArcSwap<Snapshot>>,
         observers: Observers,
     ) -> Self {
+        let (ask_for_reload, reloads) = mpsc::channel(RELOADS_QUEUED);
         let starting = View {
             problems: Readiness::starting().missing,
             ..View::default()
@@ -74,6 +83,8 @@ impl Daemon {
             metrics,
             snapshot,
             observers,
+            ask_for_reload,
+            reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
             started: Instant::now(),
         }
@@ -110,19 +121,6 @@ impl Daemon {
         let counters = self.datapath.counters().inspect_err(|error| {
             tracing::warn!(%error, "the kernel's counters are missing from the metrics");
         });
-        let certificates = self.identities.status();
-        let certificates = certificates.into_iter().filter_map(|identity| {
-            let certificate = identity.certificate?;
-            Some(CertificateTimes {
-                identity: identity.spiffe_id,
-                not_before: certificate.not_before,
-                not_after: certificate.not_after,
-            })
-        });
-        let bundles = self.identities.bundles();
-        let bundles = bundles
-            .into_iter()
-            .filter_map(|bundle| Some((bundle.trust_domain, bundle.earliest_not_after?)));
         let mut workloads: BTreeMap<&'static str, u64> =
             BTreeMap::from([("running", 0), ("empty", 0), ("absent", 0)]);
         for running in &view.discovery.workloads {
@@ -131,8 +129,9 @@ impl Daemon {
         Readings {
             counters: counters.ok(),
             maps: self.datapath.map_usage(),
-            certificates: certificates.collect(),
-            bundles: bundles.collect(),
+            identities: self.identities.status(),
+            bundles: self.identities.bundles(),
+            reloads: self.identities.reload_counts(),
             workloads,
             ready: self.readiness().is_ready(),
         }
@@ -169,6 +168,24 @@ impl Daemon {
                 .collect(),
             lost_events: counters.map_or(0, |counters| counters.lost_events()),
         }
+    }
+
+    /// Those who ask for everything to be read again: taken once.
+    pub(super) fn reloads(&self) -> Option<Reloads> {
+        let mut reloads = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
+        reloads.take()
+    }
+
+    /// Has control read everything again.
+    async fn reload(&self) -> Answer {
+        let (answer, report) = oneshot::channel();
+        // Either fails only when the daemon is ending.
+        if self.ask_for_reload.send(answer).await.is_ok()
+            && let Ok(report) = report.await
+        {
+            return Answer::Reloaded(report);
+        }
+        Answer::Error("it is shutting down".to_owned())
     }
 
     fn workload(&self, view: &View, running: &RunningWorkload) -> WorkloadStatus {
@@ -208,6 +225,14 @@ impl Daemon {
                 next_attempt: identity.next_attempt.map(rfc3339),
                 last_attempt: identity.last_attempt.map(rfc3339),
                 last_success: identity.last_success.map(rfc3339),
+                last_result: identity
+                    .last_result
+                    .map(|result| result.as_str().to_owned()),
+                remarks: identity
+                    .remarks
+                    .iter()
+                    .map(|remark| remark.as_str().to_owned())
+                    .collect(),
                 last_error: identity.last_error.map(|error| error.to_string()),
             }
         };
@@ -220,6 +245,8 @@ impl Daemon {
             trust_domain: bundle.trust_domain.to_string(),
             certificates: bundle.certificates,
             earliest_not_after: bundle.earliest_not_after.map(rfc3339),
+            revocation_checked: bundle.revocation_checked,
+            next_update: bundle.next_update.map(rfc3339),
         };
         bundles.map(entry).collect()
     }
@@ -256,6 +283,7 @@ impl Responder for Daemon {
                 Ok(explanation) => Answer::Explanation(Box::new(explanation)),
                 Err(error) => Answer::Error(error),
             },
+            admin::Command::Reload => self.reload().await,
             admin::Command::Observe(_) => {
                 Answer::Error("this is answered by `observe`, event by event".to_owned())
             }

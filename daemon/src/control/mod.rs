@@ -13,7 +13,6 @@ mod daemon;
 mod desired;
 mod error;
 mod explain;
-mod files;
 mod guard;
 mod health;
 mod numbers;
@@ -33,16 +32,18 @@ use tokio::{
 };
 
 use crate::{
-    admin::PolicyStatus,
+    admin::{PolicyStatus, ReloadReport},
     config::Config,
     datapath::{self, Datapath},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Health, Readiness},
+    watch::Files,
     workload::{Discovery, Registry, cgroup::CgroupTree},
 };
 
 pub use certificates::{CertificatesError, identity_store};
 pub use daemon::Daemon;
+use daemon::Reloads;
 pub use error::RunError;
 pub use guard::{Guarded, guard};
 pub use numbers::keep_numbers;
@@ -50,7 +51,6 @@ pub use own_cgroup::settle_in;
 pub use process::prepare as prepare_process;
 pub use reload::{declaration, policies};
 
-use files::Files;
 use health::{Asked, HealthLook};
 use reconcile::Namespaces;
 use signals::{Signal, Signals};
@@ -72,6 +72,8 @@ pub struct Control {
     policy_status: PolicyStatus,
     policy_files: Files,
     bundle_files: Files,
+    /// Who asks for everything to be read again.
+    reloads: Option<Reloads>,
     namespaces: Namespaces,
     readiness: watch::Sender<Readiness>,
     health: watch::Sender<Health>,
@@ -114,6 +116,8 @@ enum Change {
     /// Whether the loop turns; every few seconds.
     Asked(oneshot::Sender<()>),
     Signal(Signal),
+    /// `reeve reload`.
+    Reload(oneshot::Sender<ReloadReport>),
     RegistryEnded,
 }
 
@@ -146,6 +150,7 @@ impl Control {
             policies: parts.policies,
             policy_files: reload::watch_policies(&config.policies),
             bundle_files: reload::watch_bundles(&config),
+            reloads: daemon.reloads(),
             namespaces: Namespaces::default(),
             readiness: parts.readiness,
             health: parts.health,
@@ -198,6 +203,7 @@ impl Control {
                 },
                 () = self.policy_files.changed() => Change::Policies,
                 () = self.bundle_files.changed() => Change::Bundles,
+                Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
                 Ok(()) = certificates.changed() => Change::Certificates,
                 signal = signals.next() => Change::Signal(signal),
                 () = sleep_until(again), if failed => Change::Retry,
@@ -206,10 +212,13 @@ impl Control {
             match change {
                 Change::Workloads => self.reconcile().await,
                 Change::Policies => {
-                    self.reload_policies();
+                    let _ = self.reload_policies();
                     self.reconcile().await;
                 }
-                Change::Bundles => self.reload_bundles(),
+                Change::Bundles => {
+                    // Refusals are logged and counted.
+                    let _ = self.reload_trust();
+                }
                 Change::Certificates => self.daemon.tunnels.judge_again(),
                 // Certificates expire without a change: readiness is told again at each of these.
                 Change::Asked(answer) => {
@@ -221,11 +230,12 @@ impl Control {
                     self.reconcile().await;
                 }
                 Change::Signal(Signal::Reload) => {
-                    process::notify_reloading();
-                    self.reload_config(&file);
-                    self.reconcile().await;
-                    // What was read is in force: `systemctl reload` returns.
-                    process::notify_ready();
+                    self.reload_everything(&file).await;
+                }
+                Change::Reload(answer) => {
+                    let report = self.reload_everything(&file).await;
+                    // Whoever asked may have given up.
+                    let _ = answer.send(report);
                 }
                 Change::Signal(Signal::Stop) => break,
                 Change::RegistryEnded => return Err(RunError::RegistryEnded),
@@ -269,6 +279,11 @@ impl Control {
             different
         });
     }
+}
+
+/// The next who asks for everything to be read again.
+async fn next_reload(reloads: &mut Option<Reloads>) -> Option<oneshot::Sender<ReloadReport>> {
+    reloads.as_mut()?.recv().await
 }
 
 /// Takes the kernel's events for as long as the future is polled.

@@ -1,16 +1,21 @@
 //! Reading configuration and policies again: all of it, or nothing.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::task::block_in_place;
 
-use super::{Control, certificates, files::Files, own_cgroup::settle_in, reconcile::describe};
+use super::{Control, certificates, own_cgroup::settle_in, process, reconcile::describe};
 use crate::{
-    admin::PolicyStatus,
-    config::{Config, ConfigErrors},
+    admin::{PolicyStatus, ReloadPart, ReloadReport},
+    config::{Certificates, Config, ConfigErrors},
     policy::{Known, PolicySet, PolicySources},
+    watch::Files,
     workload::Declaration,
 };
+
+/// How long the sources of certificates may take to answer when everything is read again: whoever
+/// asked waits.
+const SOURCES_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whom the registry shall look for.
 #[must_use]
@@ -45,7 +50,7 @@ pub(super) fn watch_policies(sources: &PolicySources) -> Files {
 }
 
 pub(super) fn watch_bundles(config: &Config) -> Files {
-    Files::watch(Vec::new(), certificates::trust_bundle_files(config))
+    Files::watch(Vec::new(), certificates::trust_files(config))
 }
 
 pub(super) fn policy_status(config: &Config, policies: &PolicySet) -> PolicyStatus {
@@ -58,17 +63,47 @@ pub(super) fn policy_status(config: &Config, policies: &PolicySet) -> PolicyStat
 }
 
 impl Control {
+    /// Reads everything again that is read from files or asked of others. What is refused leaves
+    /// what was there before in force, and does not keep the rest from being read.
+    pub(super) async fn reload_everything(&mut self, file: &Path) -> ReloadReport {
+        process::notify_reloading();
+        let mut report = ReloadReport::default();
+        let config = self.reload_config(file);
+        report.push("configuration and policies", config);
+        let trust = self.reload_trust();
+        report.push("trust bundles and revocation lists", trust);
+        self.reconcile().await;
+        let refused = self.daemon.identities.reload(SOURCES_PATIENCE).await;
+        let identities = self.daemon.identities.status().len();
+        report.parts.push(ReloadPart {
+            what: "certificates".to_owned(),
+            detail: format!(
+                "{} of {identities}",
+                identities.saturating_sub(refused.len())
+            ),
+            refused: refused
+                .into_iter()
+                .map(|(id, why)| format!("{id}: {why}"))
+                .collect(),
+        });
+        process::notify_ready();
+        report
+    }
+
     /// Reads the policies again. Mistakes leave the old ones in force.
-    pub(super) fn reload_policies(&mut self) {
+    pub(super) fn reload_policies(&mut self) -> Result<String, Vec<String>> {
         let config = self.daemon.config.load_full();
         match block_in_place(|| policies(&config)) {
-            Ok(policies) => self.take_policies(&config, policies),
-            Err(mistakes) => self.refuse("policy", &mistakes),
+            Ok(policies) => {
+                self.take_policies(&config, policies);
+                Ok(self.numbers(&config))
+            }
+            Err(mistakes) => Err(self.refuse("policy", &mistakes)),
         }
     }
 
     /// Reads the configuration and the policies again. Mistakes in any leave all as it was.
-    pub(super) fn reload_config(&mut self, file: &Path) {
+    fn reload_config(&mut self, file: &Path) -> Result<String, Vec<String>> {
         let before = self.daemon.config.load_full();
         let read = block_in_place(|| {
             let config = Config::load(file)?.keep_numbers(&before);
@@ -77,30 +112,44 @@ impl Control {
         });
         match read {
             Ok((new, policies)) => self.take_config(&before, new, policies),
-            Err(mistakes) => self.refuse("config", &mistakes),
+            Err(mistakes) => Err(self.refuse("config", &mistakes)),
         }
     }
 
-    /// Reads the trust bundles of other trust domains again.
-    pub(super) fn reload_bundles(&mut self) {
+    /// Reads the configured trust bundles and revocation lists again.
+    pub(super) fn reload_trust(&mut self) -> Result<String, Vec<String>> {
         let config = self.daemon.config.load_full();
-        match block_in_place(|| certificates::trust_bundles(&config)) {
-            Ok(bundles) => {
-                self.daemon.identities.replace_bundles(&bundles);
+        match block_in_place(|| certificates::trust(&config)) {
+            Ok((bundles, lists)) => {
+                let number: usize = lists.values().map(Vec::len).sum();
+                let numbers = format!("{} bundles, {number} lists", bundles.len());
+                self.daemon.identities.configure_trust(&bundles, lists);
                 self.daemon.metrics.reload("trust_bundle", true);
-                tracing::info!("trust bundles were read again");
+                tracing::info!(
+                    bundles = bundles.len(),
+                    revocation_lists = number,
+                    "trust bundles and revocation lists were read again"
+                );
+                Ok(numbers)
             }
             Err(error) => {
                 self.daemon.metrics.reload("trust_bundle", false);
+                let error = describe(&error);
                 tracing::error!(
-                    "trust bundles were refused, the ones before stay in force: {}",
-                    describe(&error)
+                    "trust bundles and revocation lists were refused, the ones before stay in \
+                     force: {error}"
                 );
+                Err(vec![error])
             }
         }
     }
 
-    fn take_config(&mut self, before: &Arc<Config>, new: Config, policies: PolicySet) {
+    fn take_config(
+        &mut self,
+        before: &Arc<Config>,
+        new: Config,
+        policies: PolicySet,
+    ) -> Result<String, Vec<String>> {
         let (config, fixed) = merged(before, new);
         if !fixed.is_empty() {
             tracing::warn!(
@@ -113,15 +162,16 @@ impl Control {
             Ok(own) => self.own_cgroups = own,
             Err(error) => {
                 self.daemon.metrics.reload("config", false);
+                let error = describe(&error);
                 tracing::error!(
-                    "the new configuration was refused, the one before stays in force: {}",
-                    describe(&error)
+                    "the new configuration was refused, the one before stays in force: {error}"
                 );
-                return;
+                return Err(vec![error]);
             }
         }
         block_in_place(|| self.registry.declare(declaration(&config)));
         self.policy_files = watch_policies(&config.policies);
+        self.bundle_files = watch_bundles(&config);
         self.daemon.config.store(config.clone());
         self.daemon.metrics.reload("config", true);
         tracing::info!(
@@ -130,6 +180,21 @@ impl Control {
             "the configuration was read again"
         );
         self.take_policies(&config, policies);
+        let mut numbers = self.numbers(&config);
+        if !fixed.is_empty() {
+            numbers.push_str("; a restart is needed for ");
+            numbers.push_str(&fixed.join(", "));
+        }
+        Ok(numbers)
+    }
+
+    fn numbers(&self, config: &Config) -> String {
+        format!(
+            "{} workloads, {} peers, {} policies",
+            config.workloads.len(),
+            config.peers.len(),
+            self.policies.len()
+        )
     }
 
     fn take_policies(&mut self, config: &Config, policies: PolicySet) {
@@ -143,7 +208,7 @@ impl Control {
         );
     }
 
-    fn refuse(&mut self, what: &'static str, mistakes: &ConfigErrors) {
+    fn refuse(&mut self, what: &'static str, mistakes: &ConfigErrors) -> Vec<String> {
         self.daemon.metrics.reload(what, false);
         for mistake in mistakes.iter() {
             tracing::error!("{mistake}");
@@ -154,6 +219,7 @@ impl Control {
             "what was read was refused, what was before stays in force"
         );
         self.policy_status.refused = Some(mistakes.to_string());
+        mistakes.iter().map(ToString::to_string).collect()
     }
 }
 
@@ -164,7 +230,10 @@ fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
         ("trustDomain", before.trust_domain != new.trust_domain),
         ("node", before.node != new.node),
         ("stateDir", before.state_dir != new.state_dir),
-        ("certificates", before.certificates != new.certificates),
+        (
+            "certificates.sources",
+            before.certificates.sources != new.certificates.sources,
+        ),
         ("tls", before.tls != new.tls),
         ("ports", before.ports != new.ports),
         ("limits", before.limits != new.limits),
@@ -180,6 +249,10 @@ fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
         enforced_parents: new.enforced_parents,
         peers: new.peers,
         policies: new.policies,
+        certificates: Certificates {
+            sources: before.certificates.sources.clone(),
+            ..new.certificates
+        },
         ..before.clone()
     };
     let fixed = fixed.iter().filter(|(_, changed)| *changed);

@@ -11,7 +11,9 @@ use std::{
 use arc_swap::ArcSwap;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
 use webpki::{CertRevocationList, OwnedCertRevocationList};
-use x509_parser::x509::X509Version;
+use x509_parser::{
+    prelude::FromDer, revocation_list::CertificateRevocationList, x509::X509Version,
+};
 
 use super::{CryptoPolicy, KeyKind, RejectReason, TrustDomain, clock, svid_rules};
 
@@ -21,12 +23,24 @@ use super::{CryptoPolicy, KeyKind, RejectReason, TrustDomain, clock, svid_rules}
 /// root can be replaced ahead of time, and signs for nothing.
 pub struct TrustBundle {
     trust_domain: TrustDomain,
+    authorities: Arc<Authorities>,
+    lists: Vec<Arc<RevocationList>>,
+}
+
+struct Authorities {
     anchors: Vec<TrustAnchor<'static>>,
     /// What webpki does not keep of each anchor, in the order of `anchors`.
     facts: Vec<Facts>,
     certificates: Vec<CertificateDer<'static>>,
-    crls: Vec<CertRevocationList<'static>>,
-    crl_ders: Vec<CertificateRevocationListDer<'static>>,
+}
+
+/// A list of revoked certificates, read. Whether the right authority has signed it is seen when a
+/// certificate is checked.
+pub struct RevocationList {
+    list: CertRevocationList<'static>,
+    der: CertificateRevocationListDer<'static>,
+    /// When it expires, and everybody whom it speaks of is refused.
+    next_update: SystemTime,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,25 +114,36 @@ impl TrustBundle {
             anchors.push(anchor);
             facts.push(about);
         }
-        let mut crls = Vec::with_capacity(crl_ders.len());
-        for (index, der) in crl_ders.iter().enumerate() {
-            let list = OwnedCertRevocationList::from_der(der);
-            crls.push(list.map(CertRevocationList::from).map_err(|error| {
+        let mut lists = Vec::with_capacity(crl_ders.len());
+        for (index, der) in crl_ders.into_iter().enumerate() {
+            let list = RevocationList::parse(der);
+            lists.push(Arc::new(list.map_err(|error| {
                 BundleError::RevocationList {
                     trust_domain: trust_domain.clone(),
                     position: index + 1,
                     error,
                 }
-            })?);
+            })?));
         }
         Ok(Self {
             trust_domain,
-            anchors,
-            facts,
-            certificates,
-            crls,
-            crl_ders,
+            authorities: Arc::new(Authorities {
+                anchors,
+                facts,
+                certificates,
+            }),
+            lists,
         })
+    }
+
+    /// The same authorities, with more revocation lists.
+    #[must_use]
+    pub fn with_lists(&self, more: &[Arc<RevocationList>]) -> Self {
+        Self {
+            trust_domain: self.trust_domain.clone(),
+            authorities: self.authorities.clone(),
+            lists: self.lists.iter().chain(more).cloned().collect(),
+        }
     }
 
     /// Whose bundle it is.
@@ -130,42 +155,65 @@ impl TrustBundle {
     /// Whether it revokes its trust domain.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.anchors.is_empty()
+        self.authorities.anchors.is_empty()
     }
 
     /// The signing certificates.
     #[must_use]
     pub fn certificates(&self) -> &[CertificateDer<'static>] {
-        &self.certificates
+        &self.authorities.certificates
     }
 
     /// Number of revocation lists; with none, revocation is not checked.
     #[must_use]
     pub fn revocation_lists(&self) -> usize {
-        self.crls.len()
+        self.lists.len()
     }
 
     /// When the first of its certificates expires; none for an empty bundle.
     #[must_use]
     pub fn earliest_not_after(&self) -> Option<SystemTime> {
-        self.facts.iter().map(|about| about.not_after).min()
+        let facts = &self.authorities.facts;
+        facts.iter().map(|about| about.not_after).min()
+    }
+
+    /// When the first of its revocation lists expires; none where revocation is not checked.
+    #[must_use]
+    pub fn next_update(&self) -> Option<SystemTime> {
+        self.lists.iter().map(|list| list.next_update).min()
+    }
+
+    /// The times at which it begins to say something else by itself.
+    pub(super) fn turns(&self) -> impl Iterator<Item = SystemTime> {
+        let facts = self.authorities.facts.iter();
+        let lists = self.lists.iter().map(|list| list.next_update);
+        facts
+            .flat_map(|about| [about.not_before, about.not_after])
+            .chain(lists)
     }
 
     /// Whether both were made from the same certificates and lists.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
-        std::ptr::eq(self, other)
-            || self.trust_domain == other.trust_domain
-                && self.certificates == other.certificates
-                && self.crl_ders == other.crl_ders
+        if std::ptr::eq(self, other) {
+            return true;
+        }
+        let same_list = |(one, other): (&Arc<RevocationList>, &Arc<RevocationList>)| {
+            Arc::ptr_eq(one, other) || one.der == other.der
+        };
+        self.trust_domain == other.trust_domain
+            && (Arc::ptr_eq(&self.authorities, &other.authorities)
+                || self.authorities.certificates == other.authorities.certificates)
+            && self.lists.len() == other.lists.len()
+            && self.lists.iter().zip(&other.lists).all(same_list)
     }
 
     pub(super) fn anchors(&self) -> &[TrustAnchor<'static>] {
-        &self.anchors
+        &self.authorities.anchors
     }
 
-    pub(super) fn crls(&self) -> &[CertRevocationList<'static>] {
-        &self.crls
+    pub(super) fn crls(&self) -> impl Iterator<Item = &CertRevocationList<'static>> {
+        self.lists.iter().map(|list| &list.list)
     }
 
     /// Whether this very element of [`Self::anchors`] may sign at `now`.
@@ -176,13 +224,41 @@ impl TrustBundle {
         now: UnixTime,
     ) -> Result<(), RejectReason> {
         let now = clock::from_unix(now);
-        let mut anchors = self.anchors.iter().zip(&self.facts);
+        let mut anchors = self.authorities.anchors.iter().zip(&self.authorities.facts);
         let about = anchors
             .find(|(candidate, _)| std::ptr::eq(*candidate, anchor))
             .map(|(_, about)| about)
             .filter(|about| about.not_before <= now && now <= about.not_after)
             .ok_or(RejectReason::AnchorValidity)?;
         policy.check_key(about.key)
+    }
+}
+
+// === impl RevocationList ===
+
+impl RevocationList {
+    /// Reads a list.
+    ///
+    /// # Errors
+    /// When it cannot be read, or does not say when it expires.
+    pub fn parse(der: CertificateRevocationListDer<'static>) -> Result<Self, webpki::Error> {
+        let list = OwnedCertRevocationList::from_der(&der)?.into();
+        let (_, parsed) =
+            CertificateRevocationList::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
+        let next_update = parsed.next_update().ok_or(webpki::Error::BadDerTime)?;
+        Ok(Self {
+            list,
+            next_update: clock::from_asn1(next_update),
+            der,
+        })
+    }
+}
+
+impl fmt::Debug for RevocationList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RevocationList")
+            .field("next_update", &self.next_update)
+            .finish_non_exhaustive()
     }
 }
 
@@ -205,8 +281,8 @@ impl fmt::Debug for TrustBundle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TrustBundle")
             .field("trust_domain", &self.trust_domain)
-            .field("certificates", &self.certificates.len())
-            .field("revocation_lists", &self.crls.len())
+            .field("certificates", &self.certificates().len())
+            .field("revocation_lists", &self.lists.len())
             .field("earliest_not_after", &self.earliest_not_after())
             .finish()
     }
@@ -286,6 +362,12 @@ impl TrustStore {
             self.0.store(Arc::new(next));
         }
         different
+    }
+
+    /// Makes the bundles in force another value that says the same: time has changed what they
+    /// mean, and who has judged by them is to judge again.
+    pub(super) fn renew(&self) {
+        self.0.rcu(|current| Arc::new(TrustBundles::clone(current)));
     }
 }
 

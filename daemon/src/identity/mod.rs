@@ -8,6 +8,7 @@ mod clock;
 mod crypto;
 mod crypto_policy;
 mod describe;
+mod files;
 mod inspect;
 mod key_kind;
 mod probe;
@@ -24,7 +25,7 @@ mod svid_rules;
 mod tests;
 mod verify;
 
-pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
+pub use bundle::{BundleError, RevocationList, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
 pub use crypto::{ALPN, provider};
 pub use crypto_policy::{
@@ -32,15 +33,16 @@ pub use crypto_policy::{
     LARGEST_RSA_KEY, SMALLEST_RSA_KEY,
 };
 pub use describe::CertificateSummary;
+pub use files::{FilesLayout, FilesSource, PathPattern, read_revocation_lists};
 pub use inspect::{BrokenRule, Inspection, inspect};
 pub use key_kind::KeyKind;
 pub use probe::{Presented, ProbeError, Probed, probe};
 pub use reject::RejectReason;
 pub use server_name::{server_name_for, server_name_matches};
-pub use source::{CertificateSource, Material, SourceError};
+pub use source::{CertificateSource, Material, Remark, SourceError};
 pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
-pub use status::{BundleStatus, IdentityStatus};
-pub use store::{IdentityStore, Sources};
+pub use status::{BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, ReloadResult};
+pub use store::{IdentityStore, RevocationLists, Sources};
 pub use svid::{ReloadError, Svid};
 pub use verify::{SvidVerifier, peer_id, verify_chain};
 

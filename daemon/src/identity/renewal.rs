@@ -1,11 +1,8 @@
 //! When a certificate is renewed.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
-use super::{ReloadError, Svid};
+use super::Svid;
 
 /// Longest sleep: the wall clock is looked at this often, since it may jump and a timer does not
 /// notice, nor does it run while the machine is suspended.
@@ -21,6 +18,8 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 /// begin before now for the sake of slow clocks.
 const RENEW_AFTER: f64 = 0.5;
 const SPREAD: f64 = 0.1;
+/// A certificate with less than this left is not renewed more often for it.
+const SOONEST_RENEWAL: Duration = Duration::from_secs(1);
 
 /// One identity's schedule.
 #[derive(Debug)]
@@ -58,19 +57,9 @@ impl Renewal {
         left.clamp(SHORTEST, TICK)
     }
 
-    /// Plans the next attempt from the result of this one and what is in force after it.
-    pub(super) fn attempted(
-        &mut self,
-        result: &Result<Option<Arc<Svid>>, ReloadError>,
-        in_force: Option<&Svid>,
-        now: SystemTime,
-    ) {
-        let svid = match result {
-            Ok(Some(new)) => Some(new.as_ref()),
-            Ok(None) => in_force,
-            Err(_) => None,
-        };
-        match svid {
+    /// Plans the next attempt: where this one has succeeded, by the certificate in force after it.
+    pub(super) fn attempted(&mut self, in_force: Option<&Svid>, now: SystemTime) {
+        match in_force {
             Some(svid) => {
                 self.next = renew_at(svid.not_after, now, random_fraction());
                 self.backoff = FIRST_BACKOFF;
@@ -85,6 +74,8 @@ impl Renewal {
 
 fn renew_at(not_after: SystemTime, now: SystemTime, fraction: f64) -> SystemTime {
     let left = not_after.duration_since(now).unwrap_or(Duration::ZERO);
+    // A source that has nothing newer gives the same again, however near the end is.
+    let left = left.max(SOONEST_RENEWAL);
     now + left.mul_f64(RENEW_AFTER + SPREAD * fraction)
 }
 
@@ -109,7 +100,7 @@ mod tests {
         let hour = now + 60 * MINUTE;
         assert_eq!(renew_at(hour, now, 0.0), now + 30 * MINUTE);
         assert_eq!(renew_at(hour, now, 1.0), now + 36 * MINUTE);
-        assert_eq!(renew_at(now - MINUTE, now, 1.0), now);
+        assert_eq!(renew_at(now - MINUTE, now, 0.0), now + SOONEST_RENEWAL / 2);
     }
 
     #[test]
@@ -119,7 +110,7 @@ mod tests {
         assert!(renewal.is_due(now));
         let mut longest = FIRST_BACKOFF;
         for _ in 0..10 {
-            renewal.attempted(&Err(ReloadError::Timeout), None, now);
+            renewal.attempted(None, now);
             let wait = renewal.next().duration_since(now).unwrap();
             assert!(
                 wait >= longest / 2 && wait <= longest,

@@ -24,6 +24,21 @@ pub trait CertificateSource: Send + Sync + fmt::Debug {
     /// Changes when there may be something new for `id` before anybody asks. The number has no
     /// meaning but to differ.
     fn changes(&self, id: &SpiffeId) -> watch::Receiver<u64>;
+
+    /// What an operator should know of where `id`'s certificate comes from, though nothing fails.
+    fn remarks(&self, _id: &SpiffeId) -> Vec<Remark> {
+        Vec::new()
+    }
+}
+
+/// What an operator should know of a source that does not fail: a closed set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Remark {
+    /// The files cannot be watched, and are looked at twice a second.
+    Polled,
+    /// A file is mounted by itself, as a `subPath` is: it will never change.
+    MountedFile,
 }
 
 /// One identity's certificate as a source gives it: unchecked, and always the whole set.
@@ -47,7 +62,26 @@ pub enum SourceError {
     /// The source cannot be reached or failed: what was given before is good until it expires.
     #[error("the source failed: {0}")]
     Unavailable(String),
+    /// What the source gives cannot be read: what was given before is good until it expires.
+    #[error("{0}")]
+    Unreadable(String),
     /// A trust bundle that came along cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+}
+
+// === impl Remark ===
+
+impl Remark {
+    /// Every remark.
+    pub const ALL: [Self; 2] = [Self::Polled, Self::MountedFile];
+
+    /// Name in metrics and status.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Polled => "polled",
+            Self::MountedFile => "mounted_file",
+        }
+    }
 }

@@ -1,10 +1,10 @@
 //! What there is to say about certificates: for the admin socket and the metrics.
 
-use std::time::SystemTime;
+use std::{collections::BTreeMap, time::SystemTime};
 
 use serde::{Serialize, Serializer};
 
-use super::{ReloadError, SpiffeId, TrustBundle, TrustDomain};
+use super::{ReloadError, Remark, SpiffeId, TrustBundle, TrustDomain};
 
 /// One identity that the node is to have a certificate for.
 #[derive(Clone, Debug, Serialize)]
@@ -25,9 +25,36 @@ pub struct IdentityStatus {
     /// When that last gave a certificate that could be used.
     #[serde(serialize_with = "rfc3339")]
     pub last_success: Option<SystemTime>,
+    /// How the last attempt ended; none before the first.
+    pub last_result: Option<ReloadResult>,
     /// Why the last attempt failed; none where it did not.
     #[serde(serialize_with = "text")]
     pub last_error: Option<ReloadError>,
+    /// What an operator should know of the source.
+    pub remarks: Vec<Remark>,
+}
+
+/// How an attempt to get something newer has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ReloadResult {
+    /// Something new is in force.
+    Accepted,
+    /// The source has given the same again.
+    Unchanged,
+    /// There was nothing, or it was refused; what was in force before stays so until it expires.
+    Rejected,
+}
+
+/// How the attempts at one source have ended since the daemon began.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReloadCounts {
+    /// Something new is in force.
+    pub accepted: u64,
+    /// The same again.
+    pub unchanged: u64,
+    /// Nothing, or refused: by the name of the reason ([`ReloadError::as_str`]).
+    pub rejected: BTreeMap<&'static str, u64>,
 }
 
 /// A certificate in force.
@@ -61,6 +88,9 @@ pub struct BundleStatus {
     pub earliest_not_after: Option<SystemTime>,
     /// Whether revocation is checked: there is at least one revocation list.
     pub revocation_checked: bool,
+    /// When the first revocation list expires.
+    #[serde(serialize_with = "rfc3339")]
+    pub next_update: Option<SystemTime>,
 }
 
 impl From<&TrustBundle> for BundleStatus {
@@ -70,6 +100,21 @@ impl From<&TrustBundle> for BundleStatus {
             certificates: bundle.certificates().len(),
             earliest_not_after: bundle.earliest_not_after(),
             revocation_checked: bundle.revocation_lists() > 0,
+            next_update: bundle.next_update(),
+        }
+    }
+}
+
+// === impl ReloadResult ===
+
+impl ReloadResult {
+    /// Name in metrics and status.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Unchanged => "unchanged",
+            Self::Rejected => "rejected",
         }
     }
 }

@@ -176,12 +176,22 @@ impl fmt::Debug for Svid {
 // === impl ReloadError ===
 
 impl ReloadError {
+    /// Whether the source itself is not there, or does not answer.
+    #[must_use]
+    pub const fn is_unreachable(&self) -> bool {
+        matches!(
+            self,
+            Self::Source(SourceError::Unavailable(_)) | Self::Timeout
+        )
+    }
+
     /// Name of the kind of error in metrics and status: one of a closed set.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
             Self::Source(SourceError::Withdrawn) => "withdrawn",
             Self::Source(SourceError::Unavailable(_)) => "unavailable",
+            Self::Source(SourceError::Unreadable(_)) => "unreadable",
             Self::Source(SourceError::Bundle(_)) | Self::Bundle(_) => "bundle",
             Self::Timeout => "timeout",
             Self::EmptyChain => "empty_chain",

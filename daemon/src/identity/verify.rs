@@ -83,7 +83,7 @@ fn verify_path(
     now: UnixTime,
 ) -> Result<(), RejectReason> {
     let leaf = EndEntityCert::try_from(leaf)?;
-    let crls: Vec<_> = bundle.crls().iter().collect();
+    let crls: Vec<_> = bundle.crls().collect();
     // Fails only without a list, which is how a bundle says that revocation is not checked.
     let revocation = RevocationOptionsBuilder::new(&crls).ok().map(|options| {
         options

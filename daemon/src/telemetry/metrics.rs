@@ -354,7 +354,13 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     use super::{super::*, *};
-    use crate::{datapath::MapUsage, identity::SpiffeId};
+    use crate::{
+        datapath::MapUsage,
+        identity::{
+            BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, ReloadError,
+            ReloadResult, Remark, SpiffeId, TrustDomain,
+        },
+    };
 
     #[test]
     fn a_closed_connection_is_counted_with_its_bytes() {
@@ -412,6 +418,37 @@ mod tests {
         }
     }
 
+    fn identity(at: impl Fn(u64) -> SystemTime) -> IdentityStatus {
+        IdentityStatus {
+            spiffe_id: SpiffeId::parse("spiffe://example.org/ns/shop/sa/cart").unwrap(),
+            source: "files".into(),
+            certificate: Some(CertificateStatus {
+                serial: "1".into(),
+                issuer: String::new(),
+                not_before: at(1000),
+                not_after: at(4600),
+                generation: 1,
+            }),
+            next_attempt: Some(at(2800)),
+            last_attempt: Some(at(1002)),
+            last_success: Some(at(1001)),
+            last_result: Some(ReloadResult::Rejected),
+            last_error: Some(ReloadError::Timeout),
+            remarks: vec![Remark::Polled],
+        }
+    }
+
+    fn bundle(not_after: u64, next_update: Option<u64>) -> BundleStatus {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        BundleStatus {
+            trust_domain: TrustDomain::parse("example.org").unwrap(),
+            certificates: 1,
+            earliest_not_after: Some(at(not_after)),
+            revocation_checked: next_update.is_some(),
+            next_update: next_update.map(at),
+        }
+    }
+
     #[test]
     fn what_is_kept_elsewhere_is_read_at_each_scrape() {
         let metrics = Metrics::default();
@@ -422,11 +459,17 @@ mod tests {
                 entries: 3,
                 capacity: 65536,
             }],
-            certificates: vec![CertificateTimes {
-                identity: SpiffeId::parse("spiffe://example.org/ns/shop/sa/cart").unwrap(),
-                not_before: at(1000),
-                not_after: at(4600),
-            }],
+            identities: vec![identity(at)],
+            bundles: vec![bundle(2000, None), bundle(3000, Some(2500))],
+            reloads: [(
+                "files".to_owned(),
+                ReloadCounts {
+                    accepted: 2,
+                    unchanged: 3,
+                    rejected: [("expired", 4)].into(),
+                },
+            )]
+            .into(),
             ready: true,
             ..Readings::default()
         });
@@ -436,6 +479,17 @@ mod tests {
             r#"reeve_map_capacity{map="VERDICTS"} 65536"#,
             r#"reeve_certificate_not_before_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1000"#,
             r#"reeve_certificate_not_after_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 4600"#,
+            r#"reeve_certificate_renewal_due_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 2800"#,
+            r#"reeve_certificate_last_success_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1001"#,
+            r#"reeve_certificate_remark{identity="spiffe://example.org/ns/shop/sa/cart",remark="polled"} 1"#,
+            r#"reeve_certificate_reloads_total{result="accepted",source="files"} 2"#,
+            r#"reeve_certificate_reloads_total{result="unchanged",source="files"} 3"#,
+            r#"reeve_certificate_reloads_total{result="rejected",source="files"} 4"#,
+            r#"reeve_certificate_rejections_total{reason="expired",source="files"} 4"#,
+            r#"reeve_certificate_source_up{source="files"} 0"#,
+            r#"reeve_trust_bundle_earliest_not_after_timestamp_seconds{trust_domain="example.org"} 2000"#,
+            r#"reeve_revocation_checked{trust_domain="example.org"} 0"#,
+            r#"reeve_revocation_list_next_update_timestamp_seconds{trust_domain="example.org"} 2500"#,
             "reeve_ready 1",
         ] {
             assert!(text.contains(line), "{line}\nis not in\n{text}");

@@ -3,6 +3,7 @@
 //! In: what the other modules count, and the kernel's events. Out: the Prometheus endpoint, log
 //! lines, and the same facts for those who observe.
 
+mod certificates;
 mod connections;
 mod events;
 mod http;
@@ -23,4 +24,4 @@ pub use log::{LogError, start as start_logging};
 pub use metrics::{Handshake, Metrics};
 pub use observed::{Carried, Facts, Filter, Happening, Lost, LostIn, Observed, ProtocolName, Who};
 pub use observers::{Observation, ObserveRequest, Observers};
-pub use readings::{CertificateTimes, Readings};
+pub use readings::Readings;

@@ -6,20 +6,19 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus::{
-    GaugeVec, IntCounterVec, IntGaugeVec, Opts,
+    IntCounterVec, IntGaugeVec, Opts,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
 use reeve_common::{COUNTER_SLOTS, Direction, Reason, counter_slot};
 
-use super::labels::direction_name;
+use super::{certificates::CertificateFamilies, labels::direction_name};
 use crate::{
     datapath::{Counters, MapUsage},
-    identity::{SpiffeId, TrustDomain},
+    identity::{BundleStatus, IdentityStatus, ReloadCounts},
 };
 
 /// What the rest of the daemon knows at the moment of a scrape.
@@ -29,25 +28,16 @@ pub struct Readings {
     pub counters: Option<Counters>,
     /// The kernel's maps.
     pub maps: Vec<MapUsage>,
-    /// The newest certificate of each identity.
-    pub certificates: Vec<CertificateTimes>,
-    /// For each trust domain, the end of the authority that expires first.
-    pub bundles: Vec<(TrustDomain, SystemTime)>,
+    /// Every identity and its certificate.
+    pub identities: Vec<IdentityStatus>,
+    /// The trust bundles; a trust domain may have several, for different identities.
+    pub bundles: Vec<BundleStatus>,
+    /// How the attempts at each source of certificates have ended.
+    pub reloads: BTreeMap<String, ReloadCounts>,
     /// Number of declared workloads in each state.
     pub workloads: BTreeMap<&'static str, u64>,
     /// Whether nothing is missing, see [`super::Readiness`].
     pub ready: bool,
-}
-
-/// Validity of one certificate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CertificateTimes {
-    /// Whose it is.
-    pub identity: SpiffeId,
-    /// Start of its validity.
-    pub not_before: SystemTime,
-    /// End of its validity.
-    pub not_after: SystemTime,
 }
 
 type Source = Box<dyn Fn() -> Readings + Send + Sync>;
@@ -66,9 +56,7 @@ struct Families {
     lost_events: IntCounterVec,
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
-    not_before: GaugeVec,
-    not_after: GaugeVec,
-    bundle: GaugeVec,
+    certificates: CertificateFamilies,
     workloads: IntGaugeVec,
     ready: IntGaugeVec,
 }
@@ -159,23 +147,7 @@ impl ReadingsCollector {
                 .with_label_values(&map)
                 .set(saturating(usage.capacity));
         }
-        for times in &readings.certificates {
-            let identity = [times.identity.as_str()];
-            families
-                .not_before
-                .with_label_values(&identity)
-                .set(unix_seconds(times.not_before));
-            families
-                .not_after
-                .with_label_values(&identity)
-                .set(unix_seconds(times.not_after));
-        }
-        for (domain, not_after) in &readings.bundles {
-            families
-                .bundle
-                .with_label_values(&[domain.as_str()])
-                .set(unix_seconds(*not_after));
-        }
+        families.certificates.set(&readings);
         for (state, count) in &readings.workloads {
             families
                 .workloads
@@ -237,27 +209,7 @@ impl Families {
                 Opts::new("reeve_map_capacity", "Entries that fit into a kernel map."),
                 &["map"],
             )?,
-            not_before: GaugeVec::new(
-                Opts::new(
-                    "reeve_certificate_not_before_timestamp_seconds",
-                    "Start of the validity of an identity's newest certificate.",
-                ),
-                &["identity"],
-            )?,
-            not_after: GaugeVec::new(
-                Opts::new(
-                    "reeve_certificate_not_after_timestamp_seconds",
-                    "End of the validity of an identity's newest certificate.",
-                ),
-                &["identity"],
-            )?,
-            bundle: GaugeVec::new(
-                Opts::new(
-                    "reeve_trust_bundle_earliest_not_after_timestamp_seconds",
-                    "End of the validity of the authority in a trust bundle that expires first.",
-                ),
-                &["trust_domain"],
-            )?,
+            certificates: CertificateFamilies::new()?,
             workloads: IntGaugeVec::new(
                 Opts::new("reeve_workloads", "Declared workloads by state."),
                 &["state"],
@@ -269,28 +221,20 @@ impl Families {
         })
     }
 
-    fn collectors(&self) -> [&dyn Collector; 9] {
-        [
+    fn collectors(&self) -> Vec<&dyn Collector> {
+        let mut collectors: Vec<&dyn Collector> = vec![
             &self.verdicts,
             &self.lost_events,
             &self.map_entries,
             &self.map_capacity,
-            &self.not_before,
-            &self.not_after,
-            &self.bundle,
             &self.workloads,
             &self.ready,
-        ]
+        ];
+        collectors.extend(self.certificates.collectors());
+        collectors
     }
 }
 
 fn saturating(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-fn unix_seconds(time: SystemTime) -> f64 {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => after.as_secs_f64(),
-        Err(before) => -before.duration().as_secs_f64(),
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
@@ -10,9 +10,9 @@ use super::Report;
 use crate::{
     config::{
         Certificates, EmbeddedCa, Source,
-        file::{PathText, RawCertificates, RawEmbeddedCa, RawSource, RawWorkload},
+        file::{Pattern, RawCertificates, RawEmbeddedCa, RawFiles, RawSource, RawWorkload},
     },
-    identity::{SpiffeId, TrustDomain},
+    identity::{FilesLayout, PathPattern, SpiffeId, TrustDomain},
     workload::Workload,
     yaml::{Located, nearest},
 };
@@ -21,6 +21,12 @@ const LEAF_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// The kinds of sources, each of which is the name of a source without one.
 const EMBEDDED: &str = "embedded";
+const FILES: &str = "files";
+const KINDS: [&str; 2] = [EMBEDDED, FILES];
+
+/// What cert-manager and the kubelet call the files.
+const CERTIFICATE: &str = "tls.crt";
+const KEY: &str = "tls.key";
 
 // === impl Report ===
 
@@ -57,7 +63,10 @@ impl Report<'_> {
         }
         Certificates {
             sources,
-            trust_bundles: by_domain(raw.trust_bundles, folder),
+            trust_bundles: by_domain(raw.trust_bundles, |path| folder.join(path.0)),
+            revocation_lists: by_domain(raw.revocation_lists, |paths| {
+                paths.into_iter().map(|path| folder.join(path.0)).collect()
+            }),
         }
     }
 
@@ -67,19 +76,45 @@ impl Report<'_> {
         folder: &Path,
         state_dir: &Path,
     ) -> Option<(&'static str, Source)> {
-        match &raw.embedded {
-            Some(ca) => Some((EMBEDDED, Source::Embedded(embedded(ca, folder, state_dir)))),
-            None => {
-                // One that is written and could not be read is a mistake already.
-                if !self.has(raw.node, EMBEDDED) {
-                    self.mistake(
-                        raw.node,
-                        format!("does not say what it is; add `{EMBEDDED}: {{}}`"),
-                    );
+        // One that is written and could not be read is a mistake already.
+        let written: Vec<_> = KINDS
+            .into_iter()
+            .filter(|kind| self.has(raw.node, kind))
+            .collect();
+        if let [_, _, ..] = written[..] {
+            let what = format!("is several things, {}; keep one", written.join(" and "));
+            self.mistake(raw.node, what);
+        }
+        match (&raw.embedded, &raw.files) {
+            (Some(ca), _) => {
+                let ca = embedded(ca, folder, state_dir);
+                Some((EMBEDDED, Source::Embedded(ca)))
+            }
+            (_, Some(files)) => Some((FILES, Source::Files(self.files(files, folder)?))),
+            (None, None) => {
+                if written.is_empty() {
+                    let what = "does not say what it is; add `embedded: {}` or `files`";
+                    self.mistake(raw.node, what);
                 }
                 None
             }
         }
+    }
+
+    fn files(&mut self, raw: &Located<RawFiles>, folder: &Path) -> Option<FilesLayout> {
+        let place = self.require(raw.node, "folder", raw.folder.as_ref())?;
+        let name = |pattern: &Option<Pattern>, default| match pattern {
+            Some(pattern) => Some(pattern.0.clone()),
+            None => PathPattern::parse(default).ok(),
+        };
+        let optional = |pattern: &Option<Pattern>| pattern.as_ref().map(|it| it.0.clone());
+        Some(FilesLayout {
+            folder: place.0.below(folder),
+            certificate: name(&raw.certificate, CERTIFICATE)?,
+            key: name(&raw.key, KEY)?,
+            bundle: optional(&raw.bundle),
+            revocation_lists: optional(&raw.revocation_lists),
+        })
     }
 
     /// Notes a source that there is none of.
@@ -141,12 +176,12 @@ fn embedded(raw: &RawEmbeddedCa, folder: &Path, state_dir: &Path) -> EmbeddedCa 
     }
 }
 
-fn by_domain(
-    paths: BTreeMap<TrustDomain, PathText>,
-    folder: &Path,
-) -> BTreeMap<TrustDomain, PathBuf> {
-    paths
+fn by_domain<T, U>(
+    written: BTreeMap<TrustDomain, T>,
+    settle: impl Fn(T) -> U,
+) -> BTreeMap<TrustDomain, U> {
+    written
         .into_iter()
-        .map(|(domain, path)| (domain, folder.join(path.0)))
+        .map(|(domain, value)| (domain, settle(value)))
         .collect()
 }

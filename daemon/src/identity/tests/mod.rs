@@ -10,6 +10,7 @@ mod ca_life;
 mod certs;
 mod crypto_policy;
 mod embedded_ca;
+mod files;
 mod handshake;
 mod outcomes;
 mod peers;

@@ -1,0 +1,196 @@
+//! Metrics of certificates, trust and their reload, as they are at the moment of a scrape.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Opts, core::Collector};
+
+use super::readings::Readings;
+
+/// The families of one scrape.
+pub(super) struct CertificateFamilies {
+    not_before: GaugeVec,
+    not_after: GaugeVec,
+    renewal_due: GaugeVec,
+    last_success: GaugeVec,
+    remarks: IntGaugeVec,
+    reloads: IntCounterVec,
+    rejections: IntCounterVec,
+    source_up: IntGaugeVec,
+    bundle: GaugeVec,
+    revocation_checked: IntGaugeVec,
+    next_update: GaugeVec,
+}
+
+// === impl CertificateFamilies ===
+
+impl CertificateFamilies {
+    pub(super) fn new() -> prometheus::Result<Self> {
+        let times = |name: &str, help: &str, label| GaugeVec::new(Opts::new(name, help), &[label]);
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            IntGaugeVec::new(Opts::new(name, help), labels)
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            IntCounterVec::new(Opts::new(name, help), labels)
+        };
+        Ok(Self {
+            not_before: times(
+                "reeve_certificate_not_before_timestamp_seconds",
+                "Start of the validity of an identity's newest certificate.",
+                "identity",
+            )?,
+            not_after: times(
+                "reeve_certificate_not_after_timestamp_seconds",
+                "End of the validity of an identity's newest certificate.",
+                "identity",
+            )?,
+            renewal_due: times(
+                "reeve_certificate_renewal_due_timestamp_seconds",
+                "When the source is asked for an identity's next certificate.",
+                "identity",
+            )?,
+            last_success: times(
+                "reeve_certificate_last_success_timestamp_seconds",
+                "When the source last gave a certificate for an identity that could be used.",
+                "identity",
+            )?,
+            remarks: gauges(
+                "reeve_certificate_remark",
+                "1 for what is to be known of an identity's source though nothing fails.",
+                &["identity", "remark"],
+            )?,
+            reloads: counters(
+                "reeve_certificate_reloads_total",
+                "Times that a source was asked for a certificate, by what came of it.",
+                &["source", "result"],
+            )?,
+            rejections: counters(
+                "reeve_certificate_rejections_total",
+                "Times that a source had nothing that could be used, by the reason.",
+                &["source", "reason"],
+            )?,
+            source_up: gauges(
+                "reeve_certificate_source_up",
+                "1 when the source answered the last time for each of its identities, else 0.",
+                &["source"],
+            )?,
+            bundle: times(
+                "reeve_trust_bundle_earliest_not_after_timestamp_seconds",
+                "End of the validity of the authority in a trust bundle that expires first.",
+                "trust_domain",
+            )?,
+            revocation_checked: gauges(
+                "reeve_revocation_checked",
+                "1 when there are revocation lists for a trust domain, 0 when nothing is checked.",
+                &["trust_domain"],
+            )?,
+            next_update: times(
+                "reeve_revocation_list_next_update_timestamp_seconds",
+                "When the revocation list of a trust domain expires that expires first.",
+                "trust_domain",
+            )?,
+        })
+    }
+
+    pub(super) fn set(&self, readings: &Readings) {
+        self.set_identities(readings);
+        self.set_sources(readings);
+        self.set_bundles(readings);
+    }
+
+    fn set_identities(&self, readings: &Readings) {
+        for status in &readings.identities {
+            let identity = status.spiffe_id.as_str();
+            let certificate = status.certificate.as_ref();
+            for (family, time) in [
+                (&self.not_before, certificate.map(|found| found.not_before)),
+                (&self.not_after, certificate.map(|found| found.not_after)),
+                (&self.renewal_due, status.next_attempt),
+                (&self.last_success, status.last_success),
+            ] {
+                if let Some(time) = time {
+                    let gauge = family.with_label_values(&[identity]);
+                    gauge.set(unix_seconds(time));
+                }
+            }
+            for remark in &status.remarks {
+                let labels = [identity, remark.as_str()];
+                self.remarks.with_label_values(&labels).set(1);
+            }
+        }
+    }
+
+    fn set_sources(&self, readings: &Readings) {
+        for (source, counts) in &readings.reloads {
+            let rejected = counts.rejected.values().sum();
+            for (result, count) in [
+                ("accepted", counts.accepted),
+                ("unchanged", counts.unchanged),
+                ("rejected", rejected),
+            ] {
+                let labels = [source.as_str(), result];
+                self.reloads.with_label_values(&labels).inc_by(count);
+            }
+            for (reason, count) in &counts.rejected {
+                let labels = [source.as_str(), *reason];
+                self.rejections.with_label_values(&labels).inc_by(*count);
+            }
+            let down = readings.identities.iter().any(|status| {
+                let error = status.last_error.as_ref();
+                status.source == *source && error.is_some_and(|error| error.is_unreachable())
+            });
+            let gauge = self.source_up.with_label_values(&[source]);
+            gauge.set(i64::from(!down));
+        }
+    }
+
+    /// Where identities trust different bundles of one trust domain, the worst counts.
+    fn set_bundles(&self, readings: &Readings) {
+        for bundle in &readings.bundles {
+            let domain = [bundle.trust_domain.as_str()];
+            let same = || {
+                let all = readings.bundles.iter();
+                all.filter(|other| other.trust_domain == bundle.trust_domain)
+            };
+            for (family, time) in [
+                (
+                    &self.bundle,
+                    same().filter_map(|other| other.earliest_not_after).min(),
+                ),
+                (
+                    &self.next_update,
+                    same().filter_map(|other| other.next_update).min(),
+                ),
+            ] {
+                if let Some(time) = time {
+                    family.with_label_values(&domain).set(unix_seconds(time));
+                }
+            }
+            let checked = same().all(|other| other.revocation_checked);
+            let gauge = self.revocation_checked.with_label_values(&domain);
+            gauge.set(i64::from(checked));
+        }
+    }
+
+    pub(super) fn collectors(&self) -> [&dyn Collector; 11] {
+        [
+            &self.not_before,
+            &self.not_after,
+            &self.renewal_due,
+            &self.last_success,
+            &self.remarks,
+            &self.reloads,
+            &self.rejections,
+            &self.source_up,
+            &self.bundle,
+            &self.revocation_checked,
+            &self.next_update,
+        ]
+    }
+}
+
+fn unix_seconds(time: SystemTime) -> f64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => after.as_secs_f64(),
+        Err(before) => -before.duration().as_secs_f64(),
+    }
+}

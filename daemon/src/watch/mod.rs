@@ -1,0 +1,136 @@
+//! Tells when files have changed: at once where inotify works, and by looking at them besides.
+//!
+//! In: paths. Out: a channel that wakes once whoever writes has finished. Nothing is read here.
+//!
+//! One thread and one inotify instance serve the whole process: a user may have few of them, and a
+//! node may have the files of a thousand identities. A file that is replaced is seen in its folder
+//! only, so folders are watched; [`places`] says which.
+
+mod places;
+#[cfg(test)]
+mod tests;
+mod thread;
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use tokio::sync::watch;
+
+/// Watches files for as long as it is kept.
+#[derive(Clone, Debug)]
+pub struct Files {
+    changes: watch::Receiver<u64>,
+    polled: Polled,
+}
+
+/// Whether files are only looked at now and then, since they cannot be watched.
+#[derive(Clone, Debug, Default)]
+pub struct Polled(Arc<AtomicBool>);
+
+/// What is watched: single files, and folders with what is directly in them.
+#[derive(Clone, Debug, Default)]
+struct Watched {
+    folders: Vec<PathBuf>,
+    files: Vec<PathBuf>,
+}
+
+/// Everything about files that changes when they do, without reading them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Print(Vec<(PathBuf, u64, u64, i64, i64)>);
+
+static WATCHER: LazyLock<thread::Watcher> = LazyLock::new(thread::Watcher::start);
+
+// === impl Files ===
+
+impl Files {
+    /// Watches the files in `folders` (subfolders not) and `files`. A change before this returns
+    /// is not told, one after it is.
+    #[must_use]
+    pub fn watch(folders: Vec<PathBuf>, files: Vec<PathBuf>) -> Self {
+        let watched = Watched { folders, files };
+        let (sender, changes) = watch::channel(0);
+        let polled = Polled::default();
+        WATCHER.add(watched, sender, polled.clone());
+        Self { changes, polled }
+    }
+
+    /// Waits for the next change.
+    pub async fn changed(&mut self) {
+        if self.changes.changed().await.is_err() {
+            // The thread ended, which only a panic can have caused; the caller must not spin.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// The channel itself. Watching ends with its last receiver.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.clone()
+    }
+
+    /// Whether the files are only looked at now and then.
+    #[must_use]
+    pub fn polled(&self) -> &Polled {
+        &self.polled
+    }
+}
+
+// === impl Polled ===
+
+impl Polled {
+    /// Whether it is so now.
+    #[must_use]
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Returns what was so before.
+    fn set(&self, polled: bool) -> bool {
+        self.0.swap(polled, Ordering::Relaxed)
+    }
+}
+
+// === impl Watched ===
+
+impl Watched {
+    fn print(&self) -> Print {
+        let mut names = self.files.clone();
+        for folder in &self.folders {
+            let inside = fs::read_dir(folder).into_iter().flatten().flatten();
+            let mut inside: Vec<PathBuf> = inside.map(|entry| entry.path()).collect();
+            inside.sort();
+            names.extend(inside);
+        }
+        Print::of(names)
+    }
+}
+
+// === impl Print ===
+
+impl Print {
+    /// Of these files as they are now. One that is not there has a print too.
+    #[must_use]
+    pub fn of<P: AsRef<Path>>(files: impl IntoIterator<Item = P>) -> Self {
+        let print = |file: P| {
+            let file = file.as_ref();
+            match fs::metadata(file) {
+                Ok(found) => (
+                    file.to_owned(),
+                    found.ino(),
+                    found.size(),
+                    found.ctime(),
+                    found.ctime_nsec(),
+                ),
+                Err(_) => (file.to_owned(), 0, 0, 0, 0),
+            }
+        };
+        Self(files.into_iter().map(print).collect())
+    }
+}

@@ -1,0 +1,322 @@
+//! The thread that watches.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _, event::RemoveKind};
+use tokio::sync::watch;
+
+use super::{Polled, Print, Watched, places::places};
+
+/// The look that nothing caused: inotify does not work on every file system.
+const POLL: Duration = Duration::from_secs(5);
+/// The same for files that cannot be watched: a change is to be seen within a second.
+const FAST_POLL: Duration = Duration::from_millis(500);
+/// Without a change for so long, whoever writes is taken to have finished.
+const QUIET: Duration = Duration::from_millis(100);
+/// Longest wait for that.
+const LONGEST: Duration = Duration::from_millis(500);
+
+/// The thread's other end.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    messages: Sender<Message>,
+}
+
+enum Message {
+    Add(Box<Entry>),
+    Event(notify::Result<notify::Event>),
+}
+
+/// What is watched for one [`super::Files`].
+struct Entry {
+    watched: Watched,
+    print: Print,
+    /// Closed once nobody wants to know any more.
+    sender: watch::Sender<u64>,
+    polled: Polled,
+    places: BTreeSet<PathBuf>,
+    /// Since the first of the changes that were not looked at yet, and since the last.
+    dirty: Option<(Instant, Instant)>,
+    next_poll: Instant,
+}
+
+/// A folder that inotify watches.
+struct Place {
+    /// Which folder of this name it was.
+    folder: Folder,
+    users: BTreeSet<u64>,
+}
+
+/// Inode and time of birth: inode numbers are given again.
+type Folder = (u64, Option<SystemTime>);
+
+struct Thread {
+    inbox: Receiver<Message>,
+    watcher: Option<RecommendedWatcher>,
+    entries: HashMap<u64, Entry>,
+    places: HashMap<PathBuf, Place>,
+    next: u64,
+}
+
+// === impl Watcher ===
+
+impl Watcher {
+    pub(super) fn start() -> Self {
+        let (messages, inbox) = mpsc::channel();
+        let events = messages.clone();
+        let watcher = notify::recommended_watcher(move |event| {
+            // The thread ends only with the process.
+            let _ = events.send(Message::Event(event));
+        });
+        let watcher = watcher
+            .inspect_err(|error| {
+                tracing::warn!(%error, "files cannot be watched: they are looked at twice a second");
+            })
+            .ok();
+        let thread = Thread {
+            inbox,
+            watcher,
+            entries: HashMap::new(),
+            places: HashMap::new(),
+            next: 0,
+        };
+        let spawned = thread::Builder::new()
+            .name("files".to_owned())
+            .spawn(|| thread.run());
+        if let Err(error) = spawned {
+            tracing::error!(%error, "changes of files are not noticed: there can be no more threads");
+        }
+        Self { messages }
+    }
+
+    pub(super) fn add(&self, watched: Watched, sender: watch::Sender<u64>, polled: Polled) {
+        let now = Instant::now();
+        let entry = Entry {
+            // Taken by the caller: what happens from here on is a change.
+            print: watched.print(),
+            watched,
+            sender,
+            polled,
+            places: BTreeSet::new(),
+            dirty: None,
+            next_poll: now,
+        };
+        // Without the thread, which was said, nobody is told of changes.
+        let _ = self.messages.send(Message::Add(Box::new(entry)));
+    }
+}
+
+// === impl Thread ===
+
+impl Thread {
+    fn run(mut self) {
+        loop {
+            let wait = self.next_look().saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(wait) {
+                Ok(message) => {
+                    self.take(message);
+                    while let Ok(message) = self.inbox.try_recv() {
+                        self.take(message);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            self.look_where_due();
+        }
+    }
+
+    fn next_look(&self) -> Instant {
+        let idle = Instant::now() + POLL;
+        let due = |entry: &Entry| entry.due().min(entry.next_poll);
+        self.entries.values().map(due).fold(idle, Instant::min)
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Add(entry) => {
+                self.next += 1;
+                self.entries.insert(self.next, *entry);
+            }
+            // Reading is no change, and would wake us by our own reading.
+            Message::Event(Ok(event)) if event.kind.is_access() => {}
+            Message::Event(Ok(event)) if event.need_rescan() => self.everything_changed(),
+            Message::Event(Ok(event)) => self.changed(&event),
+            Message::Event(Err(error)) => {
+                tracing::debug!(%error, "watching files has failed; all are looked at");
+                self.everything_changed();
+            }
+        }
+    }
+
+    fn changed(&mut self, event: &notify::Event) {
+        for path in &event.paths {
+            let parent = path.parent().map(std::path::Path::to_path_buf);
+            for place in std::iter::once(path.clone()).chain(parent) {
+                let Some(known) = self.places.get(&place) else {
+                    continue;
+                };
+                for user in &known.users {
+                    if let Some(entry) = self.entries.get_mut(user) {
+                        entry.touch();
+                    }
+                }
+            }
+            // The folder itself has gone, and inotify's watch with it, whatever comes in its place.
+            let removed = matches!(event.kind, EventKind::Remove(RemoveKind::Folder));
+            let moved = matches!(
+                event.kind,
+                EventKind::Modify(notify::event::ModifyKind::Name(_))
+            );
+            if removed || moved {
+                self.forget_place(path);
+            }
+        }
+    }
+
+    fn everything_changed(&mut self) {
+        self.entries.values_mut().for_each(Entry::touch);
+    }
+
+    fn look_where_due(&mut self) {
+        let now = Instant::now();
+        let is_due = |entry: &Entry| now >= entry.due() || now >= entry.next_poll;
+        let due: Vec<u64> = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| is_due(entry))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in due {
+            if let Some(mut entry) = self.entries.remove(&id)
+                && self.look(id, &mut entry)
+            {
+                self.entries.insert(id, entry);
+            }
+        }
+    }
+
+    /// Watches what is there now, and only then looks whether it has changed: what changes later
+    /// is an event. False where nobody wants to know any more.
+    fn look(&mut self, id: u64, entry: &mut Entry) -> bool {
+        if entry.sender.is_closed() {
+            for place in std::mem::take(&mut entry.places) {
+                self.leave(id, &place);
+            }
+            return false;
+        }
+        let watched = self.arm(id, entry);
+        if !entry.polled.set(!watched) && !watched {
+            tracing::warn!(
+                files = ?entry.watched.folders.iter().chain(&entry.watched.files).collect::<Vec<_>>(),
+                "files cannot be watched and are looked at twice a second: is \
+                 fs.inotify.max_user_watches reached?"
+            );
+        }
+        entry.next_poll = Instant::now() + if watched { POLL } else { FAST_POLL };
+        let print = entry.watched.print();
+        if print != entry.print {
+            if entry.dirty.is_none() {
+                // Found by looking: whoever writes is given the same time to finish.
+                entry.touch();
+                return true;
+            }
+            entry.print = print;
+            entry.sender.send_modify(|number| *number += 1);
+        }
+        entry.dirty = None;
+        true
+    }
+
+    /// Makes inotify watch the entry's places. False where it does not watch all of them.
+    fn arm(&mut self, id: u64, entry: &mut Entry) -> bool {
+        let wanted = places(&entry.watched);
+        for gone in entry.places.difference(&wanted) {
+            self.leave(id, gone);
+        }
+        let mut all = true;
+        for place in &wanted {
+            all &= self.join(id, place);
+        }
+        entry.places = wanted;
+        all
+    }
+
+    fn join(&mut self, id: u64, path: &PathBuf) -> bool {
+        let Ok(found) = fs::metadata(path) else {
+            // Gone since we looked: its parent tells.
+            return true;
+        };
+        let folder = (found.ino(), found.created().ok());
+        if let Some(place) = self.places.get_mut(path)
+            && place.folder == folder
+        {
+            place.users.insert(id);
+            return true;
+        }
+        let users = self.forget_place(path);
+        let Some(watcher) = &mut self.watcher else {
+            return false;
+        };
+        match watcher.watch(path, RecursiveMode::NonRecursive) {
+            Ok(()) => {
+                let mut users = users;
+                users.insert(id);
+                self.places.insert(path.clone(), Place { folder, users });
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, folder = %path.display(), "a folder cannot be watched");
+                matches!(error.kind, notify::ErrorKind::PathNotFound)
+            }
+        }
+    }
+
+    fn leave(&mut self, id: u64, path: &PathBuf) {
+        let Some(place) = self.places.get_mut(path) else {
+            return;
+        };
+        place.users.remove(&id);
+        if place.users.is_empty() {
+            self.forget_place(path);
+        }
+    }
+
+    /// Stops watching a folder, and gives those who wanted it.
+    fn forget_place(&mut self, path: &PathBuf) -> BTreeSet<u64> {
+        let Some(place) = self.places.remove(path) else {
+            return BTreeSet::new();
+        };
+        if let Some(watcher) = &mut self.watcher {
+            // Of a folder that has gone the watch has gone too.
+            let _ = watcher.unwatch(path);
+        }
+        place.users
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn touch(&mut self) {
+        let now = Instant::now();
+        let first = self.dirty.map_or(now, |(first, _)| first);
+        self.dirty = Some((first, now));
+    }
+
+    /// When its changes are to be looked at; without any, later than its next poll.
+    fn due(&self) -> Instant {
+        match self.dirty {
+            Some((first, last)) => (last + QUIET).min(first + LONGEST),
+            None => self.next_poll,
+        }
+    }
+}
