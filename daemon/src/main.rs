@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         Command::Certs(words) => cli::certs(&words),
         Command::Observe(words) => cli::observe(&words),
         Command::Explain(words) => cli::explain(&words),
+        Command::Policy { command } => cli::policy(&command),
         Command::Detach { config } => cli::detach(&config),
         Command::Completions { shell } => cli::completions(shell),
     }

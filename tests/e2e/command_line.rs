@@ -275,6 +275,7 @@ fn help_teaches() {
         "status",
         "observe",
         "explain",
+        "policy",
         "detach",
         "completions",
     ];

@@ -73,7 +73,8 @@ fn examples_are_accepted() {
     let mut seen = 0;
     for config in files_below(&root().join("examples"), "yaml") {
         let text = fs::read_to_string(&config).unwrap();
-        if text.contains("trustDomain:") {
+        // Those with a configuration inside are run by a test of their own.
+        if text.contains("trustDomain:") && !text.contains("kind: PolicyTest") {
             accepted(&config, &config.display().to_string());
             seen += 1;
         }

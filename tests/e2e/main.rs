@@ -27,6 +27,7 @@ mod interoperation;
 mod observe;
 mod opposite;
 mod plaintext;
+mod policy_tools;
 mod privileges;
 mod restart;
 mod revocation;

@@ -5,9 +5,11 @@
 //! Out: what `reeve explain` and `reeve policy` print. Every verdict is asked of the snapshot that
 //! the kernel's tables and the tunnel's verdicts come from, so what is explained is what happens.
 
+mod cases;
 mod ends;
 mod explain;
 mod offline;
 
+pub use cases::{Expected, Outcome, run as run_cases};
 pub use explain::{Enquiry, Explanation, Half, Kernel, KernelVerdict, NearRule, Verdict, explain};
 pub use offline::Offline;

@@ -10,6 +10,7 @@ use crate::{
     config::{Config, ConfigErrors},
     policy::{Inputs, Known, PolicySet, Snapshot},
     workload::{CgroupSelector, RunningWorkload, Workload},
+    yaml::Document,
 };
 
 /// Stands in for the addresses that a workload will have when it runs. In 240.0.0.0/4, which
@@ -41,6 +42,16 @@ impl Offline {
             peers: &config.peers,
         };
         let policies = PolicySet::load(&config.policies, &known)?;
+        Ok(Self::new(config, policies))
+    }
+
+    /// A configuration that was read elsewhere, with policies that were, and those that it names.
+    pub(super) fn beside(config: Config, policies: &[&Document]) -> Result<Self, ConfigErrors> {
+        let known = Known {
+            workloads: &config.workloads,
+            peers: &config.peers,
+        };
+        let policies = PolicySet::load_beside(&config.policies, policies, &known)?;
         Ok(Self::new(config, policies))
     }
 

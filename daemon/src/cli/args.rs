@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use super::{CaCommand, certs::Certs, explain::Explain, observe::Observe};
+use super::{CaCommand, PolicyCommand, certs::Certs, explain::Explain, observe::Observe};
 
 pub(super) const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
 pub(super) const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
@@ -229,6 +229,23 @@ Examples:
 Exit codes: 0 allowed; 1 denied; 2 nothing could be said; 3 the kernel holds something else."
     )]
     Explain(Box<Explain>),
+
+    /// Test policies
+    #[command(
+        long_about = "\
+Test policies, without a daemon and without root: do they allow and refuse what their tests expect?",
+        after_help = "\
+Examples:
+  reeve policy test tests/*.yaml
+  reeve policy test --format junit tests/shop.yaml > junit.xml
+
+Exit codes: `reeve policy COMMAND --help` says them."
+    )]
+    Policy {
+        /// What to do.
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
 
     /// Remove what a stopped daemon left in the kernel: nothing is enforced any more
     #[command(

@@ -9,6 +9,7 @@ mod detach;
 mod explain;
 mod inspect;
 mod observe;
+mod policy;
 mod reload;
 mod status;
 mod table;
@@ -26,6 +27,7 @@ pub use ca::{CaCommand, ca};
 pub use certs::{Certs, certs};
 pub use explain::{Explain, explain};
 pub use observe::{Observe, observe};
+pub use policy::{PolicyCommand, policy};
 
 use crate::{
     admin::{self, Answer},

@@ -83,6 +83,27 @@ pub struct Config {
     pub log: Log,
 }
 
+/// A configuration inside another document, of which only counts who is where and who may talk:
+/// its workloads need not say where they run.
+#[derive(Debug, serde::Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Inline(file::RawConfig);
+
+// === impl Inline ===
+
+impl Inline {
+    /// Checks it as a whole. What is returned beside mistakes is good for finding more of them
+    /// only.
+    pub(crate) fn settle(
+        self,
+        document: &yaml::Document,
+        root: yaml::NodeId,
+        mistakes: &mut ConfigErrors,
+    ) -> Option<Config> {
+        settle::settle(document, root, self.0, true, mistakes)
+    }
+}
+
 // === impl Config ===
 
 impl Config {
@@ -115,7 +136,8 @@ impl Config {
         let config = match &documents[..] {
             [document] => {
                 let raw = yaml::read(document, &mut mistakes);
-                raw.and_then(|raw| settle::settle(document, raw, &mut mistakes))
+                let root = document.root();
+                raw.and_then(|raw| settle::settle(document, root, raw, false, &mut mistakes))
             }
             [] => {
                 if mistakes.is_empty() {

@@ -37,6 +37,8 @@ const NAMELESS_NODE: &str = "localhost";
 struct Report<'a> {
     document: &'a Document,
     mistakes: &'a mut Mistakes,
+    /// Whether workloads need not say where they run.
+    anywhere: bool,
     /// What each name was given to first: workloads and peers share them.
     names: HashMap<String, NodeId>,
 }
@@ -52,17 +54,23 @@ struct Identity<'a> {
 
 /// Checks the document as a whole. What is returned beside mistakes is good for finding more of
 /// them only.
+///
+/// The configuration is the mapping `root`; with `anywhere`, its workloads need not say where they
+/// run.
 pub(super) fn settle(
     document: &Document,
+    root: NodeId,
     raw: RawConfig,
+    anywhere: bool,
     mistakes: &mut Mistakes,
 ) -> Option<Config> {
     let mut report = Report {
         document,
         mistakes,
+        anywhere,
         names: HashMap::new(),
     };
-    let trust_domain = report.require(document.root(), "trustDomain", raw.trust_domain);
+    let trust_domain = report.require(root, "trustDomain", raw.trust_domain);
     // Stands in for the one that is missing, so that the rest is checked all the same.
     let stand_in = TrustDomain::parse("missing").ok()?;
     let domain = trust_domain.unwrap_or(stand_in);
@@ -280,7 +288,7 @@ impl Report<'_> {
             (true, true) => {
                 self.mistake(raw.node, "has `cgroup` and `unit`; keep one of them");
             }
-            (false, false) => {
+            (false, false) if !self.anywhere => {
                 self.mistake(
                     raw.node,
                     "has neither `cgroup` nor `unit`; add the one that tells where it runs",
@@ -291,6 +299,9 @@ impl Report<'_> {
         let selector = match (&raw.cgroup, &raw.unit) {
             (Some(path), None) => Some(CgroupSelector::Cgroup(path.0.clone())),
             (None, Some(unit)) => Some(CgroupSelector::Unit(unit.0.clone())),
+            (None, None) if self.anywhere => {
+                name.map(|name| CgroupSelector::Cgroup(format!("/{}", name.as_str())))
+            }
             _ => None,
         };
         if let Some(id) = &raw.spiffe_id

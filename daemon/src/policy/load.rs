@@ -86,6 +86,21 @@ impl PolicySet {
         loader.finish()
     }
 
+    /// As [`PolicySet::load`], with documents that were read elsewhere as well.
+    pub(crate) fn load_beside(
+        sources: &PolicySources,
+        documents: &[&Document],
+        known: &Known<'_>,
+    ) -> Result<Self, Mistakes> {
+        let population = known.population();
+        let mut loader = Loader::new(Some(&population));
+        loader.sources(sources);
+        for document in documents {
+            loader.document(document);
+        }
+        loader.finish()
+    }
+
     /// As [`PolicySet::parse`], whoever is known.
     #[cfg(test)]
     pub(crate) fn parse_alone(file: &Path, text: &str) -> Result<Self, Mistakes> {
