@@ -1,19 +1,17 @@
 //! The `reeve` binary: the command line, and how the daemon is put together.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{collections::HashSet, path::Path, process::ExitCode, sync::Arc};
 
 use arc_swap::ArcSwap;
 use clap::Parser;
 use reeve::{
-    admin::AdminSocket,
     cli::{self, Cli, Command},
     config::Config,
-    control::{self, Control, Daemon, Parts, RunError},
+    control::{self, Control, Daemon, Endpoints, Parts, RunError},
     datapath::Datapath,
+    handover::{self, Inherited},
     policy::Snapshot,
-    telemetry::{
-        self, ConnectionLog, Events, Health, HttpServer, Metrics, Observers, Readiness, Told,
-    },
+    telemetry::{self, ConnectionLog, Events, Health, Metrics, Observers, Readiness, Told},
     tunnel::{Shared, Tunnels},
     workload::{Registry, cgroup::CgroupTree},
 };
@@ -24,7 +22,7 @@ const CONTROL_THREADS: usize = 2;
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Run { config } => match run(&config) {
+        Command::Run { config, takeover } => match run(&config, takeover) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 cli::print_error(&error);
@@ -48,8 +46,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the daemon until a signal ends it.
-fn run(file: &Path) -> Result<(), RunError> {
+/// Runs the daemon until a signal ends it, or another one takes over.
+fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
+    let kept = handover::from_service_manager();
     let config = Arc::new(Config::load(file)?);
     let policies = control::policies(&config)?;
     telemetry::start_logging(&config.log)?;
@@ -63,20 +62,25 @@ fn run(file: &Path) -> Result<(), RunError> {
         .build()
         .map_err(RunError::Runtime)?;
     runtime.block_on(async {
+        // Sockets of the daemon before: its own, where it hands over, or those that were kept.
+        let asked = match takeover {
+            true => handover::ask(&config.admin.socket, config.ports)?,
+            false => None,
+        };
+        let (takeover, sockets) = asked.map_or((None, kept), |(takeover, sockets)| {
+            (Some(takeover), sockets)
+        });
+        let mut inherited = Inherited::sort(sockets, &config);
+
         // What tells others comes first: a second daemon fails here, before it touches the kernel.
         let metrics = Metrics::new(config.metrics.rules as usize);
         let (readiness, ready) = watch::channel(Readiness::starting());
         let (health, healthy) = watch::channel(Health::starting());
-        if let Some(address) = config.metrics.address {
-            let told = Told {
-                readiness: ready,
-                health: healthy,
-            };
-            HttpServer::bind(address, metrics.clone(), told)
-                .and_then(|http| http.start(config.sandbox))
-                .map_err(|source| RunError::Http { address, source })?;
-        }
-        let admin = AdminSocket::bind(&config.admin.socket)?;
+        let told = Told {
+            readiness: ready,
+            health: healthy,
+        };
+        let mut endpoints = Endpoints::bind(&config, &mut inherited, metrics.clone(), told)?;
 
         // The kernel goes on with what is pinned until control has read everything.
         let cgroups = CgroupTree::open(config.node.cgroup_root.as_deref())?;
@@ -106,6 +110,10 @@ fn run(file: &Path) -> Result<(), RunError> {
             config.ports,
             config.sandbox,
         )?;
+        let listening: HashSet<u64> = inherited.listeners.keys().copied().collect();
+        if takeover.is_some() || !listening.is_empty() {
+            tunnels.inherit(inherited.listeners);
+        }
 
         let events = (datapath.events()?, Events::new(metrics.clone(), log));
         if let Some(lines) = datapath.debug_log()? {
@@ -125,7 +133,9 @@ fn run(file: &Path) -> Result<(), RunError> {
         let daemon = Arc::new(daemon);
         let read = daemon.clone();
         metrics.read_from(move || read.readings());
-        tokio::spawn(admin.serve(daemon.clone()));
+        if takeover.is_none() {
+            endpoints.serve(&daemon)?;
+        }
         let parts = Parts {
             snapshot,
             cgroups,
@@ -135,6 +145,9 @@ fn run(file: &Path) -> Result<(), RunError> {
             readiness,
             health,
             events,
+            endpoints,
+            takeover,
+            inherited: listening,
         };
         Control::new(daemon, parts).run().await
     })

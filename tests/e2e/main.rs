@@ -37,3 +37,4 @@ mod systemd;
 mod tcp;
 mod transfer;
 mod udp;
+mod upgrade;

@@ -68,6 +68,41 @@ impl Daemon {
         self.process = Some(self.place.spawn(words));
     }
 
+    /// Starts another daemon with the same files, which is to take over, and gives the one that
+    /// ran until now. Whether it has taken over is to be seen in its log.
+    pub fn start_taking_over(&mut self) -> Process {
+        let reeve = Programs::get().reeve.as_os_str();
+        let words = [
+            reeve,
+            OsStr::new("run"),
+            OsStr::new("--takeover"),
+            OsStr::new("--config"),
+            self.config.as_os_str(),
+        ];
+        let new = self.place.spawn(words);
+        self.process.replace(new).expect("the daemon runs")
+    }
+
+    /// Has another daemon take over, and gives the one that ran until now, which drains.
+    pub fn take_over(&mut self) -> Process {
+        let old = self.start_taking_over();
+        self.wait_for_log(&["took over from another daemon"]);
+        old
+    }
+
+    /// Puts another process in its place, as one that was given by [`Self::start_taking_over`].
+    pub fn replace(&mut self, process: Process) -> Process {
+        self.process.replace(process).expect("the daemon runs")
+    }
+
+    /// Where it is asked to hand over.
+    #[must_use]
+    pub fn handover_socket(&self) -> PathBuf {
+        let mut path = self.socket.as_os_str().to_owned();
+        path.push(".handover");
+        path.into()
+    }
+
     /// Waits until it says that it is ready.
     pub fn wait_until_ready(&mut self) {
         let ready = wait::until(wait::SOON, || {

@@ -2,9 +2,15 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,6 +52,8 @@ pub struct AdminSocket {
     listener: UnixListener,
     path: PathBuf,
     inode: u64,
+    /// Whether the file goes with the value.
+    owns_file: Arc<AtomicBool>,
 }
 
 /// Why there can be no admin socket.
@@ -119,7 +127,42 @@ impl AdminSocket {
             listener,
             path: path.to_owned(),
             inode,
+            owns_file: Arc::new(AtomicBool::new(true)),
         })
+    }
+
+    /// Takes over the socket of a daemon before, which was bound at `path`. The file goes with
+    /// this value only once [`AdminSocket::share`]'s flag says so: until then it is the other
+    /// daemon's.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn adopt(
+        listener: std::os::unix::net::UnixListener,
+        path: &Path,
+    ) -> Result<Self, AdminError> {
+        let failed = |source| AdminError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        listener.set_nonblocking(true).map_err(failed)?;
+        let inode = fs::symlink_metadata(path).map_err(failed)?.ino();
+        Ok(Self {
+            listener: UnixListener::from_std(listener).map_err(failed)?,
+            path: path.to_owned(),
+            inode,
+            owns_file: Arc::new(AtomicBool::new(false)),
+        })
+    }
+
+    /// Another descriptor of the socket, for a daemon that takes over, and what says whether
+    /// the file shall go with this value: not once the socket has been handed over.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn share(&self) -> io::Result<(OwnedFd, Arc<AtomicBool>)> {
+        let socket = self.listener.as_fd().try_clone_to_owned()?;
+        Ok((socket, self.owns_file.clone()))
     }
 
     /// Serves for as long as the future is polled.
@@ -170,7 +213,7 @@ impl AdminSocket {
 impl Drop for AdminSocket {
     fn drop(&mut self) {
         let own = fs::symlink_metadata(&self.path).is_ok_and(|file| file.ino() == self.inode);
-        if own {
+        if own && self.owns_file.load(Ordering::Relaxed) {
             let _ = fs::remove_file(&self.path);
         }
     }

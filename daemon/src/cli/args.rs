@@ -52,11 +52,17 @@ Enforce the policies on this node, until SIGTERM or SIGINT.
 The first signal lets open connections end within `timeouts.drain`; a second one ends them. \
 What is pinned in the kernel goes on refusing after that; `reeve detach` removes it. \
 SIGHUP reads the configuration again: workloads, peers and policies change at once, for other \
-settings the log says that a restart is needed. Needs root.",
+settings the log says that a restart is needed. Needs root.
+
+With --takeover it takes over from the daemon that runs, if one does: both run until this one is \
+ready, then listeners, the metrics endpoint and the admin socket change hands without losing a \
+connection, and the old daemon lets open connections end within `timeouts.handOver` and leaves. \
+Where versions do not fit, or this one does not become ready, it exits and the old one goes on.",
         after_help = "\
 Examples:
   reeve run
   reeve run --config ./reeve.yaml
+  reeve run --takeover
 
 The log goes to standard error. Exit codes: 0 stopped in good order, 1 failed, 2 the \
 configuration is wrong."
@@ -65,6 +71,9 @@ configuration is wrong."
         /// The configuration
         #[arg(long, short, value_name = "FILE", default_value = DEFAULT_CONFIG)]
         config: PathBuf,
+        /// Take over from the daemon that runs, without breaking a connection
+        #[arg(long)]
+        takeover: bool,
     },
 
     /// Refuse everything to the workloads until `reeve run` knows them: for boot

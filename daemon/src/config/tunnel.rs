@@ -101,6 +101,9 @@ pub struct Timeouts {
     /// For streams of a retired tunnel to end by themselves, and for a shutdown. Default 30 s.
     #[serde(deserialize_with = "positive_duration")]
     pub drain: Duration,
+    /// For connections to end by themselves after another daemon has taken over. Default 10 min.
+    #[serde(deserialize_with = "positive_duration")]
+    pub hand_over: Duration,
     /// Between PINGs on a tunnel. Default 10 s.
     #[serde(deserialize_with = "positive_duration")]
     pub ping: Duration,
@@ -124,6 +127,7 @@ impl Default for Timeouts {
             tunnel_idle: seconds(60),
             tunnel_age: seconds(3600),
             drain: seconds(30),
+            hand_over: seconds(600),
             ping: seconds(10),
             ping_answer: seconds(20),
             user: seconds(30),

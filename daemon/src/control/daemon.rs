@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::{Instant, SystemTime},
 };
 
@@ -41,6 +41,8 @@ pub struct Daemon {
     /// For control to take.
     reloads: Mutex<Option<Reloads>>,
     pub(super) view: ArcSwap<View>,
+    /// Another daemon takes over, and writes the kernel's maps.
+    pub(super) kernel_is_anothers: AtomicBool,
     started: Instant,
 }
 
@@ -86,6 +88,7 @@ impl Daemon {
             ask_for_reload,
             reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
+            kernel_is_anothers: AtomicBool::new(false),
             started: Instant::now(),
         }
     }

@@ -7,6 +7,7 @@ use crate::{
     cli::EXIT_USAGE,
     config::ConfigErrors,
     datapath,
+    handover::TakeoverError,
     privileges::PrivilegeError,
     telemetry::LogError,
     tunnel::StartError,
@@ -56,6 +57,12 @@ pub enum RunError {
     /// The registry of workloads.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// Another daemon's place.
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
+    /// The socket for a daemon that takes over.
+    #[error("the hand-over socket beside `admin.socket` cannot be made")]
+    HandOver(#[source] io::Error),
     /// Signals.
     #[error("signals cannot be waited for")]
     Signals(#[source] io::Error),

@@ -2,7 +2,7 @@
 //! watchdog and to `/healthz`. A timer that nothing can stop would say that all is well for ever.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -94,7 +94,8 @@ async fn look(
     let kernel = daemon.clone();
     let kernel = spawn_blocking(move || {
         // Of a daemon that is leaving, the next one has taken over the kernel's side.
-        let leaving = kernel.view.load().stopping;
+        let leaving =
+            kernel.view.load().stopping || kernel.kernel_is_anothers.load(Ordering::Relaxed);
         if leaving {
             Ok(())
         } else {

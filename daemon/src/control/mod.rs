@@ -11,6 +11,7 @@ mod ca;
 mod certificates;
 mod daemon;
 mod desired;
+mod endpoints;
 mod error;
 mod explain;
 mod guard;
@@ -22,19 +23,21 @@ mod reconcile;
 mod reload;
 mod revoke;
 mod signals;
+mod succession;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use tokio::{
     sync::{oneshot, watch},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
     admin::{PolicyStatus, ReloadReport},
     config::Config,
     datapath::{self, Datapath},
+    handover::{Request, Takeover},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Health, Readiness},
     watch::Files,
@@ -43,7 +46,7 @@ use crate::{
 
 pub use certificates::{CertificatesError, identity_store};
 pub use daemon::Daemon;
-use daemon::Reloads;
+pub use endpoints::Endpoints;
 pub use error::RunError;
 pub use guard::{Guarded, guard};
 pub use numbers::keep_numbers;
@@ -51,9 +54,11 @@ pub use own_cgroup::settle_in;
 pub use process::prepare as prepare_process;
 pub use reload::{declaration, policies};
 
+use daemon::{Reloads, View};
 use health::{Asked, HealthLook};
 use reconcile::Namespaces;
 use signals::{Signal, Signals};
+use succession::{READY_LOOK, Succession, gone};
 
 /// First wait before what failed is tried again; doubled at each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -82,6 +87,8 @@ pub struct Control {
     kernel_events: Events,
     /// Generation by which live connections were last judged again.
     judged: Option<u32>,
+    endpoints: Endpoints,
+    succession: Succession,
     /// The kernel has held all that is declared at least once.
     is_enforced: bool,
 }
@@ -104,6 +111,12 @@ pub struct Parts {
     pub health: watch::Sender<Health>,
     /// What the kernel tells, and who counts it.
     pub events: (datapath::Events, Events),
+    /// Where others ask.
+    pub endpoints: Endpoints,
+    /// A hand-over to this daemon that has begun.
+    pub takeover: Option<Takeover>,
+    /// Cookies of the namespaces whose listeners another process opened.
+    pub inherited: HashSet<u64>,
 }
 
 /// What happened.
@@ -113,11 +126,15 @@ enum Change {
     Bundles,
     Certificates,
     Retry,
+    /// Readiness may have changed.
+    Look,
     /// Whether the loop turns; every few seconds.
     Asked(oneshot::Sender<()>),
     Signal(Signal),
     /// `reeve reload`.
     Reload(oneshot::Sender<ReloadReport>),
+    Request(Request),
+    PredecessorGone,
     RegistryEnded,
 }
 
@@ -140,7 +157,13 @@ impl Control {
     #[must_use]
     pub fn new(daemon: Arc<Daemon>, parts: Parts) -> Self {
         let config = daemon.config.load_full();
+        // The kernel goes on sending connections to listeners that stand.
+        let mut view = View::clone(&daemon.view.load());
+        view.listening.clone_from(&parts.inherited);
+        daemon.view.store(Arc::new(view));
         Self {
+            endpoints: parts.endpoints,
+            succession: Succession::new(parts.takeover, &parts.inherited),
             snapshot: parts.snapshot,
             cgroups: parts.cgroups,
             own_cgroups: parts.own_cgroups,
@@ -176,16 +199,14 @@ impl Control {
 
         self.reconcile().await;
         // Only now do the numbers in events have names, those left from before included.
-        if let Some(kernel) = self.events.take() {
-            let events = self.kernel_events.clone();
-            let datapath = self.daemon.datapath.clone();
-            let snapshot = self.snapshot.clone();
-            tokio::spawn(follow_events(kernel, events, datapath, snapshot));
+        if !self.succession.is_taking_over() {
+            self.begin()?;
         }
         let (_look, mut asked) = HealthLook::start(self.daemon.clone(), self.health.clone());
         loop {
             self.tell_readiness();
-            if self.is_enforced && !told {
+            self.take_over_when_ready()?;
+            if self.is_enforced && !told && !self.succession.is_taking_over() {
                 // What must start behind reeve may start. Whether all of it is served, `/readyz`
                 // says: systemd would end a daemon that is not up in time.
                 process::notify_ready();
@@ -206,6 +227,9 @@ impl Control {
                 Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
                 Ok(()) = certificates.changed() => Change::Certificates,
                 signal = signals.next() => Change::Signal(signal),
+                () = gone(&mut self.succession.predecessor) => Change::PredecessorGone,
+                Some(request) = self.succession.requests.recv() => Change::Request(request),
+                () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
                 () = sleep_until(again), if failed => Change::Retry,
                 Some(answer) = asked.recv() => Change::Asked(answer),
             };
@@ -238,6 +262,20 @@ impl Control {
                     let _ = answer.send(report);
                 }
                 Change::Signal(Signal::Stop) => break,
+                Change::Look => {}
+                Change::Request(Request::Freeze(answer)) => self.freeze(answer),
+                Change::Request(Request::Resume) => self.resume().await,
+                Change::Request(Request::Take { process, done }) => {
+                    self.hand_over(process, done, &mut signals, &mut asked)
+                        .await;
+                    return Ok(());
+                }
+                Change::PredecessorGone => {
+                    tracing::info!("the daemon before has ended");
+                    self.succession.predecessor = None;
+                    self.succession.predecessors.clear();
+                    self.reconcile().await;
+                }
                 Change::RegistryEnded => return Err(RunError::RegistryEnded),
             }
         }
@@ -252,7 +290,8 @@ impl Control {
             "shutting down: connections may end by themselves; what is enforced stays so"
         );
         process::notify_stopping();
-        self.stop_redirecting();
+        let redirect = self.leave_listeners();
+        self.stop_serving(redirect);
         self.tell_readiness();
         tokio::select! {
             () = self.daemon.tunnels.drain(patience) => {}
@@ -286,18 +325,27 @@ async fn next_reload(reloads: &mut Option<Reloads>) -> Option<oneshot::Sender<Re
     reloads.as_mut()?.recv().await
 }
 
-/// Takes the kernel's events for as long as the future is polled.
+/// Takes the kernel's events for as long as the future is polled and it is not `paused`: there is
+/// one reader at a time.
 async fn follow_events(
     mut kernel: datapath::Events,
     events: Events,
     datapath: Arc<Datapath>,
     snapshot: Arc<ArcSwap<Snapshot>>,
+    mut paused: watch::Receiver<bool>,
 ) {
     let mut batch = Vec::new();
     // What was lost before nobody can be told.
     let mut lost = datapath.lost_events().ok();
     loop {
-        if let Err(error) = kernel.next(&mut batch).await {
+        if paused.wait_for(|paused| !paused).await.is_err() {
+            return;
+        }
+        let read = tokio::select! {
+            read = kernel.next(&mut batch) => read,
+            _ = paused.changed() => continue,
+        };
+        if let Err(error) = read {
             tracing::error!(%error, "the kernel's events are no longer read");
             return;
         }

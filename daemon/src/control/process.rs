@@ -46,6 +46,11 @@ pub(super) fn notify_reloading() {
     }
 }
 
+/// Tells systemd that another process is the service now.
+pub(super) fn notify_successor(process: i32) {
+    notify(&[NotifyState::MainPid(process.unsigned_abs())]);
+}
+
 /// Tells systemd that the daemon is stopping.
 pub(super) fn notify_stopping() {
     notify(&[NotifyState::Stopping]);

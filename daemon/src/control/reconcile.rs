@@ -54,6 +54,12 @@ impl Control {
                 tunnel_port: config.ports.tunnel,
             })
         }));
+        if self.succession.frozen {
+            // The rest is another daemon's; what this one carries is judged all the same.
+            self.snapshot.store(snapshot);
+            self.daemon.tunnels.judge_again();
+            return;
+        }
         let namespaces = running_namespaces(&discovery);
         let datapath = self.daemon.datapath.clone();
         let ready = self
@@ -108,12 +114,16 @@ impl Control {
         }));
     }
 
-    /// Tells the kernel that nobody listens any more: what needs a tunnel is refused at once.
-    pub(super) fn stop_redirecting(&mut self) {
+    /// Is ready no more, and tells the kernel that nobody listens any more: what needs a tunnel
+    /// is refused at once. Where `redirect` is set, connections go on to the listeners, which the
+    /// next daemon gets.
+    pub(super) fn stop_serving(&mut self, redirect: bool) {
         let view = self.daemon.view.load_full();
         let snapshot = self.snapshot.load_full();
         let mut problems = Vec::new();
-        self.apply(&view.discovery, &HashSet::new(), &snapshot, &mut problems);
+        if !redirect {
+            self.apply(&view.discovery, &HashSet::new(), &snapshot, &mut problems);
+        }
         for problem in &problems {
             tracing::error!("{problem}");
         }
@@ -130,7 +140,9 @@ impl Control {
         problems: &mut Vec<String>,
     ) -> KernelState {
         let tables = snapshot.kernel_tables().clone();
-        let state = kernel_state(&self.own_cgroups, discovery, listening, tables);
+        let mut own = self.own_cgroups.clone();
+        own.extend(&self.succession.predecessors);
+        let state = kernel_state(&own, discovery, listening, tables);
         match block_in_place(|| self.daemon.datapath.apply(&state)) {
             Ok(()) => self.is_enforced = true,
             Err(error) => problems.push(describe(&error)),

@@ -16,7 +16,7 @@ use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
 
 /// Cookie of the network namespace that `socket` belongs to, which nix has no option for.
-fn netns_cookie(socket: &impl AsRawFd) -> io::Result<u64> {
+pub(crate) fn netns_cookie(socket: &impl AsRawFd) -> io::Result<u64> {
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: both pointers are to locals that outlive the call, and `length` is the size of

@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -20,7 +21,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::{Builder, Handle},
-    sync::{Semaphore, watch},
+    sync::{Semaphore, oneshot, watch},
     time::timeout,
 };
 
@@ -76,6 +77,10 @@ pub struct HttpServer {
     listener: std::net::TcpListener,
     shared: Arc<Shared>,
 }
+
+/// The endpoint, serving; it accepts nothing more once this is dropped.
+#[derive(Debug)]
+pub struct HttpServing(#[expect(dead_code, reason = "only its end counts")] oneshot::Sender<()>);
 
 #[derive(Debug)]
 struct Shared {
@@ -140,7 +145,19 @@ impl HttpServer {
     /// # Errors
     /// From the kernel.
     pub fn bind(address: SocketAddr, metrics: Metrics, told: Told) -> io::Result<Self> {
-        let listener = std::net::TcpListener::bind(address)?;
+        Self::adopt(std::net::TcpListener::bind(address)?, metrics, told)
+    }
+
+    /// Takes over the socket of a daemon before. Called in the runtime in which metrics are to be
+    /// gathered.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn adopt(
+        listener: std::net::TcpListener,
+        metrics: Metrics,
+        told: Told,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
@@ -152,6 +169,14 @@ impl HttpServer {
         })
     }
 
+    /// Another descriptor of the socket, for a daemon that takes over.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        self.listener.as_fd().try_clone_to_owned()
+    }
+
     /// Where it listens: the port that the kernel chose, when 0 was asked for.
     ///
     /// # Errors
@@ -160,11 +185,13 @@ impl HttpServer {
         self.listener.local_addr()
     }
 
-    /// Serves on a thread of its own, which has no privileges, for as long as the process lives.
+    /// Serves on a thread of its own, which has no privileges, until what is given back is dropped:
+    /// then nothing more is accepted.
     ///
     /// # Errors
     /// When the thread cannot be made, or keeps what it must not have.
-    pub fn start(self, confinement: Confinement) -> io::Result<()> {
+    pub fn start(self, confinement: Confinement) -> io::Result<HttpServing> {
+        let (serving, stopped) = oneshot::channel();
         let (ready, started) = std::sync::mpsc::sync_channel(1);
         thread::Builder::new().name("http".into()).spawn(move || {
             let runtime = Builder::new_current_thread().enable_all().build();
@@ -176,18 +203,19 @@ impl HttpServer {
                 Ok(runtime) => {
                     // Nobody to tell means that starting was given up.
                     let _ = ready.send(Ok(()));
-                    runtime.block_on(self.serve());
+                    runtime.block_on(self.serve(stopped));
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
                 }
             }
         })?;
-        started.recv().map_err(io::Error::other)?
+        started.recv().map_err(io::Error::other)??;
+        Ok(HttpServing(serving))
     }
 
-    /// Serves for as long as the future is polled.
-    async fn serve(self) {
+    /// Accepts until it is stopped, and serves what it has accepted.
+    async fn serve(self, mut stopped: oneshot::Receiver<()>) {
         let listener = match TcpListener::from_std(self.listener) {
             Ok(listener) => listener,
             Err(error) => {
@@ -201,7 +229,14 @@ impl HttpServer {
             let Ok(place) = places.clone().acquire_owned().await else {
                 return;
             };
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = &mut stopped => {
+                    drop(place);
+                    break;
+                }
+            };
+            match accepted {
                 Ok((stream, _)) => {
                     let shared = self.shared.clone();
                     tokio::spawn(async move {
@@ -215,6 +250,9 @@ impl HttpServer {
                 }
             }
         }
+        drop(listener);
+        // All places are free again: nobody is being served.
+        let _ = places.acquire_many(MAX_CONNECTIONS as u32).await;
     }
 }
 
@@ -312,7 +350,8 @@ mod tests {
         let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
         let server = HttpServer::bind(loopback, Metrics::default(), told).unwrap();
         let address = server.local_addr().unwrap();
-        server.start(Confinement::default()).unwrap();
+        // Until the process ends.
+        std::mem::forget(server.start(Confinement::default()).unwrap());
         (address, Tell { readiness, health })
     }
 

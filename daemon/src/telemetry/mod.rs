@@ -16,7 +16,7 @@ mod readings;
 
 pub use connections::{Connection, ConnectionLog};
 pub use events::Events;
-pub use http::{Health, HttpServer, Readiness, Told};
+pub use http::{Health, HttpServer, HttpServing, Readiness, Told};
 pub use labels::{
     ConnectionLabels, HandshakeReason, OTHER, Role, Transport, UNKNOWN, direction_name,
 };

@@ -16,6 +16,7 @@ use super::TunnelError;
 pub(super) struct Bounds {
     connections: AtomicUsize,
     most_connections: usize,
+    most_handshakes: usize,
     /// One permit for each TLS handshake that may be under way.
     pub(super) handshakes: Arc<Semaphore>,
 }
@@ -26,12 +27,12 @@ pub(super) struct Place(Arc<Bounds>);
 
 impl Bounds {
     pub(super) fn new(limits: &Limits) -> Arc<Self> {
+        let most_handshakes = limits.handshakes.min(Semaphore::MAX_PERMITS);
         Arc::new(Self {
             connections: AtomicUsize::new(0),
             most_connections: limits.connections,
-            handshakes: Arc::new(Semaphore::new(
-                limits.handshakes.min(Semaphore::MAX_PERMITS),
-            )),
+            most_handshakes,
+            handshakes: Arc::new(Semaphore::new(most_handshakes)),
         })
     }
 
@@ -43,6 +44,11 @@ impl Bounds {
             return Err(TunnelError::Limit("connections"));
         }
         Ok(place)
+    }
+
+    /// Whether there is a connection, or a handshake that may bring some.
+    pub(super) fn is_busy(&self) -> bool {
+        self.connections() > 0 || self.handshakes.available_permits() < self.most_handshakes
     }
 
     /// Connections open now.

@@ -220,6 +220,21 @@ impl Pool {
         });
     }
 
+    /// Retires the tunnels that nobody uses or waits for.
+    pub(super) fn retire_idle(&self) {
+        for entry in self.entries.borrow().values() {
+            if !entry.waiting.borrow().is_empty() {
+                continue;
+            }
+            for tunnel in &*entry.tunnels.borrow() {
+                if tunnel.link.streams() == 0 {
+                    tunnel.link.retire();
+                }
+            }
+            entry.forget_retired();
+        }
+    }
+
     /// Retires every tunnel.
     pub(super) fn retire_all(&self) {
         self.retire(|_| true);

@@ -242,7 +242,7 @@ pub(super) fn builder(worker: &Worker) -> Builder {
 /// Carries the tunnel until it ends.
 async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     let link = worker.links.insert(Link::new(shaken.ends));
-    if worker.draining.get() {
+    if worker.draining.get() || worker.leaving.get() {
         link.retire();
     }
     let on_stream = {

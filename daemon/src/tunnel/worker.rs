@@ -18,6 +18,7 @@ use tokio::{
 use crate::{
     config::{Limits, Ports, Timeouts},
     datapath::{Sockets, netns::Netns},
+    telemetry::Role,
 };
 
 use super::{
@@ -51,6 +52,8 @@ pub(super) struct Worker {
     pub(super) connections: Rc<Registry<Connection>>,
     /// Nothing new is begun.
     pub(super) draining: Cell<bool>,
+    /// Another daemon accepts; what this one has accepted is served all the same.
+    pub(super) leaving: Cell<bool>,
     /// Tasks that accept, by the cookie of their namespace.
     listening: RefCell<HashMap<u64, Vec<AbortHandle>>>,
 }
@@ -61,8 +64,8 @@ pub(super) struct Listeners {
     pub(super) netns: Arc<Netns>,
     /// For redirected connections.
     pub(super) outbound: Vec<Socket>,
-    /// For tunnels.
-    pub(super) tunnel: Socket,
+    /// For tunnels; several where a daemon before had more workers.
+    pub(super) tunnel: Vec<Socket>,
 }
 
 impl Worker {
@@ -85,6 +88,7 @@ impl Worker {
             links: Registry::new(),
             connections: Registry::new(),
             draining: Cell::new(false),
+            leaving: Cell::new(false),
             listening: RefCell::default(),
         })
     }
@@ -102,9 +106,12 @@ impl Worker {
         }
         let (worker, user) = (self.clone(), self.timeouts.user);
         let cookie = netns.cookie;
-        tasks.extend(self.accept(listeners.tunnel, Some(user), move |tcp, from| {
-            server::serve(worker.clone(), netns.clone(), tcp, from)
-        }));
+        for socket in listeners.tunnel {
+            let (worker, netns) = (worker.clone(), netns.clone());
+            tasks.extend(self.accept(socket, Some(user), move |tcp, from| {
+                server::serve(worker.clone(), netns.clone(), tcp, from)
+            }));
+        }
         self.listening.borrow_mut().insert(cookie, tasks);
     }
 
@@ -176,13 +183,46 @@ impl Worker {
     /// Begins nothing new, lets what there is end until `deadline`, then ends it.
     pub(super) async fn drain(&self, deadline: Instant) {
         self.draining.set(true);
+        self.stop_accepting();
+        self.pool.retire_all();
+        self.links.for_each(|link| link.retire());
+        self.until_empty(deadline).await;
+        self.end_all().await;
+    }
+
+    /// Accepts nothing more, since another daemon does, and serves what it has accepted: until
+    /// all of it has ended, or the deadline. Peers are told to open new tunnels, which the other
+    /// daemon accepts.
+    pub(super) async fn hand_over(&self, deadline: Instant) {
+        self.leaving.set(true);
+        self.stop_accepting();
+        self.links.for_each(|link| {
+            if link.ends.role == Role::Server {
+                link.retire();
+            }
+        });
+        loop {
+            // First: what was accepted a moment ago has a task that has not run yet.
+            sleep(DRAIN_LOOK).await;
+            self.pool.retire_idle();
+            let busy = self.bounds.is_busy() || self.links.len() > 0;
+            if !busy || Instant::now() >= deadline {
+                break;
+            }
+        }
+        self.draining.set(true);
+        self.end_all().await;
+    }
+
+    fn stop_accepting(&self) {
         let tasks: Vec<_> = self.listening.borrow_mut().drain().collect();
         for (_, tasks) in tasks {
             tasks.into_iter().for_each(|task| task.abort());
         }
-        self.pool.retire_all();
-        self.links.for_each(|link| link.retire());
-        self.until_empty(deadline).await;
+    }
+
+    /// Ends what is left.
+    async fn end_all(&self) {
         self.connections
             .for_each(|connection| connection.stop(Reason::Shutdown));
         let last = Instant::now() + LAST_WORDS;

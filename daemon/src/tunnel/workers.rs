@@ -7,12 +7,14 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     fmt,
+    os::fd::OwnedFd,
     rc::Rc,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
+use socket2::Socket;
 use tokio::{
     runtime::{Builder, LocalOptions, LocalRuntime},
     sync::{mpsc, oneshot},
@@ -47,7 +49,19 @@ pub struct Tunnels {
     bounds: Arc<Bounds>,
     ports: Ports,
     /// Namespaces with listeners, by cookie.
-    serving: Mutex<HashMap<u64, Arc<Netns>>>,
+    serving: Mutex<HashMap<u64, Serving>>,
+    /// Listeners of a daemon before, by the cookie of their namespace.
+    inherited: Mutex<HashMap<u64, Vec<Socket>>>,
+    /// Listeners, with their workers' numbers, that accept nothing before [`Tunnels::release`].
+    held: Mutex<Option<Vec<(usize, Listeners)>>>,
+}
+
+/// What is served in a namespace.
+struct Serving {
+    /// Keeps the namespace.
+    _netns: Arc<Netns>,
+    /// The listening sockets, for a daemon that takes over.
+    sockets: Vec<Socket>,
 }
 
 enum Command {
@@ -58,6 +72,10 @@ enum Command {
     /// Say that the event loop turns.
     Answer(oneshot::Sender<()>),
     Drain {
+        deadline: Instant,
+        done: oneshot::Sender<()>,
+    },
+    HandOver {
         deadline: Instant,
         done: oneshot::Sender<()>,
     },
@@ -126,18 +144,50 @@ impl Tunnels {
             bounds,
             ports,
             serving: Mutex::default(),
+            inherited: Mutex::default(),
+            held: Mutex::default(),
         })
+    }
+
+    /// Uses the listeners of a daemon before, by the cookie of their namespace, and accepts
+    /// nothing anywhere before [`Tunnels::release`]. To be called before [`Tunnels::serve`].
+    pub fn inherit(&self, listeners: HashMap<u64, Vec<Socket>>) {
+        *lock(&self.inherited) = listeners;
+        *lock(&self.held) = Some(Vec::new());
+    }
+
+    /// Begins to accept what [`Tunnels::inherit`] held back. Listeners that nobody has come to
+    /// use are closed.
+    pub fn release(&self) {
+        lock(&self.inherited).clear();
+        for (number, listeners) in lock(&self.held).take().into_iter().flatten() {
+            self.send_listeners(number, listeners);
+        }
+    }
+
+    /// The listening sockets, for a daemon that takes over.
+    #[must_use]
+    pub fn sockets(&self) -> Vec<OwnedFd> {
+        let serving = lock(&self.serving);
+        let sockets = serving.values().flat_map(|serving| &serving.sockets);
+        sockets
+            .filter_map(|socket| socket.try_clone().ok())
+            .map(OwnedFd::from)
+            .collect()
     }
 
     /// Makes these the namespaces that are listened in: opens listeners in those that are new,
     /// closes those of the others. What was accepted there goes on. Gives the outcome for each of
     /// `namespaces` by its cookie; one that failed is tried again at the next call.
     pub fn serve(&self, namespaces: &[Arc<Netns>]) -> Vec<(u64, Result<(), ServeError>)> {
-        let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut serving = lock(&self.serving);
         serving.retain(|cookie, _| {
             let keep = namespaces.iter().any(|netns| netns.cookie == *cookie);
             if !keep {
                 self.tell_all(|| Command::Unlisten(*cookie));
+                if let Some(held) = &mut *lock(&self.held) {
+                    held.retain(|(_, listeners)| listeners.netns.cookie != *cookie);
+                }
             }
             keep
         });
@@ -145,8 +195,11 @@ impl Tunnels {
         for netns in namespaces {
             let result = match serving.entry(netns.cookie) {
                 Entry::Occupied(_) => Ok(()),
-                Entry::Vacant(vacant) => self.listen_in(netns).map(|()| {
-                    vacant.insert(netns.clone());
+                Entry::Vacant(vacant) => self.listen_in(netns).map(|sockets| {
+                    vacant.insert(Serving {
+                        _netns: netns.clone(),
+                        sockets,
+                    });
                 }),
             };
             results.push((netns.cookie, result));
@@ -154,11 +207,15 @@ impl Tunnels {
         results
     }
 
-    /// Opens the listeners of all workers, or none.
-    fn listen_in(&self, netns: &Arc<Netns>) -> Result<(), ServeError> {
+    /// Opens the listeners of all workers, or none. Those of a daemon before come first, however
+    /// many it had: connections wait in their queues. Gives all sockets.
+    fn listen_in(&self, netns: &Arc<Netns>) -> Result<Vec<Socket>, ServeError> {
         let inode = netns.inode;
-        let mut opened = Vec::new();
-        for _ in &self.workers {
+        let inherited = lock(&self.inherited).remove(&netns.cookie);
+        let mut opened = inherited
+            .map(|sockets| inherited_sets(netns, sockets, self.ports, self.workers.len()))
+            .unwrap_or_default();
+        for _ in opened.len()..self.workers.len() {
             let outbound = netns
                 .outbound_listeners(self.ports.outbound)
                 .map_err(|source| ServeError::Outbound {
@@ -177,14 +234,30 @@ impl Tunnels {
             opened.push(Listeners {
                 netns: netns.clone(),
                 outbound,
-                tunnel,
+                tunnel: vec![tunnel],
             });
         }
-        for (worker, listeners) in self.workers.iter().zip(opened) {
+        let sockets = opened
+            .iter()
+            .flat_map(|listeners| listeners.outbound.iter().chain(&listeners.tunnel))
+            // One that cannot be doubled cannot be handed over, and serves all the same.
+            .filter_map(|socket| socket.try_clone().ok())
+            .collect();
+        let mut held = lock(&self.held);
+        for (number, listeners) in opened.into_iter().enumerate() {
+            match &mut *held {
+                Some(held) => held.push((number, listeners)),
+                None => self.send_listeners(number, listeners),
+            }
+        }
+        Ok(sockets)
+    }
+
+    fn send_listeners(&self, number: usize, listeners: Listeners) {
+        if let Some(worker) = self.workers.get(number) {
             // A worker ends only with the daemon.
             let _ = worker.send(Command::Listen(listeners));
         }
-        Ok(())
     }
 
     /// Judges every open connection again, to be called when the snapshot has changed: those that
@@ -231,15 +304,32 @@ impl Tunnels {
     /// Stops accepting, tells peers that no more streams are taken, waits for connections to end
     /// by themselves for at most `patience`, and ends those that have not.
     pub async fn drain(&self, patience: Duration) {
-        self.serving
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.end(patience, |deadline, done| Command::Drain { deadline, done })
+            .await;
+    }
+
+    /// Stops accepting, since another daemon does, and serves what was accepted until it has
+    /// ended by itself, for at most `patience`.
+    pub async fn hand_over(&self, patience: Duration) {
+        self.end(patience, |deadline, done| Command::HandOver {
+            deadline,
+            done,
+        })
+        .await;
+    }
+
+    async fn end(
+        &self,
+        patience: Duration,
+        command: impl Fn(Instant, oneshot::Sender<()>) -> Command,
+    ) {
+        lock(&self.serving).clear();
         let deadline = Instant::now() + patience;
         let mut pending = Vec::new();
         for worker in &self.workers {
             let (done, drained) = oneshot::channel();
-            let _ = worker.send(Command::Drain { deadline, done });
+            // A worker ends only with the daemon.
+            let _ = worker.send(command(deadline, done));
             pending.push(drained);
         }
         let all = async {
@@ -270,6 +360,42 @@ impl fmt::Debug for Tunnels {
             .field("workers", &self.workers.len())
             .finish_non_exhaustive()
     }
+}
+
+/// A daemon before's listeners of one namespace, as sets for this one's workers: one for each that
+/// there is a set for, and what is more with the first ones.
+fn inherited_sets(
+    netns: &Arc<Netns>,
+    sockets: Vec<Socket>,
+    ports: Ports,
+    workers: usize,
+) -> Vec<Listeners> {
+    let port = |socket: &Socket| Some(socket.local_addr().ok()?.as_socket()?.port());
+    let (tunnel, outbound): (Vec<_>, Vec<_>) = sockets
+        .into_iter()
+        .partition(|socket| port(socket) == Some(ports.tunnel));
+    let number = tunnel.len().min(workers);
+    let mut sets: Vec<_> = (0..number)
+        .map(|_| Listeners {
+            netns: netns.clone(),
+            outbound: Vec::new(),
+            tunnel: Vec::new(),
+        })
+        .collect();
+    if number > 0 {
+        for (turn, socket) in tunnel.into_iter().enumerate() {
+            sets[turn % number].tunnel.push(socket);
+        }
+        for (turn, socket) in outbound.into_iter().enumerate() {
+            sets[turn % number].outbound.push(socket);
+        }
+    }
+    sets
+}
+
+/// What a panicking thread left behind is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // === A worker's thread ===
@@ -310,6 +436,13 @@ async fn work(worker: Rc<Worker>, mut inbox: mpsc::UnboundedReceiver<Command>) {
                 let worker = worker.clone();
                 spawn_local(async move {
                     worker.drain(deadline).await;
+                    let _ = done.send(());
+                });
+            }
+            Command::HandOver { deadline, done } => {
+                let worker = worker.clone();
+                spawn_local(async move {
+                    worker.hand_over(deadline).await;
                     let _ = done.send(());
                 });
             }

@@ -1,0 +1,255 @@
+//! Taking over from the daemon before, and handing over to the next one.
+
+use std::{
+    collections::HashSet,
+    future::pending,
+    os::fd::OwnedFd,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::block_in_place,
+    time::timeout,
+};
+
+use super::{
+    Control, RunError, follow_events,
+    health::{self, Asked},
+    process,
+    reconcile::describe,
+    signals::{Signal, Signals},
+};
+use crate::handover::{self, Offer, Request, Taken, Takeover, TakeoverError};
+
+/// For this daemon to become ready, before it gives up taking over: certificates that are not
+/// there by then are not about to be.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+/// How often a daemon that is about to take over looks whether it is ready.
+pub(super) const READY_LOOK: Duration = Duration::from_millis(50);
+/// Requests of a daemon that takes over, of which there is one at a time.
+const REQUESTS: usize = 1;
+
+/// What connects this daemon with the one before and the next one.
+#[derive(Debug)]
+pub(super) struct Succession {
+    /// A hand-over to this daemon that has begun.
+    takeover: Option<Takeover>,
+    /// Since when inherited listeners wait for this daemon to be ready.
+    waiting_since: Option<Instant>,
+    /// Own cgroups of daemons before that still drain.
+    pub(super) predecessors: Vec<(u64, u32)>,
+    /// Ends with the daemon before.
+    pub(super) predecessor: Option<oneshot::Receiver<()>>,
+    /// The kernel's maps are another daemon's.
+    pub(super) frozen: bool,
+    /// Whether events are left to another daemon.
+    pub(super) events_paused: watch::Sender<bool>,
+    pub(super) requests: mpsc::Receiver<Request>,
+    sender: Option<mpsc::Sender<Request>>,
+}
+
+// === impl Succession ===
+
+impl Succession {
+    /// `inherited` are the cookies of the namespaces whose listeners another process opened.
+    pub(super) fn new(takeover: Option<Takeover>, inherited: &HashSet<u64>) -> Self {
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        let waits = takeover.is_some() || !inherited.is_empty();
+        Self {
+            predecessors: takeover
+                .as_ref()
+                .map(|takeover| takeover.offer.own_cgroups.clone())
+                .unwrap_or_default(),
+            takeover,
+            waiting_since: waits.then(Instant::now),
+            predecessor: None,
+            frozen: false,
+            events_paused: watch::Sender::new(false),
+            requests,
+            sender: Some(sender),
+        }
+    }
+
+    /// Whether another daemon serves until this one is ready.
+    pub(super) fn is_taking_over(&self) -> bool {
+        self.takeover.is_some()
+    }
+
+    /// Whether inherited listeners wait for this daemon to be ready.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting_since.is_some()
+    }
+}
+
+/// Waits for the end of the daemon before, where there is one.
+pub(super) async fn gone(predecessor: &mut Option<oneshot::Receiver<()>>) {
+    match predecessor {
+        // A closed channel says the same.
+        Some(gone) => drop(gone.await),
+        None => pending().await,
+    }
+}
+
+impl Control {
+    /// Accepts connections at inherited listeners, and takes over from the daemon before, as soon
+    /// as this one is as ready as that one was.
+    ///
+    /// # Errors
+    /// When this daemon does not become ready, or the one before does not let go.
+    pub(super) fn take_over_when_ready(&mut self) -> Result<(), RunError> {
+        let Some(since) = self.succession.waiting_since else {
+            return Ok(());
+        };
+        let takeover = self.succession.takeover.as_ref();
+        let must_be_ready = takeover.is_none_or(|takeover| takeover.offer.is_ready);
+        let readiness = self.daemon.readiness();
+        let may = self.is_enforced && (readiness.is_ready() || !must_be_ready);
+        if !may && since.elapsed() < READY_WITHIN {
+            return Ok(());
+        }
+        if !may && takeover.is_some() {
+            return Err(RunError::Takeover(TakeoverError::NotReady {
+                within: READY_WITHIN,
+                missing: readiness.missing.join("; "),
+            }));
+        }
+        self.succession.waiting_since = None;
+        self.daemon.tunnels.release();
+        let Some(takeover) = self.succession.takeover.take() else {
+            handover::forget_kept();
+            return Ok(());
+        };
+        let offer = takeover.offer.clone();
+        let gone = match block_in_place(|| takeover.take())? {
+            Taken::Over(gone) => gone,
+            // Its sender is gone at once.
+            Taken::Alone => oneshot::channel().1,
+        };
+        tracing::info!(
+            version = offer.version,
+            process = offer.process,
+            "took over from another daemon, which drains"
+        );
+        self.succession.predecessor = Some(gone);
+        self.endpoints.serve(&self.daemon)?;
+        self.begin()
+    }
+
+    /// Begins what only one daemon does: reads events, and waits for the next daemon.
+    ///
+    /// # Errors
+    /// When there can be no hand-over socket.
+    pub(super) fn begin(&mut self) -> Result<(), RunError> {
+        if let Some(kernel) = self.events.take() {
+            let events = self.kernel_events.clone();
+            let datapath = self.daemon.datapath.clone();
+            let paused = self.succession.events_paused.subscribe();
+            let snapshot = self.snapshot.clone();
+            tokio::spawn(follow_events(kernel, events, datapath, snapshot, paused));
+        }
+        let config = self.daemon.config.load();
+        if let Some(requests) = self.succession.sender.take() {
+            handover::Listener::bind(&config.admin.socket)
+                .and_then(|listener| listener.serve(config.ports, requests))
+                .map_err(RunError::HandOver)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the kernel's maps to another daemon, and says what there is to hand over.
+    pub(super) fn freeze(&mut self, answer: oneshot::Sender<(Offer, Vec<OwnedFd>)>) {
+        self.set_frozen(true);
+        self.succession.events_paused.send_replace(true);
+        let mut own_cgroups = self.own_cgroups.clone();
+        own_cgroups.extend(&self.succession.predecessors);
+        let offer = Offer {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            process: std::process::id(),
+            is_ready: self.daemon.readiness().is_ready(),
+            own_cgroups,
+            sockets: 0,
+        };
+        let mut sockets = self.daemon.tunnels.sockets();
+        sockets.extend(self.endpoints.sockets());
+        // Whoever asked has gone; it says so itself.
+        let _ = answer.send((offer, sockets));
+    }
+
+    /// Goes on as before, since the other daemon has given up.
+    pub(super) async fn resume(&mut self) {
+        if let Err(error) = block_in_place(|| self.daemon.datapath.take_back()) {
+            tracing::error!(
+                "the kernel's side is not as it should be after a hand-over that failed: {}",
+                describe(&error)
+            );
+        }
+        self.set_frozen(false);
+        self.succession.events_paused.send_replace(false);
+        self.reconcile().await;
+    }
+
+    /// Accepts no more, since the other daemon does, and lets connections end. They are still
+    /// judged by whatever changes.
+    pub(super) async fn hand_over(
+        &mut self,
+        process: i32,
+        done: oneshot::Sender<()>,
+        signals: &mut Signals,
+        asked: &mut Asked,
+    ) {
+        let patience = self.daemon.config.load().timeouts.hand_over;
+        tracing::info!(
+            process,
+            patience = %humantime::format_duration(patience),
+            "handed over to another daemon: connections may end by themselves"
+        );
+        process::notify_successor(process);
+        self.endpoints.leave();
+        let daemon = self.daemon.clone();
+        let mut ended = std::pin::pin!(daemon.tunnels.hand_over(patience));
+        let mut certificates = self.daemon.identities.changes();
+        // Whoever asked may be gone, and accepts all the same: there is no way back.
+        let _ = done.send(());
+        loop {
+            tokio::select! {
+                () = &mut ended => break,
+                () = health::answer(asked) => {}
+                signal = signals.next() => if signal == Signal::Stop {
+                    tracing::warn!("asked to stop: connections are ended");
+                    return;
+                },
+                Ok(()) = self.discovery.changed() => self.reconcile().await,
+                () = self.policy_files.changed() => {
+                    // Refusals are logged and counted.
+                    let _ = self.reload_policies();
+                    self.reconcile().await;
+                }
+                Ok(()) = certificates.changed() => self.daemon.tunnels.judge_again(),
+            }
+        }
+        // The next daemon knows of those before only through this one.
+        if self.succession.predecessor.is_some() {
+            let _ = timeout(patience, gone(&mut self.succession.predecessor)).await;
+        }
+        tracing::info!("stopped, after another daemon has taken over");
+    }
+
+    fn set_frozen(&mut self, frozen: bool) {
+        self.succession.frozen = frozen;
+        self.daemon
+            .kernel_is_anothers
+            .store(frozen, Ordering::Relaxed);
+    }
+
+    /// Leaves the listeners to the service manager for the next daemon, where it keeps them:
+    /// connections wait there. False where it does not.
+    pub(super) fn leave_listeners(&self) -> bool {
+        let kept = handover::is_keeping() && handover::keep(&self.daemon.tunnels.sockets());
+        if kept {
+            tracing::info!("the service manager keeps the listeners for the next daemon");
+        }
+        kept
+    }
+}

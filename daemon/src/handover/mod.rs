@@ -1,0 +1,30 @@
+//! Handing a node over from one daemon to the next, so that no connection notices.
+//!
+//! In: a new daemon that asks at the old one's hand-over socket, or the sockets that a service
+//! manager kept. Out: the listening sockets themselves, so that nothing that waits in their
+//! queues is lost.
+//!
+//! Follow a hand-over: the new daemon [`ask`]s, which changes nothing where the versions do not
+//! fit; the old one's control [freezes](Request::Freeze), which leaves the kernel's maps to the new
+//! one, and goes on serving; the new one gets ready, and [takes](Takeover::take); the old one accepts
+//! no more and drains. Whatever ends the new one before that has the old one go on as before.
+
+mod inherited;
+mod new;
+mod old;
+mod packet;
+mod protocol;
+
+pub use inherited::{Inherited, forget_kept, from_service_manager, is_keeping, keep};
+pub use new::{Taken, Takeover, TakeoverError, ask};
+pub use old::{Listener, Request};
+pub use protocol::Offer;
+
+use std::path::{Path, PathBuf};
+
+/// Where a daemon with this admin socket is asked to hand over.
+fn socket_beside(admin_socket: &Path) -> PathBuf {
+    let mut path = admin_socket.as_os_str().to_owned();
+    path.push(".handover");
+    path.into()
+}

@@ -1,0 +1,199 @@
+//! The old daemon's side: waits for a new one, and lets it have what it needs.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use socket2::{SockAddr, Socket};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    packet::{self, Connection, MAX_DESCRIPTORS},
+    protocol::{FromNew, FromOld, Offer},
+    socket_beside,
+};
+use crate::config::Ports;
+
+/// Mode of the socket: its owner alone may connect.
+const MODE: u32 = 0o600;
+/// For a new daemon to say who it is.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// For a new daemon to become ready. It gives up before.
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
+/// After `accept` failed, as for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a new daemon asks of this one's control.
+#[derive(Debug)]
+pub enum Request {
+    /// Leave the kernel's maps alone, and say what there is to hand over.
+    Freeze(oneshot::Sender<(Offer, Vec<OwnedFd>)>),
+    /// The new daemon accepts connections: accept none any more.
+    Take {
+        /// The new daemon's process.
+        process: i32,
+        /// To be told when nothing is accepted any more.
+        done: oneshot::Sender<()>,
+    },
+    /// The new daemon has given up: go on as before.
+    Resume,
+}
+
+/// The socket at which this daemon is asked to hand over.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+}
+
+/// How a hand-over went.
+enum Outcome {
+    NotBegun,
+    GivenUp,
+    Taken,
+}
+
+// === impl Listener ===
+
+impl Listener {
+    /// Listens beside the admin socket, in place of a socket that is there.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn bind(admin_socket: &Path) -> io::Result<Self> {
+        let path = socket_beside(admin_socket);
+        // Made under another name and moved: nobody ever finds it with a wider mode.
+        let mut new = path.as_os_str().to_owned();
+        new.push(format!(".{}", std::process::id()));
+        let new = PathBuf::from(new);
+        let _ = fs::remove_file(&new);
+        let socket = packet::socket()?;
+        socket.bind(&SockAddr::unix(&new)?)?;
+        fs::set_permissions(&new, fs::Permissions::from_mode(MODE))?;
+        socket.listen(1)?;
+        fs::rename(&new, &path)?;
+        Ok(Self { socket })
+    }
+
+    /// Waits for new daemons, on a thread of its own, until one has taken over or nobody takes
+    /// `requests` any more.
+    ///
+    /// # Errors
+    /// When the thread cannot be made.
+    pub fn serve(self, ports: Ports, requests: mpsc::Sender<Request>) -> io::Result<()> {
+        thread::Builder::new()
+            .name("handover".into())
+            .spawn(move || {
+                while !requests.is_closed() {
+                    let socket = match self.socket.accept() {
+                        Ok((socket, _)) => socket,
+                        Err(error) => {
+                            tracing::warn!(%error, "the hand-over socket could not accept a connection");
+                            thread::sleep(ACCEPT_PAUSE);
+                            continue;
+                        }
+                    };
+                    match serve(socket, ports, &requests) {
+                        Ok((Outcome::Taken, connection)) => {
+                            // Closed at the very end of the process, which is what its closing says.
+                            std::mem::forget(connection);
+                            return;
+                        }
+                        Ok((Outcome::NotBegun | Outcome::GivenUp, _)) => {}
+                        Err(error) => tracing::warn!(%error, "a hand-over was not begun"),
+                    }
+                }
+            })
+            .map(drop)
+    }
+}
+
+fn serve(
+    socket: Socket,
+    ports: Ports,
+    requests: &mpsc::Sender<Request>,
+) -> io::Result<(Outcome, Connection)> {
+    let connection = Connection::new(socket)?;
+    let peer = connection.peer()?;
+    let own = nix::unistd::geteuid().as_raw();
+    let refuse = |why: String| {
+        tracing::warn!(process = peer.pid(), "nothing is handed over: {why}");
+        connection.send(&FromOld::Refused(why), &[])
+    };
+    if peer.uid() != 0 && peer.uid() != own {
+        refuse(format!("user {} may not take over", peer.uid()))?;
+        return Ok((Outcome::NotBegun, connection));
+    }
+    let hello = match connection.receive(HELLO_TIMEOUT) {
+        Ok((FromNew::Hello(hello), _)) => hello,
+        Ok((FromNew::Take, _)) => {
+            refuse("a hand-over begins with a hello".to_owned())?;
+            return Ok((Outcome::NotBegun, connection));
+        }
+        Err(error) => {
+            refuse(format!("the hello is not understood: {error}"))?;
+            return Ok((Outcome::NotBegun, connection));
+        }
+    };
+    if let Some(why) = hello.refusal(ports) {
+        refuse(why)?;
+        return Ok((Outcome::NotBegun, connection));
+    }
+    tracing::info!(
+        version = hello.version,
+        process = peer.pid(),
+        "another daemon is about to take over"
+    );
+    let outcome = match offer(&connection, peer.pid(), requests) {
+        Ok(()) => Outcome::Taken,
+        Err(error) => {
+            tracing::warn!(%error, "the other daemon has not taken over: this one goes on");
+            // Nobody to tell means that this daemon is ending.
+            let _ = requests.blocking_send(Request::Resume);
+            Outcome::GivenUp
+        }
+    };
+    Ok((outcome, connection))
+}
+
+/// From the freeze to the end of accepting.
+fn offer(
+    connection: &Connection,
+    process: i32,
+    requests: &mpsc::Sender<Request>,
+) -> io::Result<()> {
+    let ending = || io::Error::other("this daemon is ending");
+    let (answer, answered) = oneshot::channel();
+    requests
+        .blocking_send(Request::Freeze(answer))
+        .map_err(|_| ending())?;
+    let (mut offer, sockets) = answered.blocking_recv().map_err(|_| ending())?;
+    offer.sockets = sockets.len();
+    connection.send(&FromOld::Offer(offer), &[])?;
+    for some in sockets.chunks(MAX_DESCRIPTORS) {
+        let some: Vec<_> = some.iter().map(AsFd::as_fd).collect();
+        connection.send(&FromOld::Sockets, &some)?;
+    }
+    drop(sockets);
+    match connection.receive(READY_TIMEOUT)? {
+        (FromNew::Take, _) => {}
+        (FromNew::Hello(_), _) => return Err(io::Error::other("it said hello twice")),
+    }
+    let (done, taken) = oneshot::channel();
+    requests
+        .blocking_send(Request::Take { process, done })
+        .map_err(|_| ending())?;
+    // A daemon that is ending accepts no more either.
+    let _ = taken.blocking_recv();
+    if let Err(error) = connection.send(&FromOld::Taken, &[]) {
+        // It has said that it accepts; there is nobody to go back to.
+        tracing::warn!(%error, "the daemon that took over is not told that it may");
+    }
+    Ok(())
+}

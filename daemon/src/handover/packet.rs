@@ -1,0 +1,154 @@
+//! Messages with file descriptors, over a Unix socket that keeps them apart (`SOCK_SEQPACKET`).
+
+use std::{
+    io::{self, IoSlice, IoSliceMut, Read},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use nix::{
+    cmsg_space,
+    sys::socket::{
+        ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, getsockopt, recvmsg,
+        sendmsg, sockopt::PeerCredentials,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+/// Longest message in bytes.
+const MAX_MESSAGE: usize = 64 << 10;
+/// File descriptors in one message; the kernel takes 253.
+pub(super) const MAX_DESCRIPTORS: usize = 200;
+/// For the other side to take a message.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One end of a connection between two daemons.
+#[derive(Debug)]
+pub(super) struct Connection(Socket);
+
+/// A socket that is not bound or connected yet.
+pub(super) fn socket() -> io::Result<Socket> {
+    Socket::new(Domain::UNIX, Type::SEQPACKET, None)
+}
+
+// === impl Connection ===
+
+impl Connection {
+    pub(super) fn new(socket: Socket) -> io::Result<Self> {
+        socket.set_write_timeout(Some(SEND_TIMEOUT))?;
+        Ok(Self(socket))
+    }
+
+    pub(super) fn connect(path: &Path) -> io::Result<Self> {
+        let socket = socket()?;
+        socket.connect(&SockAddr::unix(path)?)?;
+        Self::new(socket)
+    }
+
+    /// Who is at the other end.
+    pub(super) fn peer(&self) -> io::Result<UnixCredentials> {
+        Ok(getsockopt(&self.0, PeerCredentials)?)
+    }
+
+    pub(super) fn send(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
+        let text = serde_json::to_vec(message)?;
+        let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let ancillary = if raw.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(
+            self.0.as_raw_fd(),
+            &[IoSlice::new(&text)],
+            ancillary,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )?;
+        Ok(())
+    }
+
+    /// The next message, with its descriptors. `UnexpectedEof` where the other side has closed.
+    pub(super) fn receive<T: DeserializeOwned>(
+        &self,
+        patience: Duration,
+    ) -> io::Result<(T, Vec<OwnedFd>)> {
+        self.0.set_read_timeout(Some(patience))?;
+        let mut text = vec![0; MAX_MESSAGE];
+        let mut ancillary = cmsg_space!([std::os::fd::RawFd; MAX_DESCRIPTORS]);
+        let mut parts = [IoSliceMut::new(&mut text)];
+        let message = recvmsg::<()>(
+            self.0.as_raw_fd(),
+            &mut parts,
+            Some(&mut ancillary),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        )?;
+        let (length, cut) = (message.bytes, message.flags);
+        let mut descriptors = Vec::new();
+        for part in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(raw) = part {
+                // SAFETY: the kernel has just made these descriptors for this process, and
+                // nobody else knows of them.
+                descriptors.extend(
+                    raw.into_iter()
+                        .map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }),
+                );
+            }
+        }
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if cut.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "a message is longer than {MAX_MESSAGE} bytes, or has too many descriptors"
+                ),
+            ));
+        }
+        let text = text.get(..length).unwrap_or_default();
+        Ok((serde_json::from_slice(text)?, descriptors))
+    }
+
+    /// Waits until the other side has closed.
+    pub(super) fn wait_until_closed(&self) {
+        if self.0.set_read_timeout(None).is_err() {
+            return;
+        }
+        // Nothing more is said; what comes all the same is not listened to.
+        while (&self.0).read(&mut [0; 64]).is_ok_and(|length| length > 0) {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn messages_carry_descriptors_and_stay_apart() {
+        let (one, two) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        let (one, two) = (Connection::new(one).unwrap(), Connection::new(two).unwrap());
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let many = vec![listener.as_fd(); MAX_DESCRIPTORS];
+        one.send(&"first", &many).unwrap();
+        one.send(&"second", &[]).unwrap();
+        let patience = Duration::from_secs(5);
+        let (text, descriptors) = two.receive::<String>(patience).unwrap();
+        assert_eq!(
+            (text.as_str(), descriptors.len()),
+            ("first", MAX_DESCRIPTORS)
+        );
+        let passed = std::net::TcpListener::from(descriptors.into_iter().next().unwrap());
+        assert_eq!(passed.local_addr().unwrap(), listener.local_addr().unwrap());
+        assert_eq!(two.receive::<String>(patience).unwrap().0, "second");
+        drop(one);
+        let error = two.receive::<String>(patience).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        two.wait_until_closed();
+    }
+}

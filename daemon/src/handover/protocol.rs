@@ -1,0 +1,156 @@
+//! What two daemons say to each other, and whether they fit.
+
+use reeve_common::LAYOUT_VERSION;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Ports;
+
+/// Version of the hand-over. A field that is added does not raise it.
+pub(super) const PROTOCOL_VERSION: u32 = 1;
+
+/// What the new daemon says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum FromNew {
+    /// First.
+    Hello(Hello),
+    /// It accepts connections; the old daemon may stop.
+    Take,
+}
+
+/// Who wants to take over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Hello {
+    pub(super) protocol: u32,
+    pub(super) version: String,
+    /// `LAYOUT_VERSION` of its maps.
+    pub(super) layout: u32,
+    pub(super) outbound_port: u16,
+    pub(super) tunnel_port: u16,
+}
+
+/// What the old daemon says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum FromOld {
+    /// Nothing is handed over, and nothing has changed.
+    Refused(String),
+    /// It has left the kernel's maps to the new daemon. Sockets follow.
+    Offer(Offer),
+    /// Sockets, in the message's ancillary data.
+    Sockets,
+    /// It accepts no more.
+    Taken,
+}
+
+/// What is handed over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Offer {
+    /// Version of the old daemon.
+    pub version: String,
+    /// Its process, as it sees it itself.
+    pub process: u32,
+    /// Whether it was ready: the new one then has to be, too.
+    pub is_ready: bool,
+    /// Cgroups of daemons (id and depth) that drain after this and must not be judged meanwhile.
+    pub own_cgroups: Vec<(u64, u32)>,
+    /// Number of sockets that follow.
+    pub sockets: usize,
+}
+
+// === impl Hello ===
+
+impl Hello {
+    pub(super) fn new(ports: Ports) -> Self {
+        Self {
+            protocol: PROTOCOL_VERSION,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            layout: LAYOUT_VERSION,
+            outbound_port: ports.outbound,
+            tunnel_port: ports.tunnel,
+        }
+    }
+
+    /// Why a daemon with these ports does not hand over to this one, if it does not.
+    pub(super) fn refusal(&self, ports: Ports) -> Option<String> {
+        let own = Self::new(ports);
+        let restart = "stop the old daemon and start the new one instead: what needs a tunnel fails \
+                       meanwhile, and nothing is open";
+        if self.protocol != own.protocol {
+            return Some(format!(
+                "reeve {} speaks version {} of the hand-over and the running reeve {} version {}; {restart}",
+                self.version, self.protocol, own.version, own.protocol
+            ));
+        }
+        if self.layout != own.layout {
+            return Some(format!(
+                "the kernel maps of reeve {} have layout {} and those of the running reeve {} layout \
+                 {}; {restart}",
+                self.version, self.layout, own.version, own.layout
+            ));
+        }
+        let asked = (self.outbound_port, self.tunnel_port);
+        if asked != (own.outbound_port, own.tunnel_port) {
+            return Some(format!(
+                "`ports` are {} and {} and those of the running daemon {} and {}; {restart}",
+                self.outbound_port, self.tunnel_port, own.outbound_port, own.tunnel_port
+            ));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_fits_is_handed_over_to() {
+        let ports = Ports::default();
+        let hello = Hello::new(ports);
+        assert_eq!(hello.refusal(ports), None);
+        let older = Hello {
+            version: "0.0.9".into(),
+            ..hello.clone()
+        };
+        assert_eq!(older.refusal(ports), None, "the version alone is no reason");
+        for (other, said) in [
+            (
+                Hello {
+                    protocol: PROTOCOL_VERSION + 1,
+                    ..hello.clone()
+                },
+                "version 2 of the hand-over",
+            ),
+            (
+                Hello {
+                    layout: LAYOUT_VERSION - 1,
+                    ..hello.clone()
+                },
+                "have layout",
+            ),
+            (
+                Hello {
+                    tunnel_port: 1,
+                    ..hello.clone()
+                },
+                "`ports` are 15001 and 1 ",
+            ),
+        ] {
+            let refusal = other.refusal(ports).unwrap();
+            assert!(refusal.contains(said), "{refusal}");
+            assert!(refusal.contains("start the new one instead"), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_field_that_a_later_version_adds_is_passed_over() {
+        let text = r#"{"hello":{"protocol":1,"version":"9","layout":1,"outboundPort":1,"tunnelPort":2,"more":3}}"#;
+        let FromNew::Hello(hello) = serde_json::from_str(text).unwrap() else {
+            panic!("not a hello");
+        };
+        assert_eq!(hello.version, "9");
+    }
+}

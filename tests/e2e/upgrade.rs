@@ -1,0 +1,265 @@
+//! One daemon takes over from another while both run: no connection notices, and where it does not
+//! come to that, nothing has changed.
+
+use std::{fs, io::Write, os::unix::fs::PermissionsExt, time::Duration};
+
+use harness::{Daemon, Process, SOON, Workload, eventually};
+use serde_json::json;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::arrange::{PORT, Pair, Probe, TCP, is_denied, of, say, serve, start_sending, tcp};
+
+/// For the old daemon to leave, once it has nothing to do.
+const LEAVES: Duration = Duration::from_secs(20);
+
+#[test]
+fn no_connection_notices_an_upgrade() {
+    let pair = Pair::new();
+    let guest = pair.two.pod("guest");
+    let ports = [tcp(8081), tcp(8082), TCP];
+    let policy = |workload: &Workload, peer: &Workload, calls: bool| {
+        ports.iter().fold(of(workload), |policy, port| match calls {
+            true => policy.calls(peer, *port),
+            false => policy.hears(peer, *port),
+        })
+    };
+    let mut one = pair
+        .at_one()
+        .policy(
+            &policy(&pair.client, &pair.server, true)
+                .calls_address(guest.addresses().v4, tcp(8083))
+                .text(),
+        )
+        .start();
+    let mut two = pair
+        .at_two()
+        .policy(&policy(&pair.server, &pair.client, false).text())
+        .start();
+    let _servers = [
+        serve(&pair.server, PORT, &[]),
+        serve(&pair.server, 8081, &["--mode", "answer"]),
+        serve(&pair.server, 8082, &["--mode", "hash"]),
+        serve(&guest, 8083, &["--mode", "answer"]),
+    ];
+    let to = pair.server.addresses();
+    let capture = pair.server.capture(&pair.network);
+    // Short ones, thousands in all.
+    let short = [
+        Probe::start(&pair.client, to.port4(8081), &["--threads", "4"]),
+        Probe::start(&pair.client, to.port6(8081), &["--threads", "4"]),
+        Probe::start(&pair.client, guest.addresses().port4(8083), &[]),
+    ];
+    let denied = Probe::start(&pair.client, to.port4(9999), &[]);
+    // Long ones, that do nothing for most of the time, and one that never rests.
+    let mut hearts: Vec<Process> = ["1000", "1000", "20"]
+        .iter()
+        .map(|every| {
+            let to = to.port4(PORT).to_string();
+            pair.client.spawn_peer(["heartbeat", &to, "--every", every])
+        })
+        .collect();
+    hearts.iter_mut().for_each(|heart| {
+        heart.wait_for("beat 2");
+    });
+    short.iter().for_each(|probe| probe.goes_on(100));
+
+    let mut old = Vec::new();
+    for round in 0..2 {
+        for daemon in [&mut one, &mut two] {
+            // A long transfer, begun before.
+            let transfer = start_sending(
+                &pair.client,
+                to.port4(8082),
+                &["--bytes", "20000000", "--trickle", "10"],
+            );
+            daemon.wait_for_metric("reeve_streams_open", &[], 4.0);
+            old.push(daemon.take_over());
+            let now = daemon.id();
+            assert!(old.iter().all(|old| old.id() != now));
+            short.iter().for_each(|probe| probe.goes_on(300));
+            say(&pair.client, to.port4(PORT), "by the new daemon");
+            is_denied(&pair.client, to.port4(9999));
+            assert!(daemon.is_ready());
+            assert_eq!(daemon.status()["process"], now);
+            let seen = transfer.wait(3 * SOON).json();
+            assert_eq!(
+                seen["received"]["head"], seen["sent"]["sha256"],
+                "round {round}"
+            );
+            hearts.iter_mut().for_each(|heart| {
+                assert!(heart.ended().is_none(), "{}", heart.stderr());
+            });
+        }
+    }
+    short.iter().for_each(Probe::all_worked);
+    assert!(short.iter().map(Probe::worked).sum::<u64>() > 2000);
+    eprintln!(
+        "through four upgrades: {}",
+        short
+            .iter()
+            .map(|probe| probe.seen().to_string())
+            .collect::<Vec<_>>()
+            .join(" ")
+    );
+    denied.all_failed("not permitted");
+    // Those that live on keep their daemons until they end.
+    assert!(old.iter_mut().any(|old| old.ended().is_none()));
+    drop(hearts);
+    for old in old {
+        let ended = old.wait(LEAVES);
+        assert!(ended.status.success(), "{}", ended.stderr);
+        assert!(ended.stderr.contains("after another daemon has taken over"));
+    }
+    short.iter().for_each(|probe| probe.goes_on(50));
+    short.iter().for_each(Probe::all_worked);
+    drop(short);
+    let captured = capture.finish();
+    for port in [PORT, 8081, 8082] {
+        let plaintext = format!(
+            "tcp dst port {port} and src host {}",
+            pair.client.addresses().v4
+        );
+        assert_eq!(captured.packets(&plaintext), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn what_outlives_its_daemon_for_too_long_is_ended() {
+    let pair = Pair::new();
+    let mut one = pair
+        .allowing_at_one()
+        .set("/timeouts/handOver", json!("3s"))
+        .start();
+    let _two = pair.allowing_at_two().start();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT).to_string();
+    let mut heart = pair.client.spawn_peer(["heartbeat", &to]);
+    heart.wait_for("beat 2");
+    let old = one.take_over();
+    let ended = old.wait(LEAVES);
+    assert!(ended.status.success(), "{}", ended.stderr);
+    eventually("the connection has ended", || heart.ended().is_some());
+    say(&pair.client, to, "and others are served");
+}
+
+#[test]
+fn the_daemon_that_drains_still_obeys_the_policies() {
+    let (pair, mut one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT).to_string();
+    let mut heart = pair.client.spawn_peer(["heartbeat", &to]);
+    heart.wait_for("beat 2");
+    let old = one.take_over();
+    assert!(heart.ended().is_none());
+    for policy in fs::read_dir(one.policies()).unwrap().flatten() {
+        fs::remove_file(policy.path()).unwrap();
+    }
+    eventually("what is no longer allowed has ended", || {
+        heart.ended().is_some()
+    });
+    is_denied(&pair.client, &to);
+    assert!(old.wait(LEAVES).status.success());
+}
+
+#[test]
+fn a_takeover_without_a_daemon_is_a_start() {
+    let (pair, mut one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    one.kill();
+    let words = one.config().to_str().unwrap().to_owned();
+    let reeve = harness::Programs::get().reeve.to_str().unwrap();
+    let place = pair
+        .one
+        .host()
+        .with_cgroup(pair.one.cgroup().child("again").into());
+    let mut new = place.spawn([reeve, "run", "--takeover", "--config", &words]);
+    eventually("it is ready", || one.is_ready());
+    assert!(new.ended().is_none());
+    say(&pair.client, pair.server.addresses().port4(PORT), "served");
+}
+
+#[test]
+fn a_daemon_that_does_not_become_ready_takes_nothing_over() {
+    let (pair, mut one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &["--mode", "answer"]);
+    let to = pair.server.addresses();
+    let short = Probe::start(&pair.client, to.port4(PORT), &["--threads", "2"]);
+    short.goes_on(50);
+    // What it needs at its start is broken now.
+    let ca = pair.network.trust().join("root.key");
+    let before = fs::metadata(&ca).unwrap().permissions();
+    let away = ca.with_extension("away");
+    fs::rename(&ca, &away).unwrap();
+    fs::write(&ca, "no key at all").unwrap();
+    fs::set_permissions(&ca, fs::Permissions::from_mode(0o600)).unwrap();
+    let old = one.start_taking_over();
+    let new = one.replace(old);
+    let ended = new.wait(Duration::from_secs(60));
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    fs::rename(&away, &ca).unwrap();
+    fs::set_permissions(&ca, before).unwrap();
+    one.wait_for_log(&["has not taken over"]);
+    // The old one goes on, and does all that it did.
+    short.goes_on(100);
+    short.all_worked();
+    assert_eq!(one.status()["process"], one.id());
+    let other = of(&pair.client).calls(&pair.server, tcp(8085)).text();
+    let other = other.replace("of-client", "more-of-client");
+    fs::write(one.policies().join("more.yaml"), other).unwrap();
+    one.wait_for_log(&["policies in force", "\"policies\":2"]);
+    is_denied(&pair.client, to.port4(9999));
+    // And the next one may try again.
+    let old = one.take_over();
+    short.goes_on(50);
+    short.all_worked();
+    assert!(old.wait(LEAVES).status.success());
+}
+
+#[test]
+fn a_daemon_of_another_layout_or_protocol_is_refused_before_anything_changes() {
+    let (pair, one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &["--mode", "answer"]);
+    let short = Probe::start(&pair.client, pair.server.addresses().port4(PORT), &[]);
+    let generation = one.status()["generation"].clone();
+    for (hello, said) in [
+        (
+            r#"{"hello":{"protocol":1,"version":"0.0.9","layout":0,"outboundPort":15001,"tunnelPort":15008}}"#,
+            "have layout 0",
+        ),
+        (
+            r#"{"hello":{"protocol":99,"version":"9.9.9","layout":1,"outboundPort":15001,"tunnelPort":15008}}"#,
+            "version 99 of the hand-over",
+        ),
+        (r#""take""#, "begins with a hello"),
+        (r#"{"hello":{"protocol":1}}"#, "not understood"),
+        ("\u{0}\u{1}garbage", "not understood"),
+    ] {
+        let answer = greet(&one, hello);
+        assert!(answer.contains(said), "{hello}: {answer}");
+    }
+    // Who says nothing is not waited for; who only looks does no harm.
+    let silent = connect(&one);
+    drop(connect(&one));
+    drop(silent);
+    short.goes_on(150);
+    short.all_worked();
+    assert_eq!(one.status()["generation"], generation);
+    assert!(one.is_ready());
+}
+
+/// Says something at the hand-over socket, and hears the answer.
+fn greet(daemon: &Daemon, what: &str) -> String {
+    let socket = connect(daemon);
+    (&socket).write_all(what.as_bytes()).unwrap();
+    let mut answer = [0; 4096];
+    let length = std::io::Read::read(&mut (&socket), &mut answer).unwrap();
+    String::from_utf8_lossy(&answer[..length]).into_owned()
+}
+
+fn connect(daemon: &Daemon) -> Socket {
+    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    let path = daemon.handover_socket();
+    socket.connect(&SockAddr::unix(path).unwrap()).unwrap();
+    socket
+}
