@@ -15,6 +15,7 @@ mod command_line;
 mod concurrency;
 mod connect_requests;
 mod crypto_policy;
+mod deploy;
 mod documents;
 mod expiry;
 mod explain;

@@ -63,6 +63,7 @@ pub(super) struct RawNode {
     pub(super) addresses: Vec<Ip>,
     pub(super) cgroup_root: Option<PathText>,
     pub(super) bpffs: Option<PathText>,
+    pub(super) proc: Option<PathText>,
 }
 
 #[derive(Debug, Deserialize)]

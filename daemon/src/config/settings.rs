@@ -29,6 +29,9 @@ pub struct Node {
     /// Folder in a bpf file system in which programs and maps are pinned. Default
     /// `/sys/fs/bpf/reeve`.
     pub bpffs: PathBuf,
+    /// Where proc is mounted so that the settings of workloads' network namespaces can be written.
+    /// Default `/proc`.
+    pub proc: PathBuf,
 }
 
 /// Where certificates come from, and whose signature counts besides.

@@ -28,6 +28,7 @@ mod tls;
 
 const STATE_DIR: &str = "/var/lib/reeve";
 const BPFFS: &str = "/sys/fs/bpf/reeve";
+const PROC: &str = "/proc";
 const ADMIN_SOCKET: &str = "/run/reeve/admin.sock";
 const DEFAULT_NAMESPACE: &str = "default";
 /// Name of a node whose host has none.
@@ -128,6 +129,9 @@ fn node(raw: RawNode, folder: &Path) -> Node {
         bpffs: raw
             .bpffs
             .map_or_else(|| PathBuf::from(BPFFS), |path| folder.join(path.0)),
+        proc: raw
+            .proc
+            .map_or_else(|| PathBuf::from(PROC), |path| folder.join(path.0)),
     }
 }
 

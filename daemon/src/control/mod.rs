@@ -144,6 +144,7 @@ pub fn datapath_settings(config: &Config, cgroups: &CgroupTree) -> datapath::Set
     datapath::Settings {
         cgroup_root: cgroups.root().to_owned(),
         pins: config.node.bpffs.clone(),
+        proc: config.node.proc.clone(),
         ports: config.ports,
         maps: config.maps,
         log: config.log.ebpf,

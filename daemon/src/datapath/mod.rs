@@ -71,6 +71,8 @@ pub struct Settings {
     /// Folder in a bpf file system for programs and maps; made, and the file system mounted on
     /// its parent, where they are missing.
     pub pins: PathBuf,
+    /// Where proc is mounted, for the settings of workloads' namespaces.
+    pub proc: PathBuf,
     /// The daemon's ports in the workloads' namespaces.
     pub ports: Ports,
     /// Capacities of maps that are not pinned yet.
@@ -469,7 +471,7 @@ impl Datapath {
     ///
     /// From the kernel. A namespace without IPv6 is none.
     pub async fn prepare_namespace(&self, netns: &Netns) -> Result<(), Error> {
-        route::prepare(netns).await
+        route::prepare(netns, &self.settings.proc).await
     }
 }
 

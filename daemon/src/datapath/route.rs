@@ -4,6 +4,7 @@
 use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr},
+    path::Path,
 };
 
 use reeve_common::{ONWARD_MARK, ONWARD_ROUTE_TABLE};
@@ -21,16 +22,17 @@ use super::{Error, netns::Netns};
 /// Has replies on an accepted connection carry the mark that the connection's packets had, of
 /// either family; and the same for what the kernel answers where nobody accepts.
 const KEEP_MARK: [&str; 3] = [
-    "/proc/sys/net/ipv4/tcp_fwmark_accept",
-    "/proc/sys/net/ipv4/fwmark_reflect",
-    "/proc/sys/net/ipv6/fwmark_reflect",
+    "sys/net/ipv4/tcp_fwmark_accept",
+    "sys/net/ipv4/fwmark_reflect",
+    "sys/net/ipv6/fwmark_reflect",
 ];
 
 /// The loopback device's index, in every namespace.
 const LOOPBACK_DEVICE: u32 = 1;
 
-/// Makes the namespace ready for connections to local applications.
-pub(super) async fn prepare(netns: &Netns) -> Result<(), Error> {
+/// Makes the namespace ready for connections to local applications. Its settings are those that a
+/// thread inside sees below `proc`.
+pub(super) async fn prepare(netns: &Netns, proc: &Path) -> Result<(), Error> {
     let failed = |doing| {
         move |source| Error::Namespace {
             inode: netns.inode,
@@ -39,7 +41,10 @@ pub(super) async fn prepare(netns: &Netns) -> Result<(), Error> {
         }
     };
     netns
-        .run(|| KEEP_MARK.into_iter().try_for_each(switch_on))
+        .run(|| {
+            let mut settings = KEEP_MARK.iter().map(|setting| proc.join(setting));
+            settings.try_for_each(|setting| switch_on(&setting))
+        })
         .map_err(failed("set tcp_fwmark_accept and fwmark_reflect (sysctl)"))?;
     // The socket stays in the namespace in which it was made.
     let (connection, handle, _) = netns
@@ -103,11 +108,16 @@ async fn unroute(handle: &Handle, family: AddressFamily) -> io::Result<bool> {
 }
 
 /// Switches a kernel setting on. One that is missing is IPv6's, where the kernel has none.
-fn switch_on(path: &str) -> io::Result<()> {
+fn switch_on(path: &Path) -> io::Result<()> {
     match fs::read_to_string(path) {
         Ok(value) if value.trim() == "1" => Ok(()),
         Ok(_) => fs::write(path, "1"),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("ipv6") => Ok(()),
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                && path.components().any(|part| part.as_os_str() == "ipv6") =>
+        {
+            Ok(())
+        }
         Err(error) => Err(error),
     }
 }

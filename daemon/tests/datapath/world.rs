@@ -111,6 +111,7 @@ impl World {
                 root.path().to_owned()
             },
             pins: Path::new(BPFFS).join(&name),
+            proc: "/proc".into(),
             ports: Ports::default(),
             maps: Maps::default(),
             log: EbpfLog::Off,

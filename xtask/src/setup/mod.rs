@@ -32,7 +32,8 @@ pub(crate) fn for_building(workspace: &Workspace) -> Result<()> {
 /// to learn that the kernel is too old.
 pub(crate) fn for_running(workspace: &Workspace) -> Result<()> {
     host::ensure()?;
-    packages::ensure()?;
+    packages::ensure(&packages::TESTS)?;
+    tools::ensure_kubernetes_validate(workspace)?;
     machine::ensure(workspace)?;
     for_building(workspace)
 }

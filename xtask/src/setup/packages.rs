@@ -7,8 +7,11 @@ use anyhow::{Context, Result, bail};
 use super::say;
 use crate::run;
 
-/// Each program with the Debian package that has it.
-const PROGRAMS: [(&str, &str); 12] = [
+/// Programs, each with the Debian package that has it.
+type Programs = [(&'static str, &'static str)];
+
+/// What tests, demo and bench run.
+pub(super) const TESTS: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
@@ -22,13 +25,14 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("promtool", "prometheus"),
     ("debootstrap", "debootstrap"),
     ("systemd-nspawn", "systemd-container"),
+    ("pip3", "python3-pip"),
 ];
 
 /// Asked by Debian's maintainer scripts before they start a service.
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";
 
-pub(super) fn ensure() -> Result<()> {
-    let missing: Vec<_> = PROGRAMS
+pub(super) fn ensure(programs: &Programs) -> Result<()> {
+    let missing: Vec<_> = programs
         .iter()
         .filter(|(program, _)| run::find(program).is_none())
         .map(|(_, package)| *package)

@@ -1,6 +1,6 @@
-//! The linker of the kernel programs, kept in the workspace's target folder.
+//! Tools of the build and the tests, kept in the workspace's target folder.
 
-use std::process::Command;
+use std::{fs, process::Command};
 
 use anyhow::{Context, Result};
 
@@ -40,4 +40,31 @@ pub(super) fn ensure(workspace: &Workspace) -> Result<()> {
             .env_remove("CARGO_TARGET_DIR"),
     )
     .context("installing the linker of the kernel programs; cargo needs its registry for this")
+}
+
+/// Kubernetes' schemas, and what checks a file against them.
+const KUBERNETES_VALIDATE: &str = "1.37.0";
+
+pub(super) fn ensure_kubernetes_validate(workspace: &Workspace) -> Result<()> {
+    let folder = workspace.tools().join("kubernetes-validate");
+    if folder.is_dir() {
+        return Ok(());
+    }
+    say(&format!(
+        "installing kubernetes-validate {KUBERNETES_VALIDATE} into {}",
+        folder.display()
+    ));
+    // Renamed when it is whole. What an earlier attempt left may be half of something.
+    let unfinished = folder.with_extension("new");
+    if unfinished.exists() {
+        fs::remove_dir_all(&unfinished)?;
+    }
+    run::output(
+        Command::new("pip3")
+            .args(["install", "--quiet", "--target"])
+            .arg(&unfinished)
+            .arg(format!("kubernetes-validate=={KUBERNETES_VALIDATE}")),
+    )
+    .context("installing what checks Kubernetes manifests; pip needs its registry for this")?;
+    fs::rename(&unfinished, &folder).with_context(|| format!("placing {}", folder.display()))
 }

@@ -1,0 +1,95 @@
+//! What is given to those who run reeve, beside the binary: the dashboard, the alert rules and the
+//! manifests are about this daemon.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use harness::eventually;
+use nix::sys::signal::Signal;
+
+use crate::arrange::{PORT, Pair, is_denied, say, send, serve};
+
+/// How the names of all of them begin.
+const METRIC: &str = "reeve_";
+
+#[test]
+fn every_metric_of_the_dashboard_and_the_alerts_is_there() {
+    let (pair, one, two) = Pair::started();
+    let server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    // Something of everything: what is allowed, what is denied, what fails, what ends early.
+    say(&pair.client, to, "hello");
+    is_denied(&pair.client, pair.server.addresses().port4(PORT + 1));
+    drop(server);
+    send(&pair.client, to, &["--text", "nobody there"]).fails();
+    one.signal(Signal::SIGHUP);
+    for file in ["grafana/reeve.json", "prometheus/alerts.yaml"] {
+        let names = metrics_in(&deploy().join(file));
+        assert!(names.len() > 5, "{file}: {names:?}");
+        for name in names {
+            eventually(&format!("{file}: a daemon tells {name}"), || {
+                one.metrics().has(&name) || two.metrics().has(&name)
+            });
+        }
+    }
+}
+
+#[test]
+fn the_manifests_are_what_kubernetes_takes() {
+    let validator = beside_target("kubernetes-validate");
+    let checked = Command::new("python3")
+        .args(["-m", "kubernetes_validate", "--strict"])
+        .arg(deploy().join("kubernetes/reeve.yaml"))
+        .env("PYTHONPATH", validator)
+        .output()
+        .unwrap();
+    let said = [checked.stdout, checked.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(checked.status.success(), "{said}");
+    assert!(said.contains("daemonset/reeve"), "{said}");
+}
+
+#[test]
+fn the_dashboard_is_one_grafana_can_read() {
+    let text = fs::read_to_string(deploy().join("grafana/reeve.json")).unwrap();
+    let dashboard: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let numbers: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64()).collect();
+    assert_eq!(
+        numbers.len(),
+        panels.len(),
+        "each panel has a number of its own"
+    );
+    for panel in panels {
+        assert!(panel["targets"][0]["expr"].is_string(), "{panel}");
+    }
+}
+
+/// Names of metrics that a text has.
+fn metrics_in(file: &Path) -> BTreeSet<String> {
+    let text = fs::read_to_string(file).unwrap();
+    let mut names = BTreeSet::new();
+    for (start, _) in text.match_indices(METRIC) {
+        let name = text[start..].split(|c: char| !c.is_ascii_lowercase() && c != '_');
+        names.extend(name.take(1).map(str::to_owned));
+    }
+    names
+}
+
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+}
+
+/// A tool that `cargo xtask setup` keeps in cargo's target folder.
+fn beside_target(tool: &str) -> PathBuf {
+    let program = std::env::current_exe().unwrap();
+    let found = program
+        .ancestors()
+        .map(|folder| folder.join("tools").join(tool))
+        .find(|folder| folder.is_dir());
+    found.unwrap_or_else(|| panic!("{tool} is not there: run `cargo xtask setup`"))
+}
