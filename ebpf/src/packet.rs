@@ -12,8 +12,8 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use reeve_common::{
-    Address, Direction, Hook, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED,
-    TAG_TUNNELLED, WorkloadEntry, WorkloadId, protocol,
+    Address, Direction, Hook, NamespaceEntry, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL,
+    TAG_REDIRECTED, TAG_TUNNELLED, WorkloadEntry, WorkloadId, protocol,
 };
 
 use crate::{
@@ -98,10 +98,27 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         return verdict;
     }
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
-    let Some((entry, by_socket)) = subject(depths, skb, remembered_workload) else {
-        return PASS;
+    let found = subject(depths, skb, remembered_workload);
+    let is_found = found.is_some();
+    // Something in any case: the verifier follows the fields of what is not there, too.
+    let nobody = WorkloadEntry {
+        workload: 0,
+        flags: 0,
     };
+    let (entry, by_socket) = found.unwrap_or((nobody, false));
     if is_reeve(&entry) {
+        return PASS;
+    }
+    if listening && arrives && is_stolen_port(skb, socket, &settings, is_found) {
+        let mut connection = Connection::new(Hook::PacketIngress);
+        connection.workload = entry.workload;
+        connection.direction = Direction::Ingress as u8;
+        connection.protocol = protocol::TCP;
+        connection.local_port = port(socket);
+        report(&connection, Outcome::deny(Reason::ReservedPort));
+        return DROP;
+    }
+    if !is_found {
         return PASS;
     }
     let subject = Subject {
@@ -116,6 +133,27 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
     } else {
         DROP
     }
+}
+
+/// Whether somebody other than reeve listens on one of its ports, in a workload's namespace or as
+/// a workload: he took it before `bind()` was watched, and would get what is meant for the tunnel.
+#[inline(always)]
+fn is_stolen_port(
+    skb: *mut __sk_buff,
+    listener: *mut bpf_sock,
+    settings: &Settings,
+    of_workload: bool,
+) -> bool {
+    let port = port(listener);
+    (port == settings.outbound_port || port == settings.tunnel_port)
+        && (of_workload || namespace(skb).is_some())
+}
+
+/// The port that a socket is bound to, host byte order.
+#[inline(always)]
+fn port(socket: *mut bpf_sock) -> u16 {
+    // SAFETY: a field of a whole socket.
+    field(unsafe { &raw const (*socket).src_port }) as u16
 }
 
 /// What a TCP socket remembers decides, as long as the packet is what the socket was judged for.
@@ -165,13 +203,20 @@ fn subject(depths: u32, skb: *mut __sk_buff, remembered: u32) -> Option<(Workloa
 /// kernel does not tell.
 #[inline(always)]
 fn namespace_owner(skb: *mut __sk_buff) -> WorkloadId {
+    namespace(skb).map_or(0, |entry| entry.workload)
+}
+
+/// What the daemon says of the namespace of a packet's socket; none where there is no workload in
+/// it, or the kernel does not tell.
+#[inline(always)]
+fn namespace(skb: *mut __sk_buff) -> Option<NamespaceEntry> {
     if PACKETS_KNOW_NAMESPACE.load() == 0 {
-        return 0;
+        return None;
     }
     // SAFETY: `skb` is the program's context.
     let cookie = unsafe { bpf_get_netns_cookie(skb.cast()) };
-    // SAFETY: one word is read at once.
-    unsafe { NAMESPACES.get(cookie) }.map_or(0, |entry| entry.workload)
+    // SAFETY: the entry is copied at once.
+    unsafe { NAMESPACES.get(cookie) }.copied()
 }
 
 /// Whether a workload sends under an address that it has no right to.

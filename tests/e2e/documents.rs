@@ -114,6 +114,35 @@ fn folders_that_documents_name_exist() {
     }
 }
 
+#[test]
+fn each_line_of_the_threat_model_names_tests_that_there_are() {
+    let text = fs::read_to_string(root().join("SECURITY.md")).unwrap();
+    let (_, table) = text.split_once("| threat |").unwrap();
+    let rows = table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let mut seen = 0;
+    for row in rows {
+        let tests = row.trim_end_matches(" |").rsplit("| ").next().unwrap();
+        assert!(tests.starts_with('`'), "no test shows it: {row}");
+        seen += 1;
+    }
+    assert!(seen >= 15, "the table has {seen} lines");
+    let named = text.split('`').skip(1).step_by(2);
+    for test in named.filter(|name| name.contains("::") && !name.contains(' ')) {
+        let (file, function) = test.split_once("::").unwrap();
+        let source = ["tests/e2e", "daemon/tests/datapath"]
+            .iter()
+            .filter_map(|folder| {
+                fs::read_to_string(root().join(folder).join(format!("{file}.rs"))).ok()
+            })
+            .collect::<String>();
+        let test_there = format!("#[test]\nfn {function}() {{");
+        assert!(source.contains(&test_there), "SECURITY.md: {test}");
+    }
+}
+
 // === documents ===
 
 pub(crate) struct Block {

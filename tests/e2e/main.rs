@@ -25,6 +25,7 @@ mod harness_itself;
 mod hbone_itself;
 mod health;
 mod interoperation;
+mod no_way_round;
 mod observe;
 mod opposite;
 mod plaintext;

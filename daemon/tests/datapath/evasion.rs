@@ -1,14 +1,13 @@
-//! Calls and kinds of sockets that a workload may try in place of `connect()` and `send()`, and
-//! sockets that it has not made itself.
+//! Calls and kinds of sockets that a workload may try in place of `connect()` and `send()`.
 
 use std::{
-    io::{ErrorKind, Read, Write},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    io::{ErrorKind, Read},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
     os::fd::AsRawFd,
 };
 
 use reeve_common::{
-    Direction, Hook, NamespaceEntry, ONWARD_MARK, PEER_TUNNEL, Reason,
+    Direction, Hook, ONWARD_MARK, PEER_TUNNEL, Reason,
     protocol::{TCP, UDP},
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -353,64 +352,6 @@ fn every_notation_of_reeves_own_ports_is_refused() {
         half.world
             .verdict_event(Hook::Connect, false, Reason::ReservedPort);
     }
-}
-
-/// A workload that shares its namespace with strangers, as on a host, so that nothing but its
-/// cgroup tells its sockets from theirs.
-fn sharing() -> World {
-    let mut world = World::new();
-    let (id, depth) = (world.workload.id(), world.workload.depth());
-    world.add_workload(id, depth, 1);
-    let shared = NamespaceEntry::default();
-    world
-        .state
-        .namespaces
-        .push((world.here.netns.cookie, shared));
-    world.apply();
-    world
-}
-
-#[test]
-fn a_listener_from_elsewhere_serves_a_workload_nothing_that_no_policy_allows() {
-    let mut world = sharing();
-    let listener = world
-        .here
-        .run(&world.stranger, || TcpListener::bind("[::]:80").unwrap());
-    for to in [world.here.port4(80), world.here.port6(80)] {
-        // The connection is the stranger's until the workload has taken it.
-        let mut client = world.as_far_end(|| TcpStream::connect(to).unwrap());
-        let (mut accepted, _) = world.as_workload(|| listener.accept().unwrap());
-        accepted.set_read_timeout(Some(MOMENT)).unwrap();
-        client.set_read_timeout(Some(MOMENT)).unwrap();
-        client.write_all(b"x").unwrap();
-        assert!(accepted.read(&mut [0]).is_err());
-        world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
-        let _ = accepted.write_all(b"x");
-        assert!(client.read(&mut [0]).is_err());
-    }
-    // What stays on the machine's loopback device stays the machine's.
-    let loopback: SocketAddr = "127.0.0.1:80".parse().unwrap();
-    let mut client = world
-        .here
-        .run(&world.stranger, || TcpStream::connect(loopback).unwrap());
-    let (mut accepted, _) = world.as_workload(|| listener.accept().unwrap());
-    client.write_all(b"x").unwrap();
-    accepted.read_exact(&mut [0]).unwrap();
-}
-
-#[test]
-fn a_socket_from_elsewhere_that_a_workload_binds_is_the_workloads() {
-    let mut world = sharing();
-    let to = world.here.port4(80);
-    let socket = world.here.run(&world.stranger, || stream(to));
-    let bound: SocketAddr = (Ipv4Addr::UNSPECIFIED, 80).into();
-    world.as_workload(|| {
-        socket.bind(&bound.into()).unwrap();
-        socket.listen(1).unwrap();
-    });
-    let dropped = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
-    assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
-    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod connect;
 mod cost;
 mod datagram;
 mod evasion;
+mod handed;
 mod headers;
 mod ingress;
 mod kernel;

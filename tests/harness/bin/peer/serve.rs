@@ -3,6 +3,7 @@
 use std::{
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
     thread,
     time::Duration,
 };
@@ -11,6 +12,7 @@ use anyhow::{Context, Result};
 use socket2::SockRef;
 
 use crate::{
+    enter,
     flood::allow_many_files,
     send::{BUFFER, Digest, source},
 };
@@ -35,6 +37,9 @@ pub(crate) struct Options {
     /// Pause after each read, in milliseconds
     #[arg(long, default_value_t = 0)]
     slow: u64,
+    /// Listen first and join this cgroup only then
+    #[arg(long)]
+    join: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -59,6 +64,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     allow_many_files()?;
     let listener = TcpListener::bind(options.address)
         .with_context(|| format!("listening on {}", options.address))?;
+    if let Some(cgroup) = &options.join {
+        enter::join(cgroup)?;
+    }
     println!("listening on {}", listener.local_addr()?);
     if let Mode::Answer = options.mode {
         return answer(&listener);

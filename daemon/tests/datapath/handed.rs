@@ -1,0 +1,195 @@
+//! Sockets that a workload has not made itself, and ports that somebody took before reeve came; and
+//! what no hook sees.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+};
+
+use reeve_common::{
+    Direction, Hook, NAMESPACE_LISTENING, NamespaceEntry, PEER_TUNNEL, Reason, protocol::TCP,
+};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::world::{MOMENT, PATIENCE, Scope, World};
+
+/// A workload that shares its namespace with strangers, as on a host, so that nothing but its
+/// cgroup tells its sockets from theirs.
+fn sharing() -> World {
+    let mut world = World::new();
+    let (id, depth) = (world.workload.id(), world.workload.depth());
+    world.add_workload(id, depth, 1);
+    let shared = NamespaceEntry::default();
+    world
+        .state
+        .namespaces
+        .push((world.here.netns.cookie, shared));
+    world.apply();
+    world
+}
+
+#[test]
+fn a_listener_from_elsewhere_serves_a_workload_nothing_that_no_policy_allows() {
+    let mut world = sharing();
+    let listener = world
+        .here
+        .run(&world.stranger, || TcpListener::bind("[::]:80").unwrap());
+    for to in [world.here.port4(80), world.here.port6(80)] {
+        // The connection is the stranger's until the workload has taken it.
+        let mut client = world.as_far_end(|| TcpStream::connect(to).unwrap());
+        let (mut accepted, _) = world.as_workload(|| listener.accept().unwrap());
+        accepted.set_read_timeout(Some(MOMENT)).unwrap();
+        client.set_read_timeout(Some(MOMENT)).unwrap();
+        client.write_all(b"x").unwrap();
+        assert!(accepted.read(&mut [0]).is_err());
+        world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+        let _ = accepted.write_all(b"x");
+        assert!(client.read(&mut [0]).is_err());
+    }
+    // What stays on the machine's loopback device stays the machine's.
+    let loopback: SocketAddr = "127.0.0.1:80".parse().unwrap();
+    let mut client = world
+        .here
+        .run(&world.stranger, || TcpStream::connect(loopback).unwrap());
+    let (mut accepted, _) = world.as_workload(|| listener.accept().unwrap());
+    client.write_all(b"x").unwrap();
+    accepted.read_exact(&mut [0]).unwrap();
+}
+
+#[test]
+fn a_socket_from_elsewhere_that_a_workload_binds_is_the_workloads() {
+    let mut world = sharing();
+    let to = world.here.port4(80);
+    let socket = world.here.run(&world.stranger, || {
+        Socket::new(Domain::IPV4, Type::STREAM, None).unwrap()
+    });
+    let bound: SocketAddr = (Ipv4Addr::UNSPECIFIED, 80).into();
+    world.as_workload(|| {
+        socket.bind(&bound.into()).unwrap();
+        socket.listen(1).unwrap();
+    });
+    let dropped = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
+    assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+}
+
+#[test]
+fn who_took_reeves_port_before_gets_nothing_of_a_tunnel() {
+    for by_stranger in [true, false] {
+        let mut world = World::new();
+        world.apply();
+        // With leave to share the port, as reeve's own listeners have it.
+        let take = || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_reuse_port(true).unwrap();
+            let at: SocketAddr = (Ipv4Addr::LOCALHOST, 15001).into();
+            socket.bind(&at.into()).unwrap();
+            socket.listen(8).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            TcpListener::from(socket)
+        };
+        let thief = if by_stranger {
+            world.here.run(&world.stranger, take)
+        } else {
+            world.as_workload(take)
+        };
+        let (id, depth) = (world.workload.id(), world.workload.depth());
+        world.add_workload(id, depth, 1);
+        let shared = NamespaceEntry {
+            workload: 0,
+            flags: NAMESPACE_LISTENING,
+        };
+        world
+            .state
+            .namespaces
+            .push((world.here.netns.cookie, shared));
+        world.peer(PEER_TUNNEL);
+        world.allow(Direction::Egress, Scope::Port(TCP, 80));
+        world.apply();
+
+        let to = world.there.port4(80);
+        let connected = world.as_workload(|| TcpStream::connect_timeout(&to, MOMENT));
+        assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
+        let event = world.verdict_event(Hook::PacketIngress, false, Reason::ReservedPort);
+        assert_eq!(event.local_port, 15001);
+        assert_eq!(
+            thief.accept().unwrap_err().kind(),
+            ErrorKind::WouldBlock,
+            "by a stranger: {by_stranger}"
+        );
+    }
+}
+
+// === What no hook sees: SECURITY.md says so, and this that it is true. ===
+
+#[test]
+fn a_connection_from_elsewhere_is_its_openers_until_its_peer_is_asked_for() {
+    let world = sharing();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    let to = world.there.port4(80);
+    let mut client = world
+        .here
+        .run(&world.stranger, || TcpStream::connect(to).unwrap());
+    let (mut accepted, _) = server.accept().unwrap();
+    accepted.set_read_timeout(Some(MOMENT)).unwrap();
+    world.as_workload(|| client.write_all(b"x").unwrap());
+    accepted.read_exact(&mut [0]).unwrap();
+    world.as_workload(|| client.peer_addr().unwrap());
+    let _ = world.as_workload(|| client.write_all(b"x"));
+    assert!(accepted.read(&mut [0]).is_err());
+}
+
+#[test]
+fn packet_sockets_are_seen_by_no_hook_but_what_arrives_is_judged() {
+    let mut world = World::enrolled();
+    let server = world.as_far_end(|| UdpSocket::bind("0.0.0.0:53").unwrap());
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let datagram = |from: [u8; 4], to: [u8; 4]| {
+        let mut packet = [0; 29];
+        packet[..10].copy_from_slice(&[0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17]);
+        packet[12..16].copy_from_slice(&from);
+        packet[16..20].copy_from_slice(&to);
+        // From port 53 to port 53, nine bytes, without a checksum.
+        packet[20..29].copy_from_slice(&[0, 53, 0, 53, 0, 9, 0, 0, b'x']);
+        let sum: u32 = packet[..20]
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+            .sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        packet
+    };
+    let send = |packet: [u8; 29]| {
+        let kind = Protocol::from(i32::from((libc::ETH_P_IP as u16).to_be()));
+        let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(kind)).unwrap();
+        let device = nix::net::if_::if_nametoindex("wire").unwrap();
+        // To everybody on the wire, which is one.
+        let to = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as u16,
+            sll_protocol: (libc::ETH_P_IP as u16).to_be(),
+            sll_ifindex: device.cast_signed(),
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 6,
+            sll_addr: [0xff; 8],
+        };
+        // SAFETY: the address is written whole, and as long as is said.
+        let ((), to) = unsafe {
+            SockAddr::try_init(|storage, length| {
+                storage.cast::<libc::sockaddr_ll>().write(to);
+                *length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+                Ok(())
+            })
+            .unwrap()
+        };
+        socket.send_to(&packet, &to).unwrap();
+    };
+    world.as_workload(|| send(datagram([10, 0, 0, 1], [10, 0, 0, 2])));
+    server.recv(&mut [0; 8]).unwrap();
+
+    let guarded = world.as_workload(|| UdpSocket::bind("0.0.0.0:53").unwrap());
+    guarded.set_read_timeout(Some(MOMENT)).unwrap();
+    world.as_far_end(|| send(datagram([10, 0, 0, 2], [10, 0, 0, 1])));
+    assert!(guarded.recv(&mut [0; 8]).is_err());
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+}
