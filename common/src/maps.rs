@@ -303,6 +303,9 @@ pub const TAG_ONWARD: u32 = 1 << 4;
 /// The connection stays in the workload: never in question, and not reported.
 pub const TAG_LOCAL: u32 = 1 << 5;
 
+/// One of reeve's own listeners, also when a later daemon, in another cgroup, has inherited it.
+pub const TAG_REEVE: u32 = 1 << 6;
+
 /// `ARRIVING`: per-CPU array of one. A packet that was let in to a listening socket leaves its
 /// connection here for `sock_ops`, which runs next on the same CPU where the packet completes
 /// the handshake and cannot find out the workload by itself.

@@ -5,14 +5,14 @@ use aya_ebpf::{
     bindings::bpf_sock_addr, helpers::bpf_get_netns_cookie, macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use reeve_common::{Direction, Hook, Reason};
+use reeve_common::{Direction, Hook, Reason, SocketTag, TAG_REEVE, protocol};
 
 use crate::{
     address::field,
     connect::{PROCEED, REFUSE, STREAM, adopt, named_address, named_port, named_protocol, socket},
     event::{Connection, Outcome, report},
     judge::{self, is_reeve},
-    maps::{NAMESPACES, settings},
+    maps::{NAMESPACES, set_tag, settings},
 };
 
 #[cgroup_sock_addr(bind4)]
@@ -39,7 +39,13 @@ fn bind(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     let reserved = stream && (port == settings.outbound_port || port == settings.tunnel_port);
     let caller = judge::caller(settings.cgroup_depths);
     let workload = match caller {
-        Some(entry) if is_reeve(&entry) => return PROCEED,
+        Some(entry) if is_reeve(&entry) => {
+            if reserved {
+                // Without a mark it is known by its cgroup, as long as that is reeve's.
+                let _ = set_tag(socket(ctx), &mut of_reeve());
+            }
+            return PROCEED;
+        }
         Some(entry) if !reserved => {
             if adopt(socket(ctx), &entry, named_protocol(ctx)) {
                 return PROCEED;
@@ -69,4 +75,21 @@ fn bind(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     connection.workload = workload;
     report(&connection, Outcome::deny(Reason::ReservedPort));
     REFUSE
+}
+
+/// What a listener of reeve's remembers.
+#[inline(always)]
+fn of_reeve() -> SocketTag {
+    SocketTag {
+        remote: [0; 16],
+        since: 0,
+        workload: 0,
+        peer: 0,
+        rule: 0,
+        generation: 0,
+        remote_port: 0,
+        protocol: protocol::TCP,
+        direction: Direction::Ingress as u8,
+        flags: TAG_REEVE,
+    }
 }

@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Direction, Hook, NamespaceEntry, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL,
-    TAG_REDIRECTED, TAG_TUNNELLED, WorkloadEntry, WorkloadId, protocol,
+    TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, WorkloadEntry, WorkloadId, protocol,
 };
 
 use crate::{
@@ -96,6 +96,12 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         && let Some(verdict) = of_remembered(ctx, tag, &settings)
     {
         return verdict;
+    }
+    if listening
+        && let Some(tag) = remembered.as_deref()
+        && tag.flags & TAG_REEVE != 0
+    {
+        return PASS;
     }
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
     let found = subject(depths, skb, remembered_workload);

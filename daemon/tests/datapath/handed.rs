@@ -120,6 +120,31 @@ fn who_took_reeves_port_before_gets_nothing_of_a_tunnel() {
     }
 }
 
+#[test]
+fn a_listener_that_reeve_inherits_from_a_daemon_that_is_gone_is_still_reeves() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.listening();
+    world.apply();
+    let listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    // The new daemon has another cgroup, and the old one's is nobody's any more.
+    world
+        .state
+        .workloads
+        .retain(|(id, ..)| *id != world.reeve.id());
+    world.apply();
+    for (to, listener) in [
+        (world.there.port4(80), &listeners[0]),
+        (world.there.port6(80), &listeners[1]),
+    ] {
+        let client = world.as_workload(|| TcpStream::connect_timeout(&to, PATIENCE));
+        client.unwrap();
+        listener.set_nonblocking(false).unwrap();
+        listener.accept().unwrap();
+    }
+}
+
 // === What no hook sees: SECURITY.md says so, and this that it is true. ===
 
 #[test]
