@@ -5,6 +5,7 @@
 use std::{
     fmt, fs,
     net::IpAddr,
+    path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -304,7 +305,7 @@ fn who_is_enrolled_later_is_judged_then_and_who_is_released_is_left_alone() {
         reconfigure(&one, leave);
         let mut held = [Held::tcp(&late, stranger.addresses().v4)];
         let since = now();
-        fs::write(one.config(), &with_late).unwrap();
+        replace(one.config(), &with_late);
         one.signal(Signal::SIGHUP);
         last_of(&mut held, since)
     });
@@ -414,7 +415,15 @@ fn heartbeat(from: &Place, ip: impl Into<IpAddr>, port: u16) -> Process {
 
 /// Puts another policy in the place of the daemon's first.
 fn rewrite(daemon: &Daemon, policy: &Policy) {
-    fs::write(daemon.policies().join("0.yaml"), policy.text()).unwrap();
+    replace(&daemon.policies().join("0.yaml"), &policy.text());
+}
+
+/// Puts a file in the place of another at once: whoever reads sees the one or the other, and
+/// never an empty one, which would allow nothing.
+fn replace(file: &Path, text: &str) {
+    let new = file.with_extension("new");
+    fs::write(&new, text).unwrap();
+    fs::rename(&new, file).unwrap();
 }
 
 /// Changes the configuration, and has it read.
@@ -422,7 +431,7 @@ fn reconfigure(daemon: &Daemon, change: impl Fn(&mut Value)) {
     let text = fs::read_to_string(daemon.config()).unwrap();
     let mut settings = serde_json::from_str(&text).unwrap();
     change(&mut settings);
-    fs::write(daemon.config(), settings.to_string()).unwrap();
+    replace(daemon.config(), &settings.to_string());
     daemon.signal(Signal::SIGHUP);
 }
 
