@@ -9,6 +9,7 @@
 
 mod arrange;
 mod ca;
+mod certificate_files;
 mod certificates;
 mod certs;
 mod command_line;
@@ -35,6 +36,7 @@ mod restart;
 mod revocation;
 mod sockets;
 mod stalls;
+mod storm;
 mod systemd;
 mod tcp;
 mod transfer;

@@ -95,15 +95,26 @@ impl<'n> Reeve<'n> {
         self.set(&place, json!(file))
     }
 
+    /// Where files for the daemon may be put.
+    #[must_use]
+    pub fn folder(&self) -> &std::path::Path {
+        self.node.folder()
+    }
+
     /// Sets anything, by JSON pointer: `/limits/handshakes`, `/certificates/sources/0/embedded`.
-    /// What lies on the way is made, but for the entries of lists.
+    /// What lies on the way is made; of a list, the next entry.
     #[must_use]
     pub fn set(mut self, pointer: &str, value: Value) -> Self {
         let mut place = &mut self.settings;
         for key in pointer.split('/').skip(1) {
-            place = match (&*place, key.parse::<usize>()) {
-                (Value::Array(_), Ok(index)) => &mut place[index],
-                _ => &mut place[key],
+            place = match (place, key.parse::<usize>()) {
+                (Value::Array(list), Ok(index)) => {
+                    if list.len() == index {
+                        list.push(Value::Null);
+                    }
+                    &mut list[index]
+                }
+                (place, _) => &mut place[key],
             };
         }
         *place = value;

@@ -7,6 +7,7 @@ mod licences;
 mod lint;
 mod run;
 mod setup;
+mod storm;
 mod test;
 mod workspace;
 
@@ -34,6 +35,8 @@ enum Command {
     Test(test::Options),
     /// Measure the tunnel against plain TCP
     Bench(bench::Options),
+    /// Rotate certificates every second under load, and fail if anything else does
+    Storm(storm::Options),
     /// Run clippy on the workspace and on the kernel programs, warnings being errors
     Lint,
     /// Check the dependencies' licences and the banned crates against deny.toml
@@ -57,6 +60,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Storm(options) => storm::run(&options),
         Command::Lint => lint::run(),
         Command::Licences => licences::check(),
     }

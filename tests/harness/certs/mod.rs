@@ -240,6 +240,12 @@ impl Issued {
         self.key.clone_key().into()
     }
 
+    /// The serial number.
+    pub fn serial(&self) -> Vec<u8> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(&self.chain[0]).unwrap();
+        certificate.raw_serial().to_vec()
+    }
+
     /// The chain as PEM.
     pub fn chain_pem(&self) -> String {
         self.chain

@@ -378,6 +378,26 @@ impl Stream {
         self.send.send_data(Bytes::new(), true).map_err(text)
     }
 
+    /// What comes next, this many bytes of it.
+    ///
+    /// # Errors
+    /// When the stream ends before.
+    pub fn receive_exactly(&mut self, bytes: usize) -> Result<Vec<u8>, String> {
+        wait_for("bytes of a stream", async {
+            let mut received = Vec::new();
+            while received.len() < bytes {
+                let chunk = self.recv.data().await.ok_or("the stream has ended")?;
+                let chunk = chunk.map_err(text)?;
+                self.recv
+                    .flow_control()
+                    .release_capacity(chunk.len())
+                    .map_err(text)?;
+                received.extend_from_slice(&chunk);
+            }
+            Ok(received)
+        })
+    }
+
     /// Everything that comes, until its end.
     ///
     /// # Errors

@@ -69,7 +69,7 @@ pub(crate) fn after(scene: &Scene, report: &mut Report) {
 }
 
 /// Resident memory of a process in bytes.
-fn resident(process: u32) -> f64 {
+pub(crate) fn resident(process: u32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let kibibytes = status.lines().find_map(|line| {
         line.strip_prefix("VmRSS:")?

@@ -8,6 +8,7 @@
 mod hooks;
 mod measure;
 mod memory;
+mod reload;
 mod report;
 mod scene;
 
@@ -39,6 +40,9 @@ pub(crate) struct Options {
     /// Measure only these, memory and the hooks' cost left out
     #[arg(long, value_delimiter = ',', value_enum)]
     only: Vec<measure::Measurement>,
+    /// Measure what certificates in files and their reload cost, and nothing else
+    #[arg(long, conflicts_with = "only")]
+    reload: bool,
 }
 
 /// Sets up, builds with optimisation, measures, and prints.
@@ -52,8 +56,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     .set();
 
-    let scene = Scene::set();
     let mut report = Report::default();
+    if options.reload {
+        reload::measure(&mut report);
+        return finish(options, &workspace, &report);
+    }
+    let scene = Scene::set();
     let everything = options.only.is_empty();
     if everything {
         memory::idle(&scene, &mut report);
@@ -83,7 +91,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         memory::after(&scene, &mut report);
     }
     drop(scene);
+    finish(options, &workspace, &report)
+}
 
+fn finish(options: &Options, workspace: &Workspace, report: &Report) -> Result<()> {
     report.print();
     let file = options
         .json

@@ -1,0 +1,297 @@
+//! Certificates from files that somebody else writes: a daemon follows them while it serves, and
+//! judges its open tunnels again when the files take trust from somebody.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use harness::{
+    Reeve,
+    certs::{Authority, Issued},
+    eventually,
+    hbone::{Conduct, Stream, Tunnel},
+    holds_for,
+};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use crate::opposite::{CLIENT, Calling, Guarded, SERVER};
+
+/// A daemon whose server has its certificate from files.
+struct Filed {
+    guarded: Guarded,
+    root: Authority,
+    folder: PathBuf,
+}
+
+/// A client's tunnel with a stream that stands.
+struct Open {
+    _tunnel: Tunnel,
+    stream: Stream,
+}
+
+// === impl Filed ===
+
+impl Filed {
+    fn start() -> Self {
+        let (root, mut folder) = (Authority::root("example.org"), PathBuf::new());
+        let guarded = Guarded::with(|reeve| {
+            folder = files_of(&reeve);
+            put_all(&folder, &root.leaf(SERVER), &[&root]);
+            put(&folder, "crl.pem", &lists(&root, &[]));
+            let files = json!({"folder": folder, "revocationLists": "crl.pem"});
+            reeve
+                .set("/certificates/sources/1", json!({"files": files}))
+                .set("/workloads/0/certificates", json!("files"))
+        });
+        Self {
+            guarded,
+            root,
+            folder,
+        }
+    }
+
+    /// What `reeve status` says of the server's certificate.
+    fn certificate(&self) -> Value {
+        certificate(&self.guarded.daemon.status(), SERVER)
+    }
+
+    /// The client presents this and has a stream to the server.
+    fn open(&self, issued: &Issued) -> Open {
+        let client = self.guarded.client(issued);
+        let tunnel = client.tunnel(self.guarded.tunnel_port()).unwrap();
+        let stream = tunnel.connect(&self.guarded.authority()).unwrap();
+        assert_eq!(stream.status, 200);
+        let mut open = Open {
+            _tunnel: tunnel,
+            stream,
+        };
+        open.echoes();
+        open
+    }
+
+    /// Number of the server's connections that were closed for this reason.
+    fn closed(&self, reason: &str) -> f64 {
+        let metrics = self.guarded.daemon.metrics();
+        metrics.sum("reeve_connections_closed_total", &[("reason", reason)])
+    }
+}
+
+impl Open {
+    #[track_caller]
+    fn echoes(&mut self) {
+        self.stream.send("hello").unwrap();
+        assert_eq!(self.stream.receive_exactly(5).unwrap(), b"hello");
+    }
+}
+
+fn certificate(status: &Value, id: &str) -> Value {
+    let all = status["certificates"].as_array().unwrap();
+    all.iter().find(|it| it["spiffeId"] == id).unwrap().clone()
+}
+
+/// A folder for the files of a daemon.
+fn files_of(reeve: &Reeve<'_>) -> PathBuf {
+    let folder = reeve.folder().join("tls");
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn put(folder: &std::path::Path, name: &str, contents: &str) {
+    let new = folder.join(format!(".{name}"));
+    fs::write(&new, contents).unwrap();
+    fs::rename(new, folder.join(name)).unwrap();
+}
+
+fn put_all(folder: &std::path::Path, issued: &Issued, roots: &[&Authority]) {
+    let bundle: String = roots.iter().map(|root| root.certificate_pem()).collect();
+    put(folder, "tls.key", &issued.key_pem());
+    put(folder, "ca.crt", &bundle);
+    put(folder, "tls.crt", &issued.chain_pem());
+}
+
+/// A revocation list as PEM.
+fn lists(root: &Authority, revoked: &[&Issued]) -> String {
+    let serials: Vec<_> = revoked.iter().map(|issued| issued.serial()).collect();
+    let serials: Vec<&[u8]> = serials.iter().map(Vec::as_slice).collect();
+    let der = root.revocation_list(&serials, time::Duration::hours(1));
+    pem::encode(&pem::Pem::new("X509 CRL", der.as_ref()))
+}
+
+#[test]
+fn a_new_certificate_is_presented_and_what_stands_goes_on() {
+    let filed = Filed::start();
+    let mut open = filed.open(&filed.root.leaf(CLIENT));
+    let before = filed.certificate();
+    assert_eq!(before["source"], "files");
+    let neighbour = "spiffe://example.org/ns/default/sa/neighbour";
+    let others = || certificate(&filed.guarded.daemon.status(), neighbour);
+    assert_eq!(others()["source"], "embedded");
+    let other = others();
+    for _ in 0..3 {
+        let before = filed.certificate();
+        put_all(&filed.folder, &filed.root.leaf(SERVER), &[&filed.root]);
+        eventually("a new certificate", || {
+            filed.certificate()["serial"] != before["serial"]
+        });
+        open.echoes();
+        filed.open(&filed.root.leaf(CLIENT));
+    }
+    assert!(filed.certificate()["generation"].as_u64() > before["generation"].as_u64());
+    assert_eq!(filed.certificate()["lastResult"], "accepted");
+    assert_eq!(others()["serial"], other["serial"]);
+    for (name, labels) in [
+        ("reeve_certificate_reloads_total", ("result", "accepted")),
+        ("reeve_certificate_source_up", ("source", "files")),
+    ] {
+        assert!(
+            filed.guarded.daemon.metrics().sum(name, &[labels]) >= 1.0,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_revoked_clients_tunnel_is_closed_and_no_other() {
+    let filed = Filed::start();
+    let (good, bad) = (filed.root.leaf(CLIENT), filed.root.leaf(CLIENT));
+    let (mut stays, mut goes) = (filed.open(&good), filed.open(&bad));
+    put(&filed.folder, "crl.pem", &lists(&filed.root, &[&bad]));
+    eventually("the revoked client's stream ends", || {
+        filed.closed("peer_revoked") == 1.0
+    });
+    assert!(goes.stream.receive().is_err());
+    stays.echoes();
+    let refused = filed
+        .guarded
+        .client(&bad)
+        .handshake(filed.guarded.tunnel_port());
+    refused.unwrap_err();
+    filed.guarded.daemon.wait_for_log(&["handshake", "revoked"]);
+    let metrics = filed.guarded.daemon.metrics();
+    let domain = [("trust_domain", "example.org")];
+    assert!(
+        metrics.sum(
+            "reeve_revocation_list_next_update_timestamp_seconds",
+            &domain
+        ) > 1e9
+    );
+}
+
+#[test]
+fn a_removed_roots_clients_are_closed_and_no_others() {
+    let filed = Filed::start();
+    let other = Authority::root("example.org");
+    let both = lists(&filed.root, &[]) + &lists(&other, &[]);
+    put(&filed.folder, "crl.pem", &both);
+    let same = filed.root.leaf(SERVER);
+    put_all(&filed.folder, &same, &[&filed.root, &other]);
+    eventually("both roots are trusted", || {
+        let right = filed.guarded.client(&other.leaf(CLIENT));
+        right.handshake(filed.guarded.tunnel_port()).is_ok()
+    });
+    let (mut stays, mut goes) = (
+        filed.open(&filed.root.leaf(CLIENT)),
+        filed.open(&other.leaf(CLIENT)),
+    );
+    put_all(&filed.folder, &same, &[&filed.root]);
+    eventually("the removed root's stream ends", || {
+        filed.closed("peer_untrusted") == 1.0
+    });
+    assert!(goes.stream.receive().is_err());
+    stays.echoes();
+}
+
+#[test]
+fn an_expired_clients_tunnel_is_closed_and_no_other() {
+    let filed = Filed::start();
+    let soon = filed.root.leaf_with(CLIENT, |params| {
+        params.not_after = OffsetDateTime::now_utc() + Duration::from_secs(4);
+    });
+    let (mut stays, mut goes) = (filed.open(&filed.root.leaf(CLIENT)), filed.open(&soon));
+    eventually("the expired client's stream ends", || {
+        filed.closed("certificate_expired") == 1.0
+    });
+    assert!(goes.stream.receive().is_err());
+    stays.echoes();
+}
+
+#[test]
+fn a_bad_change_keeps_the_old_until_it_expires_and_then_nothing_leaves() {
+    let (root, mut folder) = (Authority::root("example.org"), PathBuf::new());
+    let lifetime = Duration::from_secs(12);
+    let soon = root.leaf_with(CLIENT, |params| {
+        params.not_after = OffsetDateTime::now_utc() + lifetime;
+    });
+    let calling = Calling::with(|reeve| {
+        folder = files_of(&reeve);
+        put_all(&folder, &soon, &[&root]);
+        let files = json!({"files": {"folder": folder}});
+        reeve
+            .set("/certificates/sources/1", files)
+            .set("/workloads/0/certificates", json!("files"))
+    });
+    let server = calling.impostor(&root.leaf(SERVER), Conduct::Echo);
+    calling.call().ok();
+
+    put_all(&folder, &root.leaf(SERVER), &[&root]);
+    let daemon = &calling.daemon;
+    let labels = [("source", "files"), ("reason", "wrong_identity")];
+    daemon.wait_for_metric("reeve_certificate_rejections_total", &labels, 1.0);
+    daemon.wait_for_log(&["no new certificate", "wrong_identity"]);
+    calling.call().ok();
+
+    eventually("connections are refused for want of a certificate", || {
+        !calling.call().status.success() && calling.failures("no_certificate") >= 1.0
+    });
+    let seen = server.authorities().len();
+    holds_for(Duration::from_secs(1), "nothing reaches the peer", || {
+        calling.call().fails();
+        server.authorities().len() == seen
+    });
+    assert!(certificate(&daemon.status(), CLIENT)["serial"].is_null());
+
+    put_all(&folder, &root.leaf(CLIENT), &[&root]);
+    eventually("the client calls again", || calling.call().status.success());
+}
+
+#[test]
+fn everything_is_read_again_when_asked_and_what_was_refused_is_told() {
+    let filed = Filed::start();
+    let daemon = &filed.guarded.daemon;
+    let text = daemon.command(["reload"]).ok();
+    for part in [
+        "configuration and policies",
+        "trust bundles",
+        "certificates: read, 2 of 2",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    fs::write(filed.folder.join("tls.crt"), "no certificate").unwrap();
+    fs::write(daemon.policies().join("wrong.yaml"), "kind: Nonsense\n").unwrap();
+    let output = daemon.command(["reload", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report: Value = serde_json::from_str(&output.stdout).unwrap();
+    let refused = |index: usize| report["parts"][index]["refused"][0].to_string();
+    assert!(refused(0).contains("wrong.yaml:1:"), "{report}");
+    assert!(
+        refused(2).contains("does not hold a certificate"),
+        "{report}"
+    );
+    assert!(
+        report["parts"][2]["detail"]
+            .as_str()
+            .unwrap()
+            .contains("1 of 2")
+    );
+    filed.open(&filed.root.leaf(CLIENT));
+
+    fs::remove_file(daemon.policies().join("wrong.yaml")).unwrap();
+    put_all(&filed.folder, &filed.root.leaf(SERVER), &[&filed.root]);
+    daemon.command(["reload"]).ok();
+    // A signal does the same: the embedded CA issues anew.
+    let neighbour = "spiffe://example.org/ns/default/sa/neighbour";
+    let serial = || certificate(&daemon.status(), neighbour)["serial"].clone();
+    let before = serial();
+    daemon.signal(Signal::SIGHUP);
+    eventually("certificates are issued again", || serial() != before);
+}
