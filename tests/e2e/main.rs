@@ -7,6 +7,7 @@
     reason = "these are tests"
 )]
 
+mod agents;
 mod arrange;
 mod ca;
 mod certificate_files;

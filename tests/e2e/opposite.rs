@@ -53,6 +53,25 @@ impl Guarded {
 
     /// With other settings.
     pub(crate) fn with(change: impl FnOnce(Reeve<'_>) -> Reeve<'_>) -> Self {
+        Self::started(|reeve| change(reeve).start())
+    }
+
+    /// With other settings, by which not every workload has a certificate; returns when the daemon
+    /// listens.
+    pub(crate) fn unready(change: impl FnOnce(Reeve<'_>) -> Reeve<'_>) -> Self {
+        let guarded = Self::started(|reeve| change(reeve).start_unready());
+        let listening = |workload: &serde_json::Value| workload["listening"] == true;
+        harness::eventually("the daemon listens", || {
+            let output = guarded.daemon.command(["status", "--json"]);
+            output.status.success()
+                && output.json()["workloads"]
+                    .as_array()
+                    .is_some_and(|workloads| workloads.iter().all(listening))
+        });
+        guarded
+    }
+
+    fn started(start: impl FnOnce(Reeve<'_>) -> Daemon) -> Self {
         let network = Network::new();
         let (node, elsewhere) = (
             Node::new(&network, "node"),
@@ -63,7 +82,7 @@ impl Guarded {
         let mut echo = server.spawn_peer(["serve", &format!("[::]:{APP}")]);
         echo.wait_for("listening");
         let reeve = node.reeve().enrol(&server).enrol(&neighbour);
-        let daemon = change(reeve.policy(LET_THE_CLIENT_IN)).start();
+        let daemon = start(reeve.policy(LET_THE_CLIENT_IN));
         Self {
             daemon,
             server,
@@ -204,8 +223,12 @@ pub(crate) fn handshakes(daemon: &Daemon, role: &str, reason: &str) -> f64 {
     daemon.metrics().sum("reeve_tls_handshakes_total", &labels)
 }
 
-/// The authority that the daemons of a network have made.
+/// The authority that the daemons of a network have made; another one where they were told of other
+/// sources.
 pub(crate) fn root_of(network: &Network) -> Authority {
+    if !network.trust().exists() {
+        return Authority::root("example.org");
+    }
     let read = |name: &str| std::fs::read_to_string(network.trust().join(name)).unwrap();
     Authority::from_pem(&read("root.pem"), &read("root.key"))
 }

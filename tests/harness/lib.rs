@@ -18,6 +18,8 @@
     reason = "a failure of the harness is the failure of the test"
 )]
 
+#[cfg(feature = "certificates")]
+pub mod agent;
 mod capture;
 #[cfg(feature = "certificates")]
 pub mod certs;

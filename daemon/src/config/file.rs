@@ -10,7 +10,7 @@ use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
     identity::{
         CipherSuite, CryptoProfile, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY, PathPattern,
-        SMALLEST_RSA_KEY, SpiffeId, TrustDomain,
+        SMALLEST_RSA_KEY, Selector, SpiffeId, TrustDomain,
     },
     privileges::Confinement,
     yaml::{
@@ -134,6 +134,9 @@ pub(super) struct RawSource {
     pub(super) name: Option<Name>,
     pub(super) embedded: Option<RawEmbeddedCa>,
     pub(super) files: Option<Located<RawFiles>>,
+    pub(super) workload_api: Option<Located<RawWorkloadApi>>,
+    pub(super) delegated_identity: Option<Located<RawDelegatedIdentity>>,
+    pub(super) broker: Option<Located<RawBroker>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -171,6 +174,34 @@ pub(super) struct RawTls {
     pub(super) groups: Option<Located<Vec<KeyExchangeGroup>>>,
     pub(super) cipher_suites: Option<Located<Vec<CipherSuite>>>,
 }
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawWorkloadApi {
+    pub(super) socket: Option<PathText>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawDelegatedIdentity {
+    pub(super) socket: Option<PathText>,
+    #[serde(default)]
+    pub(super) selectors: BTreeMap<String, Vec<SelectorText>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawBroker {
+    pub(super) socket: Option<PathText>,
+    pub(super) agent: Option<SpiffeId>,
+    pub(super) identity: Option<SpiffeId>,
+    pub(super) workload_api: Option<PathText>,
+}
+
+/// One of SPIRE's selectors, as in `k8s:ns:shop`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct SelectorText(pub(super) Selector);
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -279,6 +310,18 @@ impl Default for RawAdmin {
 
 fn default_recent_events() -> u32 {
     4096
+}
+
+// === impl SelectorText ===
+
+impl TryFrom<String> for SelectorText {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Selector::parse(&text).map(Self).ok_or_else(|| {
+            format!("`{text}` is no selector; write `TYPE:VALUE`, as in `k8s:ns:shop`")
+        })
+    }
 }
 
 // === impl RawTunnel ===

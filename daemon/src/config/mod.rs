@@ -24,7 +24,8 @@ use std::{
 
 pub use check::{Summary, check};
 pub use settings::{
-    Admin, Certificates, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel, Maps, Metrics, Node, Source,
+    Admin, Broker, Certificates, DelegatedIdentity, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel,
+    Maps, Metrics, Node, Source, WorkloadApi,
 };
 pub use tunnel::{Limits, Ports, Timeouts};
 

@@ -10,7 +10,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
-    identity::{FilesLayout, TrustDomain},
+    identity::{BrokerPeers, FilesLayout, Selector, TrustDomain},
     workload::Workload,
     yaml::values::{number, size},
 };
@@ -55,6 +55,37 @@ pub enum Source {
     Embedded(EmbeddedCa),
     /// Files that somebody else writes.
     Files(FilesLayout),
+    /// What a SPIFFE agent gives to reeve itself.
+    WorkloadApi(WorkloadApi),
+    /// What a SPIRE agent gives to reeve for the workloads.
+    DelegatedIdentity(DelegatedIdentity),
+    /// What a SPIFFE agent gives to reeve for the workloads, by the Broker API.
+    Broker(Broker),
+}
+
+/// The SPIFFE Workload API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkloadApi {
+    /// Unix socket of the agent.
+    pub socket: PathBuf,
+}
+
+/// SPIRE's Delegated Identity API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DelegatedIdentity {
+    /// Admin socket of the agent.
+    pub socket: PathBuf,
+    /// By workload's name: what the agent is to know it by, instead of by a process. Default none.
+    pub selectors: BTreeMap<String, Vec<Selector>>,
+}
+
+/// The SPIFFE Broker API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broker {
+    /// Unix socket of the agent.
+    pub socket: PathBuf,
+    /// Who is at its ends.
+    pub peers: BrokerPeers,
 }
 
 /// reeve's own certificate authority.
@@ -180,6 +211,14 @@ impl Certificates {
     pub fn source_of<'a>(&'a self, workload: &'a Workload) -> &'a str {
         let first = || self.sources.first().map_or("", |(name, _)| name);
         workload.certificates.as_deref().unwrap_or_else(first)
+    }
+
+    /// The source itself; none where a workload names one that there is none of.
+    #[must_use]
+    pub fn source(&self, workload: &Workload) -> Option<&Source> {
+        let wanted = self.source_of(workload);
+        let found = self.sources.iter().find(|(name, _)| name == wanted);
+        found.map(|(_, source)| source)
     }
 }
 

@@ -82,6 +82,12 @@ pub(super) fn settle(
     let state_dir = raw
         .state_dir
         .map_or_else(|| PathBuf::from(STATE_DIR), |path| folder.join(path.0));
+    let names: Vec<&str> = raw
+        .workloads
+        .iter()
+        .filter_map(|workload| workload.name.as_ref().map(|name| name.as_str()))
+        .collect();
+    report.selected_workloads(&raw.certificates, &names);
     let certificates = report.certificates(raw.certificates, &folder, &state_dir);
     let workloads = report.workloads(raw.workloads, &domain, &certificates);
     let peers = report.peers(raw.peers, &domain, ports.tunnel);

@@ -267,6 +267,42 @@ workloads:
 }
 
 #[test]
+fn an_agent_as_source_needs_its_socket_and_workloads_that_there_are() {
+    let found = mistakes(
+        "\
+trustDomain: a
+certificates:
+  sources:
+  - {workloadApi: {}}
+  - {embedded: {}, broker: {}}
+  - {broker: {socket: s, agent: spiffe://a/agent}}
+  - delegatedIdentity: {socket: s, selectors: {wbe: [\"unix:uid:0\"]}}
+  - {name: x, delegatedIdentity: {socket: s, selectors: {web: [unix]}}}
+workloads:
+- {name: web, cgroup: /web}
+",
+    );
+    let wanted = [
+        "4:19: certificates.sources[0].workloadApi: `socket` is missing; add it",
+        "5:5: certificates.sources[1]: is several things, embedded and broker; keep one",
+        "6:14: certificates.sources[2].broker: `identity` is missing; add it",
+        "6:14: certificates.sources[2].broker: `workloadApi` is missing; add it",
+        "7:24: certificates.sources[3].delegatedIdentity: has selectors of `wbe`, which is no \
+         workload; did you mean `web`?",
+        "8:64: certificates.sources[4].delegatedIdentity.selectors.web[0]: `unix` is no selector; \
+         write `TYPE:VALUE`, as in `k8s:ns:shop`",
+    ];
+    for wanted in wanted {
+        let line = format!("/etc/reeve/reeve.yaml:{wanted}");
+        assert!(
+            found.iter().any(|found| found.starts_with(&line)),
+            "{line}\n{found:#?}"
+        );
+    }
+    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+}
+
+#[test]
 fn sources_that_cannot_be_told_apart_or_are_not_there_are_mistakes() {
     let found = mistakes(
         "\
@@ -285,7 +321,8 @@ workloads:
     );
     let wanted = [
         "5:5: certificates.sources[1]: has the name `embedded`, as the source on line 4 does",
-        "7:5: certificates.sources[3]: does not say what it is; add `embedded: {}` or `files`",
+        "7:5: certificates.sources[3]: does not say what it is; add `embedded: {}`, `files`, \
+         `workloadApi`, `delegatedIdentity` or `broker`",
         "9:39: workloads[0].certificates: `othr` is no source of `certificates.sources`; did you \
          mean `other`?",
         "11:3: workloads[2]: gets the identity `spiffe://a/ns/default/sa/s` from `other`, and the \

@@ -1,6 +1,7 @@
 //! The certificate sources that the configuration names, and the trust bundles.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,10 +12,11 @@ use super::ca;
 use crate::{
     config::{Config, Source},
     identity::{
-        BundleError, CaError, CertificateSource, CryptoPolicy, EmbeddedCa, FilesSource,
-        IdentityStore, RevocationLists, SourceError, Sources, TrustBundle, TrustDomain,
-        read_revocation_lists,
+        Broker, BundleError, CaError, CertificateSource, CryptoPolicy, DelegatedIdentity,
+        EmbeddedCa, FilesSource, Holder, Holders, IdentityStore, RevocationLists, SourceError,
+        Sources, SpiffeId, TrustBundle, TrustDomain, WorkloadApi, read_revocation_lists,
     },
+    workload::{CgroupSelector, Discovery, cgroup::CgroupTree},
 };
 
 /// Why there are no certificates.
@@ -59,19 +61,34 @@ pub enum CertificatesError {
 /// # Errors
 /// When a source cannot be used.
 pub fn identity_store(config: &Config) -> Result<IdentityStore, CertificatesError> {
+    let holders = Holders::default();
     let mut sources = Sources::new();
     for (name, source) in &config.certificates.sources {
-        sources.insert(name.clone(), open(config, source)?);
+        sources.insert(name.clone(), open(config, source, &holders)?);
     }
     let policy = Arc::new(CryptoPolicy::new(config.tls.clone()));
-    let store = IdentityStore::with_policy(sources, policy);
+    let store = IdentityStore::with_policy(sources, policy).telling(holders);
     let (bundles, lists) = trust(config)?;
     store.configure_trust(&bundles, lists);
     Ok(store)
 }
 
-fn open(config: &Config, source: &Source) -> Result<Arc<dyn CertificateSource>, CertificatesError> {
+fn open(
+    config: &Config,
+    source: &Source,
+    holders: &Holders,
+) -> Result<Arc<dyn CertificateSource>, CertificatesError> {
     match source {
+        Source::WorkloadApi(api) => Ok(Arc::new(WorkloadApi::new(api.socket.clone()))),
+        Source::DelegatedIdentity(api) => Ok(Arc::new(DelegatedIdentity::new(
+            api.socket.clone(),
+            holders.clone(),
+        ))),
+        Source::Broker(broker) => Ok(Arc::new(Broker::new(
+            broker.socket.clone(),
+            broker.peers.clone(),
+            holders.clone(),
+        ))),
         Source::Embedded(embedded) => {
             let ca = Arc::new(EmbeddedCa::open(
                 &embedded.ca_dir,
@@ -83,6 +100,34 @@ fn open(config: &Config, source: &Source) -> Result<Arc<dyn CertificateSource>, 
         }
         Source::Files(layout) => Ok(Arc::new(FilesSource::new(layout.clone()))),
     }
+}
+
+/// Who has which identity now, as agents are told.
+pub(super) fn holders(
+    config: &Config,
+    cgroups: &CgroupTree,
+    discovery: &Discovery,
+) -> BTreeMap<SpiffeId, Holder> {
+    let mut holders: BTreeMap<SpiffeId, Holder> = BTreeMap::new();
+    for running in &discovery.workloads {
+        let workload = &running.workload;
+        let holder = holders
+            .entry(workload.attributes.spiffe_id.clone())
+            .or_default();
+        if !running.cgroups.is_empty() {
+            match &workload.selector {
+                CgroupSelector::Cgroup(path) => holder.cgroups.push(cgroups.folder(path)),
+                CgroupSelector::Unit(name) => holder.cgroups.extend(cgroups.units(name).0),
+            }
+        }
+        let source = config.certificates.source(workload);
+        if let Some(Source::DelegatedIdentity(api)) = source
+            && let Some(selectors) = api.selectors.get(&workload.name)
+        {
+            holder.selectors.clone_from(selectors);
+        }
+    }
+    holders
 }
 
 /// The bundles and revocation lists that are configured.

@@ -8,7 +8,7 @@ use std::{
 use tokio::task::block_in_place;
 
 use super::{
-    Control,
+    Control, certificates,
     daemon::View,
     desired::{kernel_state, running_namespaces},
 };
@@ -75,6 +75,8 @@ impl Control {
         self.snapshot.store(snapshot.clone());
         self.daemon.tunnels.judge_again();
         self.revoke(&snapshot, &namespaces, &state);
+        let holders = certificates::holders(&config, &self.cgroups, &discovery);
+        self.daemon.identities.holders().replace(holders);
         let identities = discovery.workloads.iter().map(|running| {
             let source = config.certificates.source_of(&running.workload);
             let id = running.workload.attributes.spiffe_id.clone();

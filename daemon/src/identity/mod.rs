@@ -2,6 +2,7 @@
 //!
 //! In: certificate material from a source. Out: whole, checked TLS configurations per identity.
 
+mod agent;
 mod bundle;
 pub mod ca;
 mod clock;
@@ -25,6 +26,7 @@ mod svid_rules;
 mod tests;
 mod verify;
 
+pub use agent::{Broker, BrokerPeers, DelegatedIdentity, Holder, Holders, Selector, WorkloadApi};
 pub use bundle::{BundleError, RevocationList, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
 pub use crypto::{ALPN, provider};
@@ -45,6 +47,8 @@ pub use status::{BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, 
 pub use store::{IdentityStore, RevocationLists, Sources};
 pub use svid::{ReloadError, Svid};
 pub use verify::{SvidVerifier, peer_id, verify_chain};
+
+use renewal::random_fraction;
 
 /// Lower case hexadecimal.
 fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {

@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use super::{
-    BundleStatus, CertificateSource, CryptoPolicy, IdentityStatus, Material, ReloadCounts,
+    BundleStatus, CertificateSource, CryptoPolicy, Holders, IdentityStatus, Material, ReloadCounts,
     ReloadError, ReloadResult, RevocationList, SourceError, SpiffeId, Svid, TrustBundle,
     TrustBundles, TrustDomain, TrustStore, renewal::Renewal, status::CertificateStatus,
 };
@@ -41,6 +41,7 @@ pub struct IdentityStore {
     shared: Arc<Shared>,
     /// One for each identity, which renews its certificate. Also taken to add and remove them.
     tasks: Mutex<BTreeMap<SpiffeId, JoinHandle<()>>>,
+    holders: Holders,
 }
 
 #[derive(Debug)]
@@ -121,7 +122,21 @@ impl IdentityStore {
                 generation: AtomicU64::new(0),
             }),
             tasks: Mutex::default(),
+            holders: Holders::default(),
         }
+    }
+
+    /// With these told who has which identity, for sources that have to know.
+    #[must_use]
+    pub fn telling(mut self, holders: Holders) -> Self {
+        self.holders = holders;
+        self
+    }
+
+    /// Who is told which workloads have an identity.
+    #[must_use]
+    pub fn holders(&self) -> &Holders {
+        &self.holders
     }
 
     /// Makes these the identities that there are, each with the name of its source: fetches what is

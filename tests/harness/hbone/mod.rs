@@ -4,7 +4,7 @@
 
 mod client;
 mod server;
-mod tls;
+pub(crate) mod tls;
 
 pub use client::{Client, Handshake, Stream, Tunnel};
 pub use server::{Conduct, Seen, Server};
@@ -20,7 +20,7 @@ pub const PORT: u16 = 15008;
 const PATIENCE: Duration = crate::SOON;
 
 /// What all clients and servers of this process run on.
-fn runtime() -> &'static Runtime {
+pub(crate) fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| {
         Builder::new_multi_thread()

@@ -37,7 +37,7 @@ pub(super) fn client_config(certificate: Option<&Issued>) -> ClientConfig {
 
 /// A server's configuration: TLS 1.3 and ALPN `h2`, asking for a client certificate. It offers to
 /// resume sessions.
-pub(super) fn server_config(certificate: &Issued) -> ServerConfig {
+pub(crate) fn server_config(certificate: &Issued) -> ServerConfig {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("the provider has TLS 1.3")
@@ -48,7 +48,7 @@ pub(super) fn server_config(certificate: &Issued) -> ServerConfig {
 }
 
 /// The SPIFFE ID in a certificate; empty where there is none.
-pub(super) fn spiffe_id(certificate: &CertificateDer<'_>) -> String {
+pub(crate) fn spiffe_id(certificate: &CertificateDer<'_>) -> String {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
         return String::new();
     };

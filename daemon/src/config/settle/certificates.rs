@@ -9,10 +9,13 @@ use std::{
 use super::Report;
 use crate::{
     config::{
-        Certificates, EmbeddedCa, Source,
-        file::{Pattern, RawCertificates, RawEmbeddedCa, RawFiles, RawSource, RawWorkload},
+        Broker, Certificates, DelegatedIdentity, EmbeddedCa, Source, WorkloadApi,
+        file::{
+            Pattern, RawBroker, RawCertificates, RawDelegatedIdentity, RawEmbeddedCa, RawFiles,
+            RawSource, RawWorkload, RawWorkloadApi,
+        },
     },
-    identity::{FilesLayout, PathPattern, SpiffeId, TrustDomain},
+    identity::{BrokerPeers, FilesLayout, PathPattern, SpiffeId, TrustDomain},
     workload::Workload,
     yaml::{Located, nearest},
 };
@@ -22,7 +25,10 @@ const LEAF_LIFETIME: Duration = Duration::from_secs(3600);
 /// The kinds of sources, each of which is the name of a source without one.
 const EMBEDDED: &str = "embedded";
 const FILES: &str = "files";
-const KINDS: [&str; 2] = [EMBEDDED, FILES];
+const WORKLOAD_API: &str = "workloadApi";
+const DELEGATED_IDENTITY: &str = "delegatedIdentity";
+const BROKER: &str = "broker";
+const KINDS: [&str; 5] = [EMBEDDED, FILES, WORKLOAD_API, DELEGATED_IDENTITY, BROKER];
 
 /// What cert-manager and the kubelet call the files.
 const CERTIFICATE: &str = "tls.crt";
@@ -85,20 +91,27 @@ impl Report<'_> {
             let what = format!("is several things, {}; keep one", written.join(" and "));
             self.mistake(raw.node, what);
         }
-        match (&raw.embedded, &raw.files) {
-            (Some(ca), _) => {
-                let ca = embedded(ca, folder, state_dir);
-                Some((EMBEDDED, Source::Embedded(ca)))
-            }
-            (_, Some(files)) => Some((FILES, Source::Files(self.files(files, folder)?))),
-            (None, None) => {
-                if written.is_empty() {
-                    let what = "does not say what it is; add `embedded: {}` or `files`";
-                    self.mistake(raw.node, what);
-                }
-                None
-            }
+        if let Some(ca) = &raw.embedded {
+            return Some((EMBEDDED, Source::Embedded(embedded(ca, folder, state_dir))));
         }
+        if let Some(files) = &raw.files {
+            return Some((FILES, Source::Files(self.files(files, folder)?)));
+        }
+        if let Some(api) = &raw.workload_api {
+            return Some((WORKLOAD_API, self.workload_api(api, folder)?));
+        }
+        if let Some(api) = &raw.delegated_identity {
+            return Some((DELEGATED_IDENTITY, self.delegated_identity(api, folder)?));
+        }
+        if let Some(broker) = &raw.broker {
+            return Some((BROKER, self.broker(broker, folder)?));
+        }
+        if written.is_empty() {
+            let what = "does not say what it is; add `embedded: {}`, `files`, `workloadApi`, \
+                        `delegatedIdentity` or `broker`";
+            self.mistake(raw.node, what);
+        }
+        None
     }
 
     fn files(&mut self, raw: &Located<RawFiles>, folder: &Path) -> Option<FilesLayout> {
@@ -115,6 +128,64 @@ impl Report<'_> {
             bundle: optional(&raw.bundle),
             revocation_lists: optional(&raw.revocation_lists),
         })
+    }
+
+    fn workload_api(&mut self, raw: &Located<RawWorkloadApi>, folder: &Path) -> Option<Source> {
+        let socket = self.require(raw.node, "socket", raw.socket.as_ref())?;
+        Some(Source::WorkloadApi(WorkloadApi {
+            socket: folder.join(&socket.0),
+        }))
+    }
+
+    fn delegated_identity(
+        &mut self,
+        raw: &Located<RawDelegatedIdentity>,
+        folder: &Path,
+    ) -> Option<Source> {
+        let socket = self.require(raw.node, "socket", raw.socket.as_ref())?;
+        let selectors = raw.selectors.iter().map(|(workload, texts)| {
+            let selectors = texts.iter().map(|text| text.0.clone());
+            (workload.clone(), selectors.collect())
+        });
+        Some(Source::DelegatedIdentity(DelegatedIdentity {
+            socket: folder.join(&socket.0),
+            selectors: selectors.collect(),
+        }))
+    }
+
+    fn broker(&mut self, raw: &Located<RawBroker>, folder: &Path) -> Option<Source> {
+        let socket = self.require(raw.node, "socket", raw.socket.as_ref());
+        let agent = self.require(raw.node, "agent", raw.agent.clone());
+        let own = self.require(raw.node, "identity", raw.identity.clone());
+        let workload_api = self.require(raw.node, "workloadApi", raw.workload_api.as_ref());
+        Some(Source::Broker(Broker {
+            socket: folder.join(&socket?.0),
+            peers: BrokerPeers {
+                own: own?,
+                workload_api: folder.join(&workload_api?.0),
+                agent: agent?,
+            },
+        }))
+    }
+
+    /// Notes selectors of a workload that there is none of.
+    pub(super) fn selected_workloads(&mut self, raw: &RawCertificates, names: &[&str]) {
+        for source in &raw.sources {
+            let Some(api) = &source.delegated_identity else {
+                continue;
+            };
+            for name in api.selectors.keys() {
+                if names.contains(&name.as_str()) {
+                    continue;
+                }
+                let hint = match nearest(name, names.iter().copied()) {
+                    Some(near) => format!("; did you mean `{near}`?"),
+                    None => String::new(),
+                };
+                let what = format!("has selectors of `{name}`, which is no workload{hint}");
+                self.mistake(api.node, what);
+            }
+        }
     }
 
     /// Notes a source that there is none of.

@@ -7,7 +7,7 @@ mod ca_life;
     reason = "shared with the end-to-end tests, which use other parts of it"
 )]
 #[path = "../../../../tests/harness/certs/mod.rs"]
-mod certs;
+pub(in crate::identity) mod certs;
 mod crypto_policy;
 mod embedded_ca;
 mod files;
