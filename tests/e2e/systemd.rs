@@ -121,6 +121,37 @@ fn instances_of_a_template_and_slices_are_followed_when_they_restart() {
 }
 
 #[test]
+fn a_restart_finds_its_listeners_in_the_service_managers_store() {
+    let scene = Scene::new(WEB_AND_JOBS, "");
+    let machine = scene.boot();
+    // A socket's inode is its own for as long as it lives.
+    let listeners = || {
+        let table = machine.shell("cat /proc/net/tcp6").ok();
+        let port = format!(":{:04X} ", 15008);
+        let mut inodes: Vec<_> = table
+            .lines()
+            .filter(|line| {
+                line.split_whitespace()
+                    .nth(1)
+                    .is_some_and(|local| format!("{local} ").ends_with(&port))
+            })
+            .filter_map(|line| line.split_whitespace().nth(9).map(str::to_owned))
+            .collect();
+        inodes.sort();
+        inodes
+    };
+    eventually("it listens for tunnels", || !listeners().is_empty());
+    let before = listeners();
+    let process = machine.property("reeve.service", "MainPID");
+    machine.run(["systemctl", "restart", "reeve"]).ok();
+    assert_ne!(machine.property("reeve.service", "MainPID"), process);
+    assert_eq!(listeners(), before);
+    eventually("the store is empty again", || {
+        machine.property("reeve.service", "NFileDescriptorStore") == "0"
+    });
+}
+
+#[test]
 fn a_daemon_whose_worker_hangs_is_started_again() {
     let scene = Scene::new("", "[Service]\nWatchdogSec=3s\n");
     let machine = scene.boot();
