@@ -22,6 +22,7 @@ mod documents;
 mod expiry;
 mod explain;
 mod fail_closed;
+mod faults;
 mod guard;
 mod harness_itself;
 mod hbone_itself;

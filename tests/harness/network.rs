@@ -134,6 +134,11 @@ impl Network {
         self.inner.place.ip(&[&format!("link del {}", joined.port)]);
     }
 
+    /// Sets a member's interface `up` or `down`, at the bridge's end.
+    pub(crate) fn set_port(&self, port: &str, state: &str) {
+        self.inner.place.ip(&[&format!("link set {port} {state}")]);
+    }
+
     /// Captures what passes the network's port of one member.
     pub(crate) fn capture(&self, port: &str) -> Capture {
         Capture::start(self.inner.place.clone(), port)

@@ -56,6 +56,16 @@ impl Workload {
         network.leave(&self.joined);
     }
 
+    /// Cuts its cable.
+    pub fn cut(&self, network: &Network) {
+        network.set_port(&self.joined.port, "down");
+    }
+
+    /// Mends its cable.
+    pub fn mend(&self, network: &Network) {
+        network.set_port(&self.joined.port, "up");
+    }
+
     /// Captures what passes its port of the network.
     #[must_use]
     pub fn capture(&self, network: &Network) -> Capture {

@@ -37,9 +37,16 @@ pub struct Limits {
     /// Open connections of workloads, in both directions, in all. Default 100000.
     #[serde(deserialize_with = "number::<_, _, 1, 10_000_000>")]
     pub connections: usize,
-    /// TLS handshakes under way, in all. Default 512.
+    /// Open connections of one workload, in both directions: a flood from one leaves room for the
+    /// others. Default 25000.
+    #[serde(deserialize_with = "number::<_, _, 1, 10_000_000>")]
+    pub connections_per_workload: usize,
+    /// TLS handshakes under way, in all: of peers, and as many towards peers. Default 512.
     #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
     pub handshakes: usize,
+    /// TLS handshakes under way that peers at one address began. Default 128.
+    #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
+    pub handshakes_per_address: usize,
     /// Streams of one tunnel. Default 200.
     #[serde(deserialize_with = "number::<_, _, 1, 100_000>")]
     pub streams_per_tunnel: u32,
@@ -62,7 +69,9 @@ impl Default for Limits {
         Self {
             workers: 0,
             connections: 100_000,
+            connections_per_workload: 25_000,
             handshakes: 512,
+            handshakes_per_address: 128,
             streams_per_tunnel: 200,
             tunnels_per_peer: 16,
             stream_window: 1 << 20,

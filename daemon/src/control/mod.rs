@@ -30,6 +30,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use tokio::{
     sync::{oneshot, watch},
+    task::block_in_place,
     time::{Instant, sleep, sleep_until},
 };
 
@@ -247,6 +248,7 @@ impl Control {
                 Change::Certificates => self.daemon.tunnels.judge_again(),
                 // Certificates expire without a change: readiness is told again at each of these.
                 Change::Asked(answer) => {
+                    self.keep_pinned();
                     // Whoever asked may have given up.
                     let _ = answer.send(());
                 }
@@ -300,6 +302,24 @@ impl Control {
             () = signals.stop() => tracing::warn!("asked again: connections are ended"),
         }
         tracing::info!("stopped");
+    }
+
+    /// Looks after what is pinned, unless that is another daemon's.
+    fn keep_pinned(&self) {
+        if self.succession.frozen {
+            return;
+        }
+        match block_in_place(|| self.daemon.datapath.keep_pinned()) {
+            Ok(false) => {}
+            Ok(true) => tracing::warn!(
+                "what was pinned had been removed or unmounted, and is pinned again; what is \
+                 enforced stayed so"
+            ),
+            Err(error) => tracing::error!(
+                "what was pinned has been removed or unmounted: it would end with this daemon: {}",
+                reconcile::describe(&error)
+            ),
+        }
     }
 
     fn tell_readiness(&self) {

@@ -28,7 +28,7 @@ use super::{
     Error, Settings,
     links::{self, Target},
     pins::SETTINGS,
-    sys::AttachType,
+    sys::{self, AttachType},
 };
 use crate::config::{EbpfLog, Maps};
 
@@ -217,6 +217,42 @@ fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
         name,
         source: Box::new(source),
     })
+}
+
+/// The pinned maps, held so that they can be pinned again.
+pub(super) fn pinned_maps(pins: &Path) -> Result<Vec<(&'static str, OwnedFd)>, Error> {
+    let open = |(name, ..): &Shape| {
+        let path = pins.join(name);
+        let map = sys::get_pinned(&path).map_err(|source| Error::Pin {
+            doing: "open the map",
+            path,
+            source,
+        })?;
+        Ok((*name, map))
+    };
+    PINNED_MAPS.iter().map(open).collect()
+}
+
+/// Pins maps and links again whose pins are gone.
+pub(super) fn pin_again(
+    pins: &Path,
+    maps: &[(&'static str, OwnedFd)],
+    attached: &Links,
+) -> Result<(), Error> {
+    let maps = maps.iter().map(|(name, map)| (pins.join(name), map));
+    let cgroup = CGROUP_PROGRAMS.iter().zip(&attached.cgroup);
+    let cgroup = cgroup.map(|((name, _), link)| (links::of_program(pins, name), link));
+    let namespaces = attached.namespaces.iter();
+    let namespaces = namespaces.map(|(inode, link)| (links::of_namespace(pins, *inode), link));
+    for (path, object) in maps.chain(cgroup).chain(namespaces) {
+        links::remove(&path)?;
+        sys::pin(object.as_fd(), &path).map_err(|source| Error::Pin {
+            doing: "pin again",
+            path,
+            source,
+        })?;
+    }
+    Ok(())
 }
 
 /// Puts the programs in force: at the cgroup, and in the namespaces of an earlier daemon. Gives

@@ -109,6 +109,8 @@ pub struct Datapath {
     settings: Settings,
     pins: Mutex<Pins>,
     links: Mutex<Links>,
+    /// The pinned maps, by name.
+    maps: Vec<(&'static str, OwnedFd)>,
     ebpf: Mutex<Ebpf>,
     state: Mutex<State>,
     events: Mutex<Option<RingBuf<MapData>>>,
@@ -189,6 +191,7 @@ impl Datapath {
             origins: take(&mut ebpf, "ORIGINAL_DESTINATIONS", |map| map.try_into())?,
             flows: take(&mut ebpf, "FLOWS", |map| map.try_into())?,
             onward: take(&mut ebpf, "ONWARD", |map| map.try_into())?,
+            maps: load::pinned_maps(pins.folder())?,
             claims: pinned_map(pins.folder(), "ORIGINAL_DESTINATIONS")?,
             revoked: pinned_map(pins.folder(), "FLOWS")?,
             tags: pinned_map(pins.folder(), "SOCKETS")?,
@@ -221,6 +224,23 @@ impl Datapath {
     /// As of [`Datapath::apply`].
     pub fn guard(&self, cgroups: &[(u64, u32)]) -> Result<(), Error> {
         lock(&self.state).guard(cgroups)
+    }
+
+    /// Pins everything again where somebody has removed the pins, or unmounted the file system that
+    /// they are in: while this daemon holds the programs they go on, and after it they shall. True
+    /// where that was so.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn keep_pinned(&self) -> Result<bool, Error> {
+        let (pins, links) = (lock(&self.pins), lock(&self.links));
+        if pins.folder().join(pins::SETTINGS).exists() {
+            return Ok(false);
+        }
+        bpffs::prepare(pins.folder())?;
+        load::pin_again(pins.folder(), &self.maps, &links)?;
+        Ok(true)
     }
 
     /// Takes the kernel's side back from a daemon that began to take over and ended before it

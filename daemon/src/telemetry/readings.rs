@@ -2,12 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use nix::sys::resource::{Resource, getrlimit};
 use prometheus::{
     IntCounterVec, IntGaugeVec, Opts,
     core::{Collector, Desc},
@@ -59,6 +61,9 @@ struct Families {
     certificates: CertificateFamilies,
     workloads: IntGaugeVec,
     ready: IntGaugeVec,
+    open_files: IntGaugeVec,
+    most_files: IntGaugeVec,
+    resident: IntGaugeVec,
 }
 
 // === impl ReadingsCollector ===
@@ -158,6 +163,16 @@ impl ReadingsCollector {
             .ready
             .with_label_values::<&str>(&[])
             .set(i64::from(readings.ready));
+        let process = process();
+        for (family, value) in [
+            (&families.open_files, process.open_files),
+            (&families.most_files, process.most_files),
+            (&families.resident, process.resident),
+        ] {
+            if let Some(value) = value {
+                family.with_label_values::<&str>(&[]).set(saturating(value));
+            }
+        }
         Ok(families
             .collectors()
             .into_iter()
@@ -218,6 +233,18 @@ impl Families {
                 Opts::new("reeve_ready", "1 when /readyz answers 200, else 0."),
                 &[],
             )?,
+            open_files: IntGaugeVec::new(
+                Opts::new("process_open_fds", "File descriptors that are open."),
+                &[],
+            )?,
+            most_files: IntGaugeVec::new(
+                Opts::new("process_max_fds", "File descriptors that may be open."),
+                &[],
+            )?,
+            resident: IntGaugeVec::new(
+                Opts::new("process_resident_memory_bytes", "Resident memory."),
+                &[],
+            )?,
         })
     }
 
@@ -229,9 +256,35 @@ impl Families {
             &self.map_capacity,
             &self.workloads,
             &self.ready,
+            &self.open_files,
+            &self.most_files,
+            &self.resident,
         ];
         collectors.extend(self.certificates.collectors());
         collectors
+    }
+}
+
+/// What the process has of what may run out. What the system does not tell has no series.
+#[derive(Default)]
+struct Process {
+    open_files: Option<u64>,
+    most_files: Option<u64>,
+    resident: Option<u64>,
+}
+
+fn process() -> Process {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kibibytes = status.lines().find_map(|line| {
+        let size = line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?;
+        size.trim().parse::<u64>().ok()
+    });
+    Process {
+        open_files: fs::read_dir("/proc/self/fd")
+            .ok()
+            .map(|files| files.count() as u64),
+        most_files: getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(now, _)| now),
+        resident: kibibytes.map(|kibibytes| kibibytes << 10),
     }
 }
 

@@ -77,7 +77,7 @@ struct Unanswered {
 pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel, TunnelError> {
     let (to, limits) = (target.peer, &worker.timeouts);
     let late = |stage, limit| TunnelError::Timeout { stage, to, limit };
-    let _permit = timeout(limits.handshake, worker.bounds.handshakes.acquire())
+    let _permit = timeout(limits.handshake, worker.bounds.opening.acquire())
         .await
         .map_err(|_| TunnelError::Limit("handshakes"))?;
     let tcp = connect(worker, target).await?;

@@ -6,7 +6,7 @@ use std::{future::poll_fn, net::SocketAddr, rc::Rc, sync::Arc};
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, server::SendResponse};
 use http::{Method, Request, Response, StatusCode};
-use reeve_common::Direction;
+use reeve_common::{Direction, WorkloadId};
 use tokio::{net::TcpStream, select, time::timeout};
 
 use crate::datapath::{netns::Netns, speak_as};
@@ -95,8 +95,8 @@ async fn connect(
     call: &mut Call,
     respond: &mut SendResponse<Bytes>,
 ) -> Result<(TcpStream, Place), TunnelError> {
-    admit(worker, link, call)?;
-    let place = worker.bounds.place()?;
+    let workload = admit(worker, link, call)?;
+    let place = worker.bounds.place(workload)?;
     let failed = |error: std::io::Error| TunnelError::Application(error.into());
     let limit = worker.timeouts.connect;
     // No TCP_USER_TIMEOUT: it would end an application that pauses reading for longer than that,
@@ -117,8 +117,8 @@ async fn connect(
     }
 }
 
-/// Whether the peer may talk to the destination.
-fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<(), TunnelError> {
+/// The workload that the peer may talk to.
+fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<WorkloadId, TunnelError> {
     let snapshot = worker.shared.snapshot.load();
     let destination = call.destination;
     // Both the address that the tunnel was opened to, and one of the workload that it reaches.
@@ -143,7 +143,7 @@ fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<(), TunnelErro
     if worker.draining.get() {
         return Err(TunnelError::Shutdown);
     }
-    Ok(())
+    Ok(running.workload.id)
 }
 
 /// Tells the client that the connection stands.

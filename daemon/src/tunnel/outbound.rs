@@ -70,7 +70,7 @@ async fn connect(
     call.rule = origin.rule;
     let (to, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
     call.rule = decision.rule;
-    let place = worker.bounds.place()?;
+    let place = worker.bounds.place(origin.workload)?;
     let Parties::Outbound {
         workload: Some(workload),
         peer: Some((_, expected)),

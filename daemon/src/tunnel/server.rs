@@ -16,7 +16,6 @@ use rustls::{ServerConfig, server::Acceptor};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::OwnedSemaphorePermit,
     task::spawn_local,
     time::{sleep, timeout},
 };
@@ -31,6 +30,7 @@ use crate::{
 
 use super::{
     authority::canonical,
+    bounds::Handshaking,
     client::SEND_BUFFER,
     driver::{Driver, End, sending},
     inbound,
@@ -90,8 +90,7 @@ pub(super) async fn serve(
             duration: started.elapsed(),
         });
     };
-    let handshakes = worker.bounds.handshakes.clone();
-    let Ok(permit) = handshakes.try_acquire_owned() else {
+    let Some(permit) = worker.bounds.handshake(remote.ip()) else {
         count(HandshakeReason::Limit);
         return;
     };
@@ -148,7 +147,7 @@ async fn shake(
     netns: &Netns,
     tcp: TcpStream,
     remote: SocketAddr,
-    _permit: OwnedSemaphorePermit,
+    _permit: Handshaking,
 ) -> Result<Shaken, Refused> {
     let local = canonical(tcp.local_addr()?);
     let start = LazyConfigAcceptor::new(Acceptor::default(), tcp).await?;

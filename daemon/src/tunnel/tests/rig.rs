@@ -326,7 +326,7 @@ impl Pair {
             netns: 0,
             rule: 0,
         };
-        let live = call.open(&self.worker, link, self.worker.bounds.place().unwrap());
+        let live = call.open(&self.worker, link, self.worker.bounds.place(1).unwrap());
         let connection = live.connection().clone();
         let (ended, end) = oneshot::channel();
         let copied = copy(app, send, recv, connection.clone());

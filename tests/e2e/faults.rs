@@ -1,0 +1,199 @@
+//! Faults, made for real: what happens is what docs/faults.md says.
+
+use std::{fs, net::SocketAddr, process::Command, thread, time::Duration};
+
+use harness::{Daemon, Process, Workload, eventually};
+use serde_json::json;
+
+use crate::arrange::{PORT, Pair, Probe, TCP, is_denied, of, quickly, say, send, serve};
+
+// === floods ===
+
+#[test]
+fn a_flood_of_one_workload_leaves_room_for_the_others() {
+    let pair = Pair::new();
+    let other = pair.one.pod("other");
+    let one = pair
+        .allowing_at_one()
+        .enrol(&other)
+        .policy(&of(&other).calls(&pair.server, TCP).text())
+        .set("/limits/connectionsPerWorkload", json!(20))
+        .start();
+    let hears = of(&pair.server).hears(&pair.client, TCP).hears(&other, TCP);
+    let _two = pair.at_two().peer(&other).policy(&hears.text()).start();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    let flood = |connections: &str| {
+        let to = to.to_string();
+        let words = ["flood", &to, "--connections", connections, "--hold", "120"];
+        pair.client.spawn_peer(words)
+    };
+    let mut held = flood("20");
+    held.wait_for("open 20");
+    // One more is refused at once, and counted.
+    quickly(|| send(&pair.client, to, &["--text", "one too many"]).fails());
+    let refused = [("reason", "limit"), ("source", "client")];
+    one.wait_for_metric("reeve_connections_failed_total", &refused, 1.0);
+    for _ in 0..5 {
+        say(&other, to, "there is room for me");
+    }
+    // And when some go, others come.
+    drop(held);
+    eventually("there is room again", || {
+        send(&pair.client, to, &["--text", "again"])
+            .status
+            .success()
+    });
+}
+
+#[test]
+fn a_daemon_without_file_descriptors_left_recovers() {
+    let (pair, one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    let mut before = beat(&pair.client, to);
+    let now = one.open_files();
+    limit_files(&one, now + 10);
+    let mut flood = pair.client.spawn_peer([
+        "flood",
+        &to.to_string(),
+        "--connections",
+        "200",
+        "--hold",
+        "120",
+    ]);
+    one.wait_for_log(&["limit on open files"]);
+    // What is open goes on, and what is denied stays so.
+    goes_on(&mut before);
+    is_denied(&pair.client, pair.server.addresses().port4(9999));
+    let _ = flood.ended();
+    drop(flood);
+    limit_files(&one, 1_000);
+    eventually("it serves again", || {
+        send(&pair.client, to, &["--text", "again", "--patience", "3"])
+            .status
+            .success()
+    });
+    eventually("metrics say how many there are", || {
+        one.metrics().sum("process_max_fds", &[]) == 1_000.0
+    });
+    assert!(one.metrics().sum("process_open_fds", &[]) > 10.0);
+}
+
+// === the network and the peer ===
+
+#[test]
+fn a_network_that_is_cut_for_seconds_breaks_nothing() {
+    let (pair, _one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let mut heart = beat(&pair.client, pair.server.addresses().port4(PORT));
+    for _ in 0..2 {
+        pair.server.cut(&pair.network);
+        thread::sleep(Duration::from_secs(3));
+        assert!(heart.ended().is_none(), "{}", heart.stderr());
+        pair.server.mend(&pair.network);
+        goes_on(&mut heart);
+    }
+    say(
+        &pair.client,
+        pair.server.addresses().port4(PORT),
+        "as before",
+    );
+}
+
+#[test]
+fn a_network_that_is_cut_for_long_ends_connections_and_heals_by_itself() {
+    let pair = Pair::new();
+    let short = |reeve: harness::Reeve<'_>| {
+        ["ping", "pingAnswer", "user", "connect"]
+            .into_iter()
+            .fold(reeve, |reeve, name| {
+                reeve.set(&format!("/timeouts/{name}"), json!("2s"))
+            })
+            .start()
+    };
+    let one = short(pair.allowing_at_one());
+    let two = short(pair.allowing_at_two());
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    let mut heart = beat(&pair.client, to);
+    pair.server.cut(&pair.network);
+    eventually("the connection has ended at both ends", || {
+        let streams = |daemon: &Daemon| daemon.metrics().sum("reeve_streams_open", &[]);
+        heart.ended().is_some() && streams(&one) == 0.0 && streams(&two) == 0.0
+    });
+    pair.server.mend(&pair.network);
+    eventually("others are served", || {
+        send(&pair.client, to, &["--text", "again", "--patience", "3"])
+            .status
+            .success()
+    });
+}
+
+#[test]
+fn a_peer_that_is_killed_mid_stream_is_noticed_at_once_and_found_again() {
+    let (pair, one, mut two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    let mut heart = beat(&pair.client, to);
+    two.kill();
+    eventually("the connection has ended", || heart.ended().is_some());
+    quickly(|| send(&pair.client, to, &["--text", "nobody there"]).fails());
+    eventually("nothing is held", || {
+        one.metrics().sum("reeve_streams_open", &[]) == 0.0
+            && one.metrics().sum("reeve_tunnels_open", &[]) == 0.0
+    });
+    two.start_again();
+    two.wait_until_ready();
+    eventually("it is found again", || {
+        send(&pair.client, to, &["--text", "again", "--patience", "3"])
+            .status
+            .success()
+    });
+}
+
+// === the node ===
+
+#[test]
+fn pins_that_are_removed_are_made_again_and_nothing_is_open_meanwhile() {
+    let (pair, mut one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &["--mode", "answer"]);
+    let to = pair.server.addresses();
+    let allowed = Probe::start(&pair.client, to.port4(PORT), &[]);
+    let denied = Probe::start(&pair.client, to.port4(9999), &[]);
+    fs::remove_dir_all(pair.one.pins()).unwrap();
+    one.wait_for_log(&["is pinned again"]);
+    allowed.goes_on(100);
+    denied.goes_on(100);
+    allowed.all_worked();
+    drop(allowed);
+    // They are what the next daemon adopts.
+    one.kill();
+    denied.goes_on(100);
+    one.start_again();
+    one.wait_until_ready();
+    denied.goes_on(100);
+    denied.all_failed("not permitted");
+}
+
+/// Sets how many files a daemon may have open.
+fn limit_files(daemon: &Daemon, most: usize) {
+    let status = Command::new("prlimit")
+        .arg(format!("--pid={}", daemon.id()))
+        .arg(format!("--nofile={most}:"))
+        .status();
+    assert!(status.unwrap().success());
+}
+
+fn beat(client: &Workload, to: SocketAddr) -> Process {
+    let mut heart = client.spawn_peer(["heartbeat", &to.to_string(), "--patience", "60"]);
+    heart.wait_for("beat 2");
+    heart
+}
+
+fn goes_on(heart: &mut Process) {
+    let beats = |heart: &Process| heart.stdout().lines().count();
+    let now = beats(heart);
+    eventually("the connection goes on", || beats(heart) > now + 2);
+    assert!(heart.ended().is_none());
+}
