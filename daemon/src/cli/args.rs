@@ -51,7 +51,8 @@ Enforce the policies on this node, until SIGTERM or SIGINT.
 
 The first signal lets open connections end within `timeouts.drain`; a second one ends them. \
 What is pinned in the kernel goes on refusing after that; `reeve detach` removes it. \
-SIGHUP reads the configuration again: workloads, peers and policies change at once, for other \
+SIGHUP reads everything again, as `reeve reload` does: workloads, peers, policies, trust and \
+certificates change at once, for other \
 settings the log says that a restart is needed. Needs root.
 
 With --takeover it takes over from the daemon that runs, if one does: both run until this one is \
