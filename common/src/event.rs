@@ -55,6 +55,8 @@ pub struct Event {
     pub peer: u32,
     /// Rule that gave the verdict, 0 for none.
     pub rule: u32,
+    /// Rule that would give another one, where `dry_run` says that there is one.
+    pub dry_run_rule: u32,
     /// The workload's port, host byte order, 0 where not known yet.
     pub local_port: u16,
     /// The far end's port, host byte order.
@@ -71,8 +73,10 @@ pub struct Event {
     pub allowed: u8,
     /// [`Reason`] as a number.
     pub reason: u8,
+    /// [`crate::DryRun`] as a number.
+    pub dry_run: u8,
     /// Zero.
-    pub reserved: [u8; 10],
+    pub reserved: [u8; 5],
 }
 
 /// Slots for each direction in `COUNTERS`: one per reason for refused, one for allowed.
@@ -81,13 +85,23 @@ pub const COUNTER_REASONS: u32 = 64;
 /// Slot in `COUNTERS` of events that found the ring buffer full.
 pub const COUNTER_LOST_EVENTS: u32 = 4 * COUNTER_REASONS;
 
+/// First of the slots in `COUNTERS` for verdicts that policies in dry run would change.
+const COUNTER_DRY_RUN: u32 = COUNTER_LOST_EVENTS + 1;
+
 /// Number of slots in `COUNTERS`, a per-CPU array of `u64`. Written by the programs, summed by
 /// the daemon.
-pub const COUNTER_SLOTS: u32 = COUNTER_LOST_EVENTS + 1;
+pub const COUNTER_SLOTS: u32 = COUNTER_DRY_RUN + 4;
 
 /// Slot in `COUNTERS` for verdicts with this outcome.
 #[inline(always)]
 #[must_use]
 pub const fn counter_slot(direction: u8, allowed: bool, reason: Reason) -> u32 {
     (((direction & 1) as u32) * 2 + allowed as u32) * COUNTER_REASONS + reason as u32
+}
+
+/// Slot in `COUNTERS` for verdicts that policies in dry run would change: to allow, or to deny.
+#[inline(always)]
+#[must_use]
+pub const fn dry_run_slot(direction: u8, would_allow: bool) -> u32 {
+    COUNTER_DRY_RUN + ((direction & 1) as u32) * 2 + would_allow as u32
 }

@@ -174,6 +174,35 @@ pub struct VerdictEntry {
     pub action: u32,
     /// Number of the rule that said so, for events; 0 is the default deny.
     pub rule: u32,
+    /// What the policies in dry run would change, a [`DryRun`] as a number.
+    pub dry_run: u32,
+    /// Number of the rule that would say so, where `dry_run` is not [`DryRun::Same`].
+    pub dry_run_rule: u32,
+}
+
+/// What would become of a connection if the policies in dry run were enforced.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DryRun {
+    /// The same.
+    #[default]
+    Same = 0,
+    /// It would be refused, and is let pass.
+    Deny = 1,
+    /// It would be let pass, and is refused.
+    Allow = 2,
+}
+
+impl DryRun {
+    /// The one with this number; of any other number nothing is said.
+    #[must_use]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            1 => Self::Deny,
+            2 => Self::Allow,
+            _ => Self::Same,
+        }
+    }
 }
 
 /// The actions of a [`VerdictEntry`].
@@ -187,6 +216,9 @@ pub enum Action {
     /// Ingress TCP that is allowed to an authenticated identity: plaintext from the address is
     /// refused ([`crate::Reason::PlaintextRefused`]), the tunnel judges again.
     TunnelOnly = 2,
+    /// Ingress to a permissive workload that nothing else allows without a tunnel: let in, with
+    /// the reason [`crate::Reason::Permissive`].
+    Permissive = 3,
 }
 
 /// `ORIGINAL_DESTINATIONS`: LRU hash. Key: where an accepted connection of the outbound listener
@@ -320,8 +352,14 @@ pub struct Arriving {
     pub rule: u32,
     /// [`Settings::generation`] of the verdict; 0 where there is none.
     pub generation: u32,
+    /// As in [`VerdictEntry`].
+    pub dry_run_rule: u32,
+    /// [`DryRun`] as a number.
+    pub dry_run: u8,
+    /// [`crate::Reason`] as a number.
+    pub reason: u8,
     /// Zero.
-    pub reserved: u32,
+    pub reserved: [u8; 2],
 }
 
 /// A flow without packets for longer than this is forgotten: its next packet is judged anew.
@@ -335,12 +373,12 @@ const _: () = {
     assert!(size_of::<PeerEntry>() == 12);
     assert!(size_of::<PeerPortKey>() == 20);
     assert!(size_of::<VerdictKey>() == 12);
-    assert!(size_of::<VerdictEntry>() == 8);
+    assert!(size_of::<VerdictEntry>() == 16);
     assert!(size_of::<OriginKey>() == 32);
     assert!(size_of::<Origin>() == 32);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowEntry>() == 16);
     assert!(size_of::<SocketTag>() == 48);
-    assert!(size_of::<Arriving>() == 64);
+    assert!(size_of::<Arriving>() == 68);
     assert!(size_of::<crate::Event>() == 96);
 };

@@ -104,4 +104,6 @@ reasons! {
     PeerUntrusted = 33 => "peer_untrusted",
     /// A certificate of the tunnel's, or the authority behind it, has expired.
     CertificateExpired = 34 => "certificate_expired",
+    /// Plaintext that no policy allows, let in since the workload is declared permissive.
+    Permissive = 35 => "permissive",
 }

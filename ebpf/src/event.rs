@@ -3,8 +3,8 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_log_ebpf::debug;
 use reeve_common::{
-    Address, COUNTER_LOST_EVENTS, Event, EventKind, Hook, Reason, SocketTag, WorkloadId,
-    counter_slot,
+    Address, COUNTER_LOST_EVENTS, DryRun, Event, EventKind, Hook, Reason, SocketTag, WorkloadId,
+    counter_slot, dry_run_slot,
 };
 
 use crate::maps::{COUNTERS, EVENTS};
@@ -33,6 +33,10 @@ pub struct Connection {
     pub peer: u32,
     /// Answer: rule.
     pub rule: u32,
+    /// Answer: rule in dry run.
+    pub dry_run_rule: u32,
+    /// Answer: `DryRun`.
+    pub dry_run: u8,
 }
 
 impl Connection {
@@ -50,6 +54,24 @@ impl Connection {
             hook: hook as u8,
             peer: 0,
             rule: 0,
+            dry_run_rule: 0,
+            dry_run: DryRun::Same as u8,
+        }
+    }
+
+    /// What policies in dry run would change of an outcome; nothing where another reason than
+    /// the policy's stands against it.
+    #[inline(always)]
+    fn dry_run(&self, outcome: Outcome) -> DryRun {
+        let by_policy = outcome.is(Reason::NoPolicy)
+            || outcome.is(Reason::PolicyDeny)
+            || outcome.is(Reason::PlaintextRefused);
+        if outcome.allowed() && self.dry_run == DryRun::Deny as u8 {
+            DryRun::Deny
+        } else if !outcome.allowed() && by_policy && self.dry_run == DryRun::Allow as u8 {
+            DryRun::Allow
+        } else {
+            DryRun::Same
         }
     }
 }
@@ -126,6 +148,10 @@ pub fn count_verdict(direction: u8, outcome: Outcome) {
 #[inline(never)]
 pub fn report(connection: &Connection, outcome: Outcome) {
     count_verdict(connection.direction, outcome);
+    let dry_run = connection.dry_run(outcome);
+    if dry_run != DryRun::Same {
+        count(dry_run_slot(connection.direction, dry_run == DryRun::Allow));
+    }
     debug!(
         (),
         "hook {} workload {} port {} remote {:i} port {} protocol {} direction {} allowed {} reason {} rule {}",
@@ -156,6 +182,7 @@ pub fn report(connection: &Connection, outcome: Outcome) {
         workload: connection.workload,
         peer: connection.peer,
         rule: connection.rule,
+        dry_run_rule: connection.dry_run_rule,
         local_port: connection.local_port,
         remote_port: connection.remote_port,
         protocol: connection.protocol,
@@ -164,7 +191,8 @@ pub fn report(connection: &Connection, outcome: Outcome) {
         hook: connection.hook,
         allowed: u8::from(outcome.allowed()),
         reason: outcome.reason(),
-        reserved: [0; 10],
+        dry_run: dry_run as u8,
+        reserved: [0; 5],
     });
     record.submit(0);
 }
@@ -195,6 +223,7 @@ pub fn report_closed(
         workload: tag.workload,
         peer: tag.peer,
         rule: tag.rule,
+        dry_run_rule: 0,
         local_port,
         remote_port: tag.remote_port,
         protocol: tag.protocol,
@@ -203,7 +232,8 @@ pub fn report_closed(
         hook: Hook::SocketState as u8,
         allowed: 1,
         reason: reason as u8,
-        reserved: [0; 10],
+        dry_run: DryRun::Same as u8,
+        reserved: [0; 5],
     });
     record.submit(0);
 }

@@ -9,7 +9,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id},
 };
 use reeve_common::{
-    Action, Address, Direction, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
+    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
     PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE,
     WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
 };
@@ -153,16 +153,20 @@ fn verdict(connection: &Connection, class: u32) -> VerdictEntry {
     found.copied().unwrap_or(VerdictEntry {
         action: Action::Deny as u32,
         rule: 0,
+        dry_run: DryRun::Same as u32,
+        dry_run_rule: 0,
     })
 }
 
-/// Judges a connection and fills in the answer's peer and rule.
+/// Judges a connection and fills in the answer's peer and rules.
 #[inline(never)]
 pub fn judge(connection: &mut Connection) -> Outcome {
     let peer = peer(connection);
     let verdict = verdict(connection, peer.class);
     connection.peer = peer.peer;
     connection.rule = verdict.rule;
+    connection.dry_run = verdict.dry_run as u8;
+    connection.dry_run_rule = verdict.dry_run_rule;
     let egress = connection.direction == Direction::Egress as u8;
     let tcp = connection.protocol == protocol::TCP;
     if verdict.action == Action::Allow as u32 {
@@ -171,6 +175,9 @@ pub fn judge(connection: &mut Connection) -> Outcome {
             (true, false) => Outcome::allow(Reason::NoTunnel),
             (false, _) => Outcome::allow(Reason::NotTunnelled),
         };
+    }
+    if verdict.action == Action::Permissive as u32 && !egress {
+        return Outcome::allow(Reason::Permissive);
     }
     if verdict.action == Action::TunnelOnly as u32 && !egress {
         return Outcome::deny(Reason::PlaintextRefused);

@@ -128,7 +128,10 @@ fn tcp_arriving(settings: &Settings, subject: &Subject, connection: &mut Connect
                 peer: connection.peer,
                 rule: connection.rule,
                 generation: settings.generation,
-                reserved: 0,
+                dry_run_rule: connection.dry_run_rule,
+                dry_run: connection.dry_run,
+                reason: outcome.reason(),
+                reserved: [0; 2],
             };
         }
     }

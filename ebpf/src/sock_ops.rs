@@ -261,7 +261,16 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
     connection.direction = Direction::Ingress as u8;
     connection.peer = remembered.peer;
     connection.rule = remembered.rule;
-    report(&connection, Outcome::allow(Reason::NoTunnel));
+    connection.dry_run = arriving.dry_run;
+    connection.dry_run_rule = arriving.dry_run_rule;
+    report(
+        &connection,
+        if arriving.reason == Reason::Permissive as u8 {
+            Outcome::allow(Reason::Permissive)
+        } else {
+            Outcome::allow(Reason::NoTunnel)
+        },
+    );
 }
 
 /// A watched connection has come to its end.

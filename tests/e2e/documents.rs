@@ -42,7 +42,7 @@ fn configurations_and_policies_that_documents_show_are_accepted() {
             .collect();
         let (policies, configurations): (Vec<_>, Vec<_>) = examples
             .iter()
-            .partition(|block| block.text.contains("kind: ConnectionPolicy"));
+            .partition(|block| block.text.contains("apiVersion:"));
         let name = document.file_stem().unwrap().to_str().unwrap();
         for (number, block) in configurations.iter().enumerate() {
             let folder = node.folder().join(format!("{name}-{number}"));

@@ -319,7 +319,7 @@ impl Explainer<'_> {
         workload: &str,
         far_end: &End<'_>,
     ) -> Half {
-        let allowed = decision.action == Action::Allow;
+        let allowed = decision.allows();
         let nearest = if decision.reason == Reason::NoPolicy {
             self.snapshot.nearest(question, NEAREST)
         } else {
@@ -374,6 +374,7 @@ impl Explainer<'_> {
         let agrees = (action, rule) == (decision.action as u32, decision.rule);
         let name = match action {
             action if action == Action::Allow as u32 => "allow",
+            action if action == Action::Permissive as u32 => "allow, permissive",
             action if action == Action::TunnelOnly as u32 => "only through a tunnel",
             _ => "deny",
         };

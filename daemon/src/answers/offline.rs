@@ -40,6 +40,7 @@ impl Offline {
         let known = Known {
             workloads: &config.workloads,
             peers: &config.peers,
+            namespaces: &config.namespaces,
         };
         let policies = PolicySet::load(&config.policies, &known)?;
         Ok(Self::new(config, policies))
@@ -62,7 +63,9 @@ impl Offline {
         let snapshot = Snapshot::compile(&Inputs {
             workloads: &workloads,
             peers: &config.peers,
+            namespaces: &config.namespaces,
             policies: &policies,
+            unselected: config.unselected,
             node_addresses: &config.node.addresses,
             tunnel_port: config.ports.tunnel,
         });

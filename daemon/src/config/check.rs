@@ -44,6 +44,7 @@ pub fn check(path: &Path) -> Result<Summary, ConfigErrors> {
     let known = Known {
         workloads: &config.workloads,
         peers: &config.peers,
+        namespaces: &config.namespaces,
     };
     let policies = PolicySet::load(&config.policies, &known)?;
     let tables = compile(&config, &policies);
@@ -109,7 +110,9 @@ fn compile(config: &Config, policies: &PolicySet) -> KernelTables {
     let snapshot = Snapshot::compile(&Inputs {
         workloads: &workloads,
         peers: &config.peers,
+        namespaces: &config.namespaces,
         policies,
+        unselected: config.unselected,
         node_addresses: &config.node.addresses,
         tunnel_port: config.ports.tunnel,
     });

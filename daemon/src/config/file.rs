@@ -6,16 +6,20 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 
 use serde::Deserialize;
 
+use reeve_common::protocol;
+
 use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
     identity::{
         CipherSuite, CryptoProfile, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY, PathPattern,
         SMALLEST_RSA_KEY, Selector, SpiffeId, TrustDomain,
     },
+    policy::Unselected,
     privileges::Confinement,
+    workload::NamedPort,
     yaml::{
         Located,
-        values::{Ip, Labels, Name, Network, Port, duration, number, positive_duration},
+        values::{Ip, Labels, Name, Network, Port, PortName, duration, number, positive_duration},
     },
 };
 
@@ -32,6 +36,8 @@ pub(super) struct RawConfig {
     pub(super) enforced_parents: Vec<Located<CgroupPath>>,
     #[serde(default)]
     pub(super) peers: Vec<Located<RawPeer>>,
+    #[serde(default)]
+    pub(super) namespaces: Vec<Located<RawNamespace>>,
     #[serde(default)]
     pub(super) policies: RawPolicies,
     #[serde(default)]
@@ -82,6 +88,25 @@ pub(super) struct RawWorkload {
     #[serde(default)]
     pub(super) addresses: Vec<Ip>,
     pub(super) certificates: Option<Located<Name>>,
+    #[serde(default)]
+    pub(super) named_ports: RawNamedPorts,
+    #[serde(default)]
+    pub(super) permissive: bool,
+}
+
+/// Ports by their names.
+pub(super) type RawNamedPorts = BTreeMap<PortName, RawNamedPort>;
+
+/// A port of TCP, or with its protocol as in `53/UDP`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RawNamedPort(pub(super) NamedPort);
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawNamespace {
+    pub(super) name: Option<Located<Name>>,
+    #[serde(default)]
+    pub(super) labels: Labels,
 }
 
 #[derive(Debug, Deserialize)]
@@ -98,6 +123,8 @@ pub(super) struct RawPeer {
     pub(super) spiffe_id: Option<Located<SpiffeId>>,
     #[serde(default)]
     pub(super) tunnel: Option<RawTunnel>,
+    #[serde(default)]
+    pub(super) named_ports: RawNamedPorts,
 }
 
 /// `true`, `false`, or the port of the peer's tunnel.
@@ -114,6 +141,8 @@ pub(super) struct RawPolicies {
     pub(super) folder: Option<PathText>,
     #[serde(default)]
     pub(super) files: Vec<PathText>,
+    #[serde(default)]
+    pub(super) unselected: Unselected,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -349,6 +378,47 @@ impl<'de> Deserialize<'de> for RawTunnel {
             }
         }
         deserializer.deserialize_any(TunnelVisitor)
+    }
+}
+
+// === impl RawNamedPort ===
+
+impl<'de> Deserialize<'de> for RawNamedPort {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de;
+        struct NamedPortVisitor;
+        impl de::Visitor<'_> for NamedPortVisitor {
+            type Value = RawNamedPort;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a port of TCP, as in `8080`, or with its protocol, as in `53/UDP`")
+            }
+
+            fn visit_u64<E: de::Error>(self, port: u64) -> Result<RawNamedPort, E> {
+                match u16::try_from(port) {
+                    Ok(port) if port != 0 => Ok(RawNamedPort(NamedPort {
+                        protocol: protocol::TCP,
+                        port,
+                    })),
+                    _ => Err(E::invalid_value(de::Unexpected::Unsigned(port), &self)),
+                }
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RawNamedPort, E> {
+                let parsed = text.split_once('/').and_then(|(port, name)| {
+                    let protocol = match name {
+                        "TCP" => protocol::TCP,
+                        "UDP" => protocol::UDP,
+                        "SCTP" => protocol::SCTP,
+                        _ => return None,
+                    };
+                    let port = port.parse().ok().filter(|port| *port != 0)?;
+                    Some(RawNamedPort(NamedPort { protocol, port }))
+                });
+                parsed.ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(NamedPortVisitor)
     }
 }
 

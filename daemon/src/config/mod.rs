@@ -32,9 +32,9 @@ pub use tunnel::{Limits, Ports, Timeouts};
 pub use crate::yaml::{Mistake, Mistakes as ConfigErrors};
 use crate::{
     identity::{CryptoRules, TrustDomain},
-    policy::PolicySources,
+    policy::{PolicySources, Unselected},
     privileges::Confinement,
-    workload::{Peer, Workload},
+    workload::{Namespaces, Peer, Workload},
     yaml,
 };
 
@@ -60,8 +60,12 @@ pub struct Config {
     pub enforced_parents: Vec<String>,
     /// The peers, in the order of their declaration.
     pub peers: Vec<Arc<Peer>>,
+    /// Labels of the namespaces.
+    pub namespaces: Namespaces,
     /// Where the policies are.
     pub policies: PolicySources,
+    /// What a workload may do in a direction that no policy is about. Default nothing.
+    pub unselected: Unselected,
     /// Where certificates come from.
     pub certificates: Certificates,
     /// Which cryptography is accepted. Default: that of the default profile.

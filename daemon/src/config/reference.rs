@@ -25,8 +25,9 @@ fn the_example_with_every_field_is_valid() {
 
 #[test]
 fn every_default_is_what_leaving_the_field_out_means() {
-    const LISTS: [(&str, &str); 2] = [
+    const LISTS: [(&str, &str); 3] = [
         ("workloads", "name: w, cgroup: /w"),
+        ("namespaces", "name: n"),
         ("peers", "name: p, addresses: [10.0.0.1], serviceAccount: p"),
     ];
     let mut compared = 0;

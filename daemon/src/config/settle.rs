@@ -10,12 +10,12 @@ use std::{
 
 use super::{
     Admin, Certificates, Config, FIRST_PEER_ID, Metrics, Node, Ports,
-    file::{RawConfig, RawNode, RawPolicies, RawWorkload},
+    file::{RawConfig, RawNamedPorts, RawNamespace, RawNode, RawPolicies, RawWorkload},
 };
 use crate::{
     identity::{SpiffeId, TrustDomain},
     policy::PolicySources,
-    workload::{Attributes, CgroupSelector, Workload},
+    workload::{Attributes, CgroupSelector, NamedPorts, Namespaces, Workload},
     yaml::{
         Document, Located, Mistakes, NodeId,
         values::{Labels, Name},
@@ -77,6 +77,7 @@ pub(super) fn settle(
     let domain = trust_domain.unwrap_or(stand_in);
     let ports = report.ports(raw.ports);
     let tls = report.tls(raw.tls);
+    let namespaces = report.namespaces(raw.namespaces);
     let file = document.file().to_path_buf();
     let folder = file.parent().unwrap_or(Path::new("")).to_owned();
     let state_dir = raw
@@ -104,6 +105,8 @@ pub(super) fn settle(
             .map(|path| path.value.0)
             .collect(),
         peers,
+        namespaces,
+        unselected: raw.policies.unselected,
         policies: policies(raw.policies, &folder),
         tls,
         ports,
@@ -157,6 +160,12 @@ fn policies(raw: RawPolicies, folder: &Path) -> PolicySources {
             .map(|path| folder.join(path.0))
             .collect(),
     }
+}
+
+fn named_ports(raw: &RawNamedPorts) -> NamedPorts {
+    raw.iter()
+        .map(|(name, port)| (name.0.clone(), port.0))
+        .collect()
 }
 
 /// Gives `items` the numbers that `old` has for the same names.
@@ -348,7 +357,43 @@ impl Report<'_> {
                 .certificates
                 .as_ref()
                 .map(|name| name.as_str().to_owned()),
+            named_ports: named_ports(&raw.named_ports),
+            permissive: raw.permissive,
         })
+    }
+
+    fn namespaces(&mut self, raw: Vec<Located<RawNamespace>>) -> Namespaces {
+        let mut namespaces = Namespaces::default();
+        for namespace in raw {
+            let Some(name) = self.require(namespace.node, "name", namespace.name.as_ref()) else {
+                continue;
+            };
+            let labels = namespace.labels.0.clone();
+            let own = labels.get(Namespaces::NAME_LABEL);
+            if own.is_some_and(|own| own != name.as_str()) {
+                self.mistake(
+                    namespace.node,
+                    format!(
+                        "has another label `{}` than its name; remove it, every namespace has it",
+                        Namespaces::NAME_LABEL
+                    ),
+                );
+            }
+            if namespaces
+                .0
+                .insert(name.as_str().to_owned(), labels)
+                .is_some()
+            {
+                self.mistake(
+                    name.node,
+                    format!(
+                        "the namespace `{}` is given already; keep one",
+                        name.as_str()
+                    ),
+                );
+            }
+        }
+        namespaces
     }
 
     /// Fills in what is not given. A SPIFFE ID of the usual form says the namespace and the

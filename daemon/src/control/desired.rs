@@ -142,6 +142,8 @@ mod tests {
                 ports: Vec::new(),
                 addresses: Vec::new(),
                 certificates: None,
+                named_ports: BTreeMap::new(),
+                permissive: false,
             }),
             cgroups: vec![(cgroup, 1)],
             owns_netns: netns.is_some(),

@@ -49,7 +49,9 @@ impl Control {
             Snapshot::compile(&Inputs {
                 workloads: &discovery.workloads,
                 peers: &config.peers,
+                namespaces: &config.namespaces,
                 policies: &self.policies,
+                unselected: config.unselected,
                 node_addresses: &config.node.addresses,
                 tunnel_port: config.ports.tunnel,
             })

@@ -34,6 +34,7 @@ pub fn policies(config: &Config) -> Result<PolicySet, ConfigErrors> {
     let known = Known {
         workloads: &config.workloads,
         peers: &config.peers,
+        namespaces: &config.namespaces,
     };
     let policies = PolicySet::load(&config.policies, &known)?;
     for warning in policies.warnings() {
@@ -248,7 +249,9 @@ fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
         workloads: new.workloads,
         enforced_parents: new.enforced_parents,
         peers: new.peers,
+        namespaces: new.namespaces,
         policies: new.policies,
+        unselected: new.unselected,
         certificates: Certificates {
             sources: before.certificates.sources.clone(),
             ..new.certificates

@@ -12,8 +12,8 @@ use std::{
 };
 
 use reeve_common::{
-    Action, Direction, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
-    NO_WORKLOAD, Reason, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+    Direction, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook, NO_WORKLOAD,
+    Reason, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
 };
 use tokio::task::block_in_place;
 
@@ -131,6 +131,7 @@ impl Control {
             workload: over.workload,
             peer: judge.snapshot.destination(over.remote, over.protocol).0,
             rule: over.rule,
+            dry_run_rule: 0,
             local_port: over.local.port(),
             remote_port: over.remote.port(),
             protocol: over.protocol,
@@ -139,7 +140,8 @@ impl Control {
             hook: Hook::SocketState as u8,
             allowed: 0,
             reason: Reason::Revoked as u8,
-            reserved: [0; 10],
+            dry_run: 0,
+            reserved: [0; 5],
         };
         self.kernel_events.record(&event, judge.snapshot);
         let metrics = &self.daemon.metrics;
@@ -281,7 +283,7 @@ impl<'a> Judge<'a> {
                 false,
             ),
         };
-        let allowed = decision.action == Action::Allow && !bypasses;
+        let allowed = decision.allows() && !bypasses;
         (!allowed).then_some(decision.rule)
     }
 }

@@ -242,14 +242,27 @@ impl State {
         result
     }
 
-    /// What refuses comes first: a refusal without room must not leave the wider allowance alone.
+    /// The narrowest first: a connection then goes from what the old entries say of it to what the
+    /// new ones say, with nothing in between. Where there is no room, what refuses gets what
+    /// there is: a refusal without room must not leave the wider allowance alone.
     fn put_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
-        let allows = |value: &VerdictEntry| value.action == Action::Allow as u32;
-        let (allowing, refusing): (Vec<_>, Vec<_>) = desired
-            .verdicts
-            .iter()
-            .partition(|(_, value)| allows(value));
-        Ok(self.verdicts.put(refusing)? | self.verdicts.put(allowing)?)
+        let mut different: Vec<_> = self.verdicts.different(&desired.verdicts).collect();
+        different.sort_unstable_by_key(|(key, _)| breadth(key));
+        self.verdicts.put(different).or_else(|error| {
+            let refuses = |value: &VerdictEntry| {
+                value.action == Action::Deny as u32 || value.action == Action::TunnelOnly as u32
+            };
+            let refusing = desired.verdicts.iter().filter(|(_, value)| refuses(value));
+            self.verdicts.put(refusing)?;
+            Err(error)
+        })
+    }
+
+    /// The widest first, for the same reason.
+    fn prune_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
+        let mut surplus = self.verdicts.surplus(&desired.verdicts);
+        surplus.sort_unstable_by_key(|key| std::cmp::Reverse(breadth(key)));
+        self.verdicts.remove(&surplus)
     }
 
     /// The longest prefix first: an address without room must not count as its neighbours.
@@ -265,7 +278,7 @@ impl State {
             | self.local_addresses.prune(&desired.local_addresses)?
             | self.peer_ports.prune(&desired.peer_ports)?
             | self.peers.prune(&desired.peers)?
-            | self.verdicts.prune(&desired.verdicts)?)
+            | self.prune_verdicts(desired)?)
     }
 
     fn write(&mut self, settings: KernelSettings) -> Result<(), Error> {
@@ -307,6 +320,12 @@ impl Desired {
                 .collect(),
         }
     }
+}
+
+/// How wide a verdict is: those for everybody after those of a class, which are asked first, and
+/// short prefixes after long ones.
+fn breadth((bits, key): &(u32, VerdictKey)) -> (bool, std::cmp::Reverse<u32>) {
+    (key.class == 0, std::cmp::Reverse(*bits))
 }
 
 /// Clears what lies behind a prefix: the kernel takes such keys for the same, and so must we.

@@ -134,15 +134,34 @@ impl<T: Table> Tracked<T> {
         Ok(changed)
     }
 
+    /// The entries that are not in the map as they are in `desired`.
+    pub(super) fn different<'a>(
+        &self,
+        desired: &'a HashMap<T::Key, T::Value>,
+    ) -> impl Iterator<Item = (&'a T::Key, &'a T::Value)> {
+        let content = &self.content;
+        desired
+            .iter()
+            .filter(move |(key, value)| content.get(key) != Some(value))
+    }
+
+    /// The entries that are in the map and not in `desired`.
+    pub(super) fn surplus(&self, desired: &HashMap<T::Key, T::Value>) -> Vec<T::Key> {
+        let keys = self.content.keys();
+        keys.filter(|key| !desired.contains_key(key))
+            .copied()
+            .collect()
+    }
+
     /// Removes the entries that are not in `desired`. True where there were any.
     pub(super) fn prune(&mut self, desired: &HashMap<T::Key, T::Value>) -> Result<bool, Error> {
-        let surplus: Vec<T::Key> = self
-            .content
-            .keys()
-            .filter(|key| !desired.contains_key(key))
-            .copied()
-            .collect();
-        for key in &surplus {
+        let surplus = self.surplus(desired);
+        self.remove(&surplus)
+    }
+
+    /// Removes entries, in the order given. True where there were any.
+    pub(super) fn remove(&mut self, surplus: &[T::Key]) -> Result<bool, Error> {
+        for key in surplus {
             match self.table.remove(key) {
                 // Somebody else removed it: that is what was wanted.
                 Err(error) if !is_missing(&error) => {

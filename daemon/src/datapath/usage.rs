@@ -3,6 +3,7 @@
 use aya::maps::{self, Map, MapData, MapError, PerCpuArray};
 use reeve_common::{
     COUNTER_LOST_EVENTS, COUNTER_REASONS, COUNTER_SLOTS, Direction, Reason, counter_slot,
+    dry_run_slot,
 };
 
 use super::{Error, load::map_error};
@@ -47,6 +48,12 @@ impl Counters {
                 let count = self.verdicts(direction, allowed, reason);
                 (direction, allowed, reason, count)
             })
+    }
+
+    /// Verdicts that policies in dry run would change: to allow, or to deny.
+    #[must_use]
+    pub fn dry_runs(&self, direction: Direction, would_allow: bool) -> u64 {
+        self.slot(dry_run_slot(direction as u8, would_allow))
     }
 
     /// Events that found the ring buffer full.

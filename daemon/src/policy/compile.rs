@@ -6,8 +6,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::IpAddr,
-    path::Path,
+    fmt,
     sync::Arc,
 };
 
@@ -18,17 +17,16 @@ use super::{
     Inputs, Snapshot,
     far_ends::{Block, FarEnds, InUse, Resident},
     identities::Identities,
+    implicit::Implicit,
+    named_ports::{Resolved, resolve_egress},
     number::{Fingerprint, numbers},
     population::{Member, Population},
-    rule::{FarEnd, Origin, PortMatch, Rule, Subjects},
+    rule::{Effect, FarEnd, Rule, Subjects},
     sets::{SelectorId, SetId, Sets},
     tables::Tables,
     verdicts::{By, RuleIndex, RuleList},
 };
-use crate::workload::{Peer, RunningWorkload};
-
-/// Name of the rule that lets the node's own agent in.
-const NODE_RULE: &str = "node";
+use crate::workload::{Namespaces, Peer, RunningWorkload};
 
 /// The rules of one workload, by direction.
 #[derive(Clone, Debug)]
@@ -37,23 +35,31 @@ pub(super) struct Rules {
     pub(super) ingress: Arc<RuleList>,
 }
 
+/// Whom rules name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Selector {
+    pub(super) far_end: FarEnd,
+    /// Whether it matches whoever it could match: that is enough to deny.
+    pub(super) possible: bool,
+}
+
 /// The selectors that rules in use name, each once.
 #[derive(Debug, Default)]
 struct Selectors {
-    ids: HashMap<FarEnd, SelectorId>,
-    list: Vec<FarEnd>,
+    ids: HashMap<Selector, SelectorId>,
+    list: Vec<Selector>,
     in_use: InUse,
 }
 
 /// Compiles.
 pub(super) fn compile(inputs: &Inputs<'_>) -> Snapshot {
-    let rules = all_rules(inputs);
-    let mut selectors = Selectors::default();
-    let by_workload = rules_by_workload(inputs.workloads, &rules, &mut selectors);
-
     let peers = all_peers(inputs);
+    let mut rules = resolve_egress(inputs.policies.rules.iter().cloned(), &peers);
+    let mut selectors = Selectors::default();
+    let by_workload = rules_by_workload(inputs, &mut rules, &mut selectors);
+
     let mut sets = Sets::default();
-    let identities = identities_of(&peers, &selectors, &mut sets);
+    let identities = identities_of(&peers, &selectors, inputs.namespaces, &mut sets);
     let far_ends = FarEnds::new(
         &residents(inputs, &peers, &identities),
         &selectors.blocks(),
@@ -61,11 +67,7 @@ pub(super) fn compile(inputs: &Inputs<'_>) -> Snapshot {
         &mut sets,
     );
 
-    let names: Vec<_> = rules
-        .iter()
-        .map(|rule| Fingerprint::of(&rule.origin.name))
-        .collect();
-    let rule_numbers = numbers(&names);
+    let rule_numbers = rule_numbers(&rules);
     let fingerprints: Vec<_> = selectors
         .list
         .iter()
@@ -89,35 +91,31 @@ pub(super) fn compile(inputs: &Inputs<'_>) -> Snapshot {
             by_workload,
             sets,
             far_ends,
-            identities: Identities::new(&selectors.list),
+            identities: Identities::new(&selectors.list, inputs.namespaces),
             peer_identities: identities,
+            possible: selectors.in_use.possible,
         },
         tables,
     )
 }
 
-/// The implicit rules, then those of the policies.
-fn all_rules(inputs: &Inputs<'_>) -> Vec<Rule> {
-    let mut rules = Vec::with_capacity(inputs.policies.rules.len() + 1);
-    if !inputs.node_addresses.is_empty() {
-        let block = |address: &IpAddr| FarEnd::Cidr {
-            block: IpNet::from(address.to_canonical()),
-            except: Vec::new(),
-        };
-        rules.push(Rule {
-            origin: Origin {
-                name: NODE_RULE.to_owned(),
-                file: Path::new("").into(),
-                line: 0,
-            },
-            subjects: Arc::new(Subjects::default()),
-            direction: Direction::Ingress,
-            far_ends: inputs.node_addresses.iter().map(block).collect(),
-            ports: vec![PortMatch::Everything],
-        });
-    }
-    rules.extend(inputs.policies.rules.iter().cloned());
-    rules
+/// A number for each rule, by its name: what a named port made several of stays one.
+fn rule_numbers(rules: &[Rule]) -> Vec<u32> {
+    let mut places: HashMap<&str, usize> = HashMap::new();
+    let mut fingerprints = Vec::new();
+    let places: Vec<usize> = rules
+        .iter()
+        .map(|rule| {
+            let name = rule.origin.name.as_str();
+            *places.entry(name).or_insert_with(|| {
+                fingerprints.push(Fingerprint::of(name));
+                fingerprints.len() - 1
+            })
+        })
+        .collect();
+    let numbers = numbers(&fingerprints);
+    let number = |place| numbers.get(place).copied().unwrap_or_default();
+    places.into_iter().map(number).collect()
 }
 
 /// Local workloads first, so that they win an address that both they and a peer claim.
@@ -139,6 +137,7 @@ fn all_peers(inputs: &Inputs<'_>) -> Vec<Arc<Peer>> {
             ports: workload.ports.clone(),
             attributes: Some(workload.attributes.clone()),
             tunnel_port: Some(inputs.tunnel_port),
+            named_ports: workload.named_ports.clone(),
         })
     });
     local.chain(inputs.peers.iter().cloned()).collect()
@@ -146,34 +145,20 @@ fn all_peers(inputs: &Inputs<'_>) -> Vec<Arc<Peer>> {
 
 /// The rules of each workload. Workloads that the same rules are for share the list.
 fn rules_by_workload(
-    workloads: &[Arc<RunningWorkload>],
-    rules: &[Rule],
+    inputs: &Inputs<'_>,
+    rules: &mut Vec<Rule>,
     selectors: &mut Selectors,
 ) -> HashMap<WorkloadId, Rules> {
-    let mut selected: Vec<[Vec<RuleIndex>; 2]> = vec![Default::default(); workloads.len()];
-    let mut subjects: Option<(&Arc<Subjects>, Vec<usize>)> = None;
-    for (rule, index) in rules.iter().zip(0..) {
-        // The rules of one policy follow each other.
-        let same = subjects.as_ref();
-        let same = same.is_some_and(|(subjects, _)| Arc::ptr_eq(subjects, &rule.subjects));
-        if !same {
-            let fits = |running: &RunningWorkload| {
-                let workload = &running.workload;
-                rule.subjects.matches(&workload.name, &workload.attributes)
-            };
-            let members = workloads.iter().enumerate();
-            let members = members.filter(|(_, running)| fits(running));
-            subjects = Some((&rule.subjects, members.map(|(place, _)| place).collect()));
+    let workloads = inputs.workloads;
+    let mut selected = selected(inputs, rules);
+    let mut implicit = Implicit::new(inputs.node_addresses, rules);
+    let mut resolved = Resolved::default();
+    for (running, [egress, ingress]) in workloads.iter().zip(&mut selected) {
+        let workload = &running.workload;
+        for index in ingress.iter_mut() {
+            *index = resolved.at(*index, &workload.named_ports, rules);
         }
-        let members = subjects.as_ref().map_or(&[][..], |(_, members)| members);
-        for member in members {
-            if let Some([egress, ingress]) = selected.get_mut(*member) {
-                match rule.direction {
-                    Direction::Egress => egress.push(index),
-                    Direction::Ingress => ingress.push(index),
-                }
-            }
-        }
+        implicit.add(inputs, workload, rules, egress, ingress);
     }
     let mut lists = HashMap::new();
     workloads
@@ -198,6 +183,36 @@ fn rules_by_workload(
         .collect()
 }
 
+/// The policies' rules for each workload: egress, then ingress.
+fn selected(inputs: &Inputs<'_>, rules: &[Rule]) -> Vec<[Vec<RuleIndex>; 2]> {
+    let workloads = inputs.workloads;
+    let mut selected: Vec<[Vec<RuleIndex>; 2]> = vec![Default::default(); workloads.len()];
+    let mut subjects: Option<(&Arc<Subjects>, Vec<usize>)> = None;
+    for (rule, index) in rules.iter().zip(0..) {
+        // The rules of one policy follow each other.
+        let same = subjects.as_ref();
+        let same = same.is_some_and(|(subjects, _)| Arc::ptr_eq(subjects, &rule.subjects));
+        if !same {
+            let fits = |running: &RunningWorkload| {
+                rule.subjects.matches(&running.workload, inputs.namespaces)
+            };
+            let members = workloads.iter().enumerate();
+            let members = members.filter(|(_, running)| fits(running));
+            subjects = Some((&rule.subjects, members.map(|(place, _)| place).collect()));
+        }
+        let members = subjects.as_ref().map_or(&[][..], |(_, members)| members);
+        for member in members {
+            if let Some([egress, ingress]) = selected.get_mut(*member) {
+                match rule.direction {
+                    Direction::Egress => egress.push(index),
+                    Direction::Ingress => ingress.push(index),
+                }
+            }
+        }
+    }
+    selected
+}
+
 fn rule_list(
     direction: Direction,
     indices: &[RuleIndex],
@@ -212,13 +227,14 @@ fn rule_list(
         if rule.far_ends.contains(&FarEnd::Anybody) {
             list.add_for_anybody(*index);
         }
+        let denies = rule.effect == Effect::Deny;
         let named: BTreeSet<_> = rule
             .far_ends
             .iter()
             .filter(|far_end| **far_end != FarEnd::Anybody)
             .map(|far_end| {
                 (
-                    selectors.intern(far_end, direction),
+                    selectors.intern(far_end, denies, direction),
                     far_end.needs_identity(),
                 )
             })
@@ -239,15 +255,18 @@ fn rule_list(
 fn identities_of(
     peers: &[Arc<Peer>],
     selectors: &Selectors,
+    namespaces: &Namespaces,
     sets: &mut Sets,
 ) -> HashMap<u32, SetId> {
-    let population = Population::new(peers.iter().map(|peer| Member {
+    let members = peers.iter().map(|peer| Member {
         name: &peer.name,
         attributes: peer.attributes.as_ref(),
-    }));
+        ports: &peer.named_ports,
+    });
+    let population = Population::new(members, namespaces);
     let mut matching: Vec<Vec<SelectorId>> = vec![Vec::new(); peers.len()];
     for (selector, id) in selectors.list.iter().zip(0..) {
-        for place in population.matching(selector) {
+        for place in population.matching(&selector.far_end) {
             if let Some(matching) = matching.get_mut(place) {
                 matching.push(id);
             }
@@ -293,19 +312,9 @@ fn residents(
 // === impl Selectors ===
 
 impl Selectors {
-    fn intern(&mut self, far_end: &FarEnd, direction: Direction) -> SelectorId {
-        let id = match self.ids.get(far_end) {
-            Some(id) => *id,
-            None => {
-                // The sizes of the files bound the number of selectors far below u32.
-                let id = SelectorId::try_from(self.list.len()).unwrap_or(SelectorId::MAX);
-                self.ids.insert(far_end.clone(), id);
-                self.list.push(far_end.clone());
-                self.in_use.egress.push(false);
-                self.in_use.ingress.push(false);
-                id
-            }
-        };
+    /// The selector of a rule for a direction, which denies or does something else.
+    fn intern(&mut self, far_end: &FarEnd, denies: bool, direction: Direction) -> SelectorId {
+        let id = self.id(far_end, denies);
         let in_use = match direction {
             Direction::Egress => &mut self.in_use.egress,
             Direction::Ingress => &mut self.in_use.ingress,
@@ -316,15 +325,56 @@ impl Selectors {
         id
     }
 
+    fn id(&mut self, far_end: &FarEnd, denies: bool) -> SelectorId {
+        let selector = Selector {
+            far_end: far_end.clone(),
+            // Of an address there is no doubt.
+            possible: denies && far_end.needs_identity(),
+        };
+        if let Some(id) = self.ids.get(&selector) {
+            return *id;
+        }
+        if let FarEnd::Both(block, identity) = far_end {
+            let parts = (self.id(block, denies), self.id(identity, denies));
+            let id = self.add(selector);
+            let of_identity = self.in_use.both.entry(parts.1).or_default();
+            of_identity.push((parts.0, id));
+            return id;
+        }
+        self.add(selector)
+    }
+
+    fn add(&mut self, selector: Selector) -> SelectorId {
+        // The sizes of the files bound the number of selectors far below u32.
+        let id = SelectorId::try_from(self.list.len()).unwrap_or(SelectorId::MAX);
+        self.in_use.egress.push(false);
+        self.in_use.ingress.push(false);
+        self.in_use.possible.push(selector.possible);
+        self.ids.insert(selector.clone(), id);
+        self.list.push(selector);
+        id
+    }
+
     fn blocks(&self) -> Vec<Block> {
-        let cidr = |(selector, far_end): (SelectorId, &FarEnd)| match far_end {
+        let cidr = |(id, selector): (SelectorId, &Selector)| match &selector.far_end {
             FarEnd::Cidr { block, except } => Some(Block {
-                selector,
+                selector: id,
                 block: *block,
                 except: except.clone(),
             }),
             _ => None,
         };
         (0..).zip(&self.list).filter_map(cidr).collect()
+    }
+}
+
+// === impl Selector ===
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.possible {
+            f.write_str("possibly ")?;
+        }
+        self.far_end.fmt(f)
     }
 }

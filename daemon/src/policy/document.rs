@@ -13,6 +13,8 @@ use crate::{
     },
 };
 
+pub(super) mod network;
+
 /// `kind: ConnectionPolicy`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -42,11 +44,79 @@ pub(super) struct Metadata {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Spec {
+    #[serde(default)]
+    pub(super) action: RawAction,
+    #[serde(default)]
+    pub(super) mode: RawMode,
     pub(super) workloads: Option<Located<RawSubjects>>,
     #[serde(default)]
     pub(super) ingress: Vec<Located<IngressRule>>,
     #[serde(default)]
     pub(super) egress: Vec<Located<EgressRule>>,
+}
+
+/// What the rules of a policy do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(super) enum RawAction {
+    #[default]
+    Allow,
+    Deny,
+}
+
+/// Whether a policy is in force.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(super) enum RawMode {
+    #[default]
+    Enforce,
+    DryRun,
+}
+
+/// `kind: IdentityGroup`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(
+    dead_code,
+    reason = "the kind is looked at before the document is read"
+)]
+pub(super) struct IdentityGroup {
+    pub(super) api_version: Option<String>,
+    pub(super) kind: Option<String>,
+    pub(super) metadata: Option<Located<GroupMetadata>>,
+    pub(super) spec: Option<Located<GroupSpec>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(
+    dead_code,
+    reason = "labels and annotations are for people and other tools"
+)]
+pub(super) struct GroupMetadata {
+    pub(super) name: Option<Located<Name>>,
+    #[serde(default)]
+    pub(super) labels: Labels,
+    #[serde(default)]
+    pub(super) annotations: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct GroupSpec {
+    pub(super) members: Option<Located<Vec<Located<Member>>>>,
+}
+
+/// Whom a group has: as in [`RawFarEnd`], by identity.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Member {
+    pub(super) identity: Option<SpiffeId>,
+    pub(super) identity_prefix: Option<PrefixText>,
+    pub(super) namespace: Option<NamespaceText>,
+    pub(super) service_account: Option<Name>,
+    #[serde(default)]
+    pub(super) labels: Labels,
+    #[serde(default)]
+    pub(super) match_expressions: Vec<Located<Expression>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -79,6 +149,7 @@ pub(super) struct EgressRule {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RawFarEnd {
+    pub(super) group: Option<Located<Name>>,
     pub(super) identity: Option<SpiffeId>,
     pub(super) identity_prefix: Option<PrefixText>,
     pub(super) namespace: Option<NamespaceText>,

@@ -5,7 +5,8 @@
 //! carries the blocks of all prefixes around it, and the nearest peers.
 //!
 //! Where several peers share an address, a destination port tells whom a connection is for. A
-//! source's port tells nothing, so what comes from there matches only what all of them match.
+//! source's port tells nothing: what comes from there matches what allows only where that matches
+//! all of them, and what denies as soon as that matches one.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -75,6 +76,11 @@ pub(super) struct FarEnd {
 pub(super) struct InUse {
     pub(super) egress: Vec<bool>,
     pub(super) ingress: Vec<bool>,
+    /// The selectors that match whoever they could match, since their rules deny.
+    pub(super) possible: Vec<bool>,
+    /// Selectors that match whom two others match: by the one of identity, the one of blocks and
+    /// the selector itself.
+    pub(super) both: HashMap<SelectorId, Vec<(SelectorId, SelectorId)>>,
 }
 
 /// All prefixes that anybody names.
@@ -248,34 +254,43 @@ impl<'a> Builder<'a> {
             let told_apart = residents.len() > 1 || !resident.exclusive;
             here.single && told_apart && !resident.ports.is_empty()
         };
-        let all = residents.iter().map(|resident| resident.identity);
-        let mut source = all
-            .reduce(|a, b| self.sets.both(a, b))
-            .unwrap_or(SetId::EMPTY);
-        if residents.iter().any(|resident| !resident.exclusive) {
-            source = SetId::EMPTY;
-        }
+        let source = self.source(residents);
         let ingress = self.within(blocks, source, &self.in_use.ingress);
         let mut ports = BTreeMap::new();
         for resident in residents
             .iter()
             .filter(|resident| owns_ports_only(resident))
         {
-            let occupant = self.occupant(resident, blocks, ingress);
+            let egress = self.within(blocks, resident.identity, &self.in_use.egress);
+            let occupant = Occupant {
+                peer: resident.peer,
+                tunnel: resident.tunnel,
+                egress,
+                ingress,
+            };
             for port in &resident.ports {
                 ports.entry(*port).or_insert(occupant);
             }
         }
-        let rest = residents.iter().find(|resident| !owns_ports_only(resident));
+        let others: Vec<_> = residents
+            .iter()
+            .copied()
+            .filter(|resident| !owns_ports_only(resident))
+            .collect();
+        let rest = others.first();
+        // Who is there may use a port that nobody owns.
+        let possible = if others.is_empty() {
+            residents
+        } else {
+            &others
+        };
+        let identity = self.rest(rest.map_or(SetId::EMPTY, |rest| rest.identity), possible);
         FarEnd {
-            rest: match rest {
-                Some(resident) => self.occupant(resident, blocks, ingress),
-                None => Occupant {
-                    peer: 0,
-                    tunnel: false,
-                    egress: self.within(blocks, SetId::EMPTY, &self.in_use.egress),
-                    ingress,
-                },
+            rest: Occupant {
+                peer: rest.map_or(0, |rest| rest.peer),
+                tunnel: rest.is_some_and(|rest| rest.tunnel),
+                egress: self.within(blocks, identity, &self.in_use.egress),
+                ingress,
             },
             ports,
             blocks,
@@ -283,23 +298,76 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn occupant(&mut self, resident: &Resident, blocks: SetId, ingress: SetId) -> Occupant {
-        Occupant {
-            peer: resident.peer,
-            tunnel: resident.tunnel,
-            egress: self.within(blocks, resident.identity, &self.in_use.egress),
-            ingress,
+    /// What matches any of these as a source.
+    fn source(&mut self, residents: &[&Resident]) -> SetId {
+        let certain = residents.iter().all(|resident| resident.exclusive);
+        match residents {
+            [] => return SetId::EMPTY,
+            [one] if certain => return one.identity,
+            _ => {}
         }
+        let sets: Vec<_> = residents.iter().map(|resident| resident.identity).collect();
+        let common = common(self.sets, &sets, &self.in_use.possible);
+        let possible = &self.in_use.possible;
+        let kept = common
+            .into_iter()
+            .filter(|selector| certain || is(possible, *selector));
+        self.sets.intern(kept)
+    }
+
+    /// What matches the one whom a connection is taken to be for, where it could be for others.
+    fn rest(&mut self, identity: SetId, others: &[&Resident]) -> SetId {
+        if let [one] = others
+            && one.identity == identity
+        {
+            return identity;
+        }
+        let possible = &self.in_use.possible;
+        let sets = others
+            .iter()
+            .flat_map(|other| self.sets.get(other.identity));
+        let could_be = sets.copied().filter(|selector| is(possible, *selector));
+        let all: Vec<_> = self
+            .sets
+            .get(identity)
+            .iter()
+            .copied()
+            .chain(could_be)
+            .collect();
+        self.sets.intern(all)
     }
 
     /// The selectors of both sets that are in use.
     fn within(&mut self, blocks: SetId, identity: SetId, in_use: &[bool]) -> SetId {
-        let both = [blocks, identity].map(|set| self.sets.get(set));
-        let used = both.into_iter().flatten().copied().filter(|selector| {
-            let place = usize::try_from(*selector).unwrap_or(usize::MAX);
-            in_use.get(place).copied().unwrap_or_default()
-        });
-        let used: Vec<_> = used.collect();
+        let (blocks, identity) = (self.sets.get(blocks), self.sets.get(identity));
+        let of_both = identity.iter().filter_map(|one| self.in_use.both.get(one));
+        let of_both = of_both
+            .flatten()
+            .filter(|(block, _)| blocks.binary_search(block).is_ok())
+            .map(|(_, both)| *both);
+        let all = blocks.iter().chain(identity).copied().chain(of_both);
+        let used: Vec<_> = all.filter(|selector| is(in_use, *selector)).collect();
         self.sets.intern(used)
     }
+}
+
+/// What a far end matches that could be any of several, of whom these sets are: what denies if
+/// any of them matches it, and all else if all of them do.
+pub(super) fn common(sets: &Sets, several: &[SetId], possible: &[bool]) -> Vec<SelectorId> {
+    let Some((first, others)) = several.split_first() else {
+        return Vec::new();
+    };
+    let in_all = sets.get(*first).iter().copied().filter(|selector| {
+        let in_set = |set: &SetId| sets.get(*set).binary_search(selector).is_ok();
+        others.iter().all(in_set)
+    });
+    let in_any = several.iter().flat_map(|set| sets.get(*set)).copied();
+    in_all
+        .chain(in_any.filter(|selector| is(possible, *selector)))
+        .collect()
+}
+
+fn is(flags: &[bool], selector: SelectorId) -> bool {
+    let place = usize::try_from(selector).unwrap_or(usize::MAX);
+    flags.get(place).copied().unwrap_or_default()
 }

@@ -8,18 +8,26 @@ use std::{
 };
 
 use super::{
-    document::ConnectionPolicy,
-    lower::lower,
+    document::{ConnectionPolicy, IdentityGroup, network::NetworkPolicy},
+    lower::{self, Context, Groups, Lowered},
     population::{Member, Population},
-    rule::Rule,
+    rule::{Isolation, Rule},
 };
 use crate::{
-    workload::{Peer, Workload},
-    yaml::{self, Document, Mistake, Mistakes, nearest, shown},
+    workload::{Namespaces, Peer, Workload},
+    yaml::{self, Document, Mistake, Mistakes, NodeId, nearest, shown},
 };
 
 /// Group and version of reeve's own kinds.
-const API_VERSION: &str = "reeve.dev/v1alpha1";
+const OWN_VERSION: &str = "reeve.dev/v1alpha1";
+
+/// The kinds of documents, and the `apiVersion` of each.
+const KINDS: [(Kind, &str, &str); 4] = [
+    (Kind::ConnectionPolicy, "ConnectionPolicy", OWN_VERSION),
+    (Kind::IdentityGroup, "IdentityGroup", OWN_VERSION),
+    (Kind::NetworkPolicy, "NetworkPolicy", "networking.k8s.io/v1"),
+    (Kind::List, "List", "v1"),
+];
 
 /// Where policies are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,25 +40,33 @@ pub struct PolicySources {
 }
 
 /// Whom policies can name.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Known<'a> {
     /// The workloads of this node.
     pub workloads: &'a [Arc<Workload>],
     /// The peers.
     pub peers: &'a [Arc<Peer>],
+    /// Labels of the namespaces.
+    pub namespaces: &'a Namespaces,
 }
 
 /// Policies without a mistake, in the order of their files' names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySet {
     pub(crate) rules: Vec<Rule>,
+    pub(crate) isolations: Vec<Isolation>,
     policies: usize,
     warnings: Vec<Mistake>,
 }
 
-/// The kinds of policy documents.
+/// The kinds of documents.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     ConnectionPolicy,
+    IdentityGroup,
+    NetworkPolicy,
+    /// Several documents in one, as `kubectl get -o yaml` writes them.
+    List,
 }
 
 struct Loader<'a> {
@@ -58,6 +74,8 @@ struct Loader<'a> {
     /// Where each policy was found first.
     names: HashMap<String, (Arc<Path>, usize)>,
     mistakes: Mistakes,
+    documents: Vec<Document>,
+    groups: Groups,
     set: PolicySet,
 }
 
@@ -114,6 +132,7 @@ impl PolicySet {
     pub(crate) fn mistakes(sources: &PolicySources) -> Mistakes {
         let mut loader = Loader::new(None);
         loader.sources(sources);
+        loader.documents();
         loader.mistakes
     }
 
@@ -149,12 +168,14 @@ impl<'a> Known<'a> {
         let workloads = self.workloads.iter().map(|workload| Member {
             name: &workload.name,
             attributes: Some(&workload.attributes),
+            ports: &workload.named_ports,
         });
         let peers = self.peers.iter().map(|peer| Member {
             name: &peer.name,
             attributes: peer.attributes.as_ref(),
+            ports: &peer.named_ports,
         });
-        Population::new(workloads.chain(peers))
+        Population::new(workloads.chain(peers), self.namespaces)
     }
 }
 
@@ -208,11 +229,14 @@ impl<'a> Loader<'a> {
             known,
             names: HashMap::new(),
             mistakes: Mistakes::default(),
+            documents: Vec::new(),
+            groups: Groups::default(),
             set: PolicySet::default(),
         }
     }
 
-    fn finish(self) -> Result<PolicySet, Mistakes> {
+    fn finish(mut self) -> Result<PolicySet, Mistakes> {
+        self.documents();
         self.mistakes.into_result()?;
         Ok(self.set)
     }
@@ -229,61 +253,135 @@ impl<'a> Loader<'a> {
     fn text(&mut self, file: &Path, text: &str) {
         let (documents, mistakes) = yaml::parse(file, text);
         self.mistakes.extend(mistakes);
+        self.documents.extend(documents);
+    }
+
+    /// Takes what was read: groups first, which any policy may name.
+    fn documents(&mut self) {
+        let documents = std::mem::take(&mut self.documents);
+        let mut policies = Vec::new();
         for document in &documents {
-            self.document(document);
-        }
-    }
-
-    fn document(&mut self, document: &Document) {
-        match self.kind(document) {
-            Some(Kind::ConnectionPolicy) => {
-                let policy = yaml::read::<ConnectionPolicy>(document, &mut self.mistakes);
-                let Some(policy) = policy else { return };
-                let lowered = lower(document, policy, self.known, &mut self.mistakes);
-                if let Some((name, node)) = lowered.name {
-                    let place = (Arc::clone(document.file()), document.line(node));
-                    if let Some((file, line)) = self.names.get(&name) {
-                        let what = format!(
-                            "there is a policy `{name}` already, in {} on line {line}; give one \
-                             of them another name",
-                            file.display()
-                        );
-                        self.mistakes.push(document.mistake(node, what));
-                    }
-                    self.names.entry(name).or_insert(place);
+            for (node, kind) in self.kinds(document, document.root()) {
+                if kind == Kind::IdentityGroup {
+                    self.group(document, node);
+                } else {
+                    policies.push((document, node, kind));
                 }
-                self.set.policies += 1;
-                self.set.rules.extend(lowered.rules);
-                self.set.warnings.extend(lowered.warnings);
             }
-            None => {}
+        }
+        for (document, node, kind) in policies {
+            if let Some(lowered) = self.policy(document, node, kind) {
+                self.take(document, lowered);
+            }
         }
     }
 
-    /// What the document is, by `apiVersion` and `kind`.
-    fn kind(&mut self, document: &Document) -> Option<Kind> {
-        const KINDS: [&str; 1] = ["ConnectionPolicy"];
-        let root = document.root();
-        let mut field = |name: &str, wanted: &[&str]| -> bool {
-            let value = document.child(root, name);
-            let text = value.and_then(|value| document.text(value));
-            if text.is_some_and(|text| wanted.contains(&text)) {
-                return true;
+    fn context<'d>(&self, document: &'d Document, root: NodeId) -> Context<'d>
+    where
+        'a: 'd,
+    {
+        Context {
+            document,
+            root,
+            known: self.known,
+        }
+    }
+
+    fn group(&mut self, document: &Document, node: NodeId) {
+        let group = yaml::read_at::<IdentityGroup>(document, node, &mut self.mistakes);
+        let Some(group) = group else { return };
+        let context = self.context(document, node);
+        lower::identity_group(context, group, &mut self.groups, &mut self.mistakes);
+    }
+
+    fn policy(&mut self, document: &Document, node: NodeId, kind: Kind) -> Option<Lowered> {
+        let context = self.context(document, node);
+        let mistakes = &mut self.mistakes;
+        match kind {
+            Kind::ConnectionPolicy => {
+                let policy = yaml::read_at::<ConnectionPolicy>(document, node, mistakes)?;
+                let groups = &self.groups;
+                Some(lower::connection_policy(context, policy, groups, mistakes))
             }
-            let mut what = match text {
-                Some(text) => format!("`{}` is not known here", shown(text)),
-                None => format!("`{name}` is missing"),
-            };
-            what.push_str(&format!("; expected `{}`", wanted.join("` or `")));
-            if let Some(near) = text.and_then(|text| nearest(text, wanted.iter().copied())) {
-                what.push_str(&format!("; did you mean `{near}`?"));
+            Kind::NetworkPolicy => {
+                let policy = yaml::read_at::<NetworkPolicy>(document, node, mistakes)?;
+                Some(lower::network_policy(context, policy, mistakes))
             }
-            let mistake = document.mistake(value.unwrap_or(root), what);
-            self.mistakes.push(mistake);
-            false
+            Kind::IdentityGroup | Kind::List => None,
+        }
+    }
+
+    fn take(&mut self, document: &Document, lowered: Lowered) {
+        if let Some((name, node)) = lowered.name {
+            let place = (Arc::clone(document.file()), document.line(node));
+            if let Some((file, line)) = self.names.get(&name) {
+                let what = format!(
+                    "there is a policy `{name}` already, in {} on line {line}; give one of them \
+                     another name",
+                    file.display()
+                );
+                self.mistakes.push(document.mistake(node, what));
+            }
+            self.names.entry(name).or_insert(place);
+        }
+        self.set.policies += 1;
+        self.set.rules.extend(lowered.rules);
+        self.set.isolations.extend(lowered.isolation);
+        self.set.warnings.extend(lowered.warnings);
+    }
+
+    /// What a document is, by `apiVersion` and `kind`; of a list, what its items are.
+    fn kinds(&mut self, document: &Document, node: NodeId) -> Vec<(NodeId, Kind)> {
+        let kind = self.field(document, node, "kind", &KINDS.map(|(_, name, _)| name));
+        let kind = KINDS.into_iter().find(|(_, name, _)| Some(*name) == kind);
+        let versions: Vec<_> = match kind {
+            Some((.., version)) => vec![version],
+            None => KINDS.map(|(.., version)| version).to_vec(),
         };
-        let version = field("apiVersion", &[API_VERSION]);
-        let kind = field("kind", &KINDS);
-        (version && kind).then_some(Kind::ConnectionPolicy)
+        let version = self.field(document, node, "apiVersion", &versions);
+        let (Some((kind, ..)), Some(_)) = (kind, version) else {
+            return Vec::new();
+        };
+        if kind != Kind::List {
+            return vec![(node, kind)];
+        }
+        let items = document.child(node, "items").unwrap_or(node);
+        let items = document.list(items).to_vec();
+        let items = items
+            .into_iter()
+            .flat_map(|item| self.kinds(document, item));
+        items.collect()
+    }
+
+    /// A field that has one of some texts.
+    fn field<'d>(
+        &mut self,
+        document: &'d Document,
+        node: NodeId,
+        name: &str,
+        wanted: &[&'static str],
+    ) -> Option<&'d str> {
+        let value = document.child(node, name);
+        let text = value.and_then(|value| document.text(value));
+        if let Some(text) = text.filter(|text| wanted.contains(text)) {
+            return Some(text);
+        }
+        let mut expected: Vec<&str> = Vec::new();
+        for text in wanted {
+            if !expected.contains(text) {
+                expected.push(text);
+            }
+        }
+        let mut what = match text {
+            Some(text) => format!("`{}` is not known here", shown(text)),
+            None => format!("`{name}` is missing"),
+        };
+        what.push_str(&format!("; expected `{}`", expected.join("`, `")));
+        if let Some(near) = text.and_then(|text| nearest(text, wanted.iter().copied())) {
+            what.push_str(&format!("; did you mean `{near}`?"));
+        }
+        let mistake = document.mistake(value.unwrap_or(node), what);
+        self.mistakes.push(mistake);
+        None
     }
 }

@@ -1,22 +1,28 @@
-//! From a `ConnectionPolicy` to rules, with every check that one document allows.
+//! From documents of every kind to rules, with every check that one document allows.
+
+mod connection;
+mod group;
+mod network;
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use reeve_common::{Direction, protocol};
+use ipnet::IpNet;
+use reeve_common::Direction;
 
 use super::{
-    document::{
-        ConnectionPolicy, Expression, NamespaceText, RawFarEnd, RawOperator, RawPort, RawProtocol,
-        RawSubjects, Spec,
-    },
+    document::{Expression, NamespaceText, RawOperator},
     population::Population,
-    rule::{FarEnd, Origin, PortMatch, Rule, Subjects},
-    selector::{AttributeSelector, Operator, Requirement},
+    rule::{Effect, FarEnd, Isolation, Mode, Origin, PortMatch, Rule, Subjects},
+    selector::{NamespaceSelector, Operator, Requirement},
 };
 use crate::yaml::{
-    Document, Located, Mistake, Mistakes, NodeId, nearest,
-    values::{Labels, Name},
+    Document, Located, Mistake, Mistakes, NodeId,
+    values::{Labels, Name, Port},
 };
+
+pub(super) use connection::connection_policy;
+pub(super) use group::{Groups, identity_group};
+pub(super) use network::network_policy;
 
 /// What one document was brought to.
 #[derive(Debug, Default)]
@@ -24,57 +30,61 @@ pub(super) struct Lowered {
     /// `namespace/name` or `name`, and where it stands. None where it has no name.
     pub(super) name: Option<(String, NodeId)>,
     pub(super) rules: Vec<Rule>,
+    /// What it closes.
+    pub(super) isolation: Option<Isolation>,
     pub(super) warnings: Vec<Mistake>,
+}
+
+/// Where a document stands and what can be said of it.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) document: &'a Document,
+    /// The document itself, or an item of a list of them.
+    pub(super) root: NodeId,
+    /// Everybody known; none when the configuration could not be read.
+    pub(super) known: Option<&'a Population<'a>>,
 }
 
 struct Lowering<'a> {
     document: &'a Document,
-    /// Everybody known; none when the configuration could not be read.
     known: Option<&'a Population<'a>>,
     /// Namespace of the policy.
     namespace: Option<String>,
+    /// What its rules do.
+    effect: Effect,
+    mode: Mode,
     mistakes: &'a mut Mistakes,
     lowered: Lowered,
 }
 
-/// Brings a document into the form of all rules. What comes with mistakes is not to be used.
-pub(super) fn lower(
-    document: &Document,
-    policy: ConnectionPolicy,
-    known: Option<&Population<'_>>,
-    mistakes: &mut Mistakes,
-) -> Lowered {
-    let mut lowering = Lowering {
-        document,
-        known,
-        namespace: None,
-        mistakes,
-        lowered: Lowered::default(),
-    };
-    let root = document.root();
-    let metadata = lowering.require(root, "metadata", policy.metadata);
-    let spec = lowering.require(root, "spec", policy.spec);
-    let mut title = String::from("unnamed");
-    if let Some(metadata) = metadata {
-        lowering.namespace = metadata.namespace.as_ref().map(|n| n.as_str().to_owned());
-        let name = metadata.value.name;
-        if let Some(name) = lowering.require(metadata.node, "name", name) {
-            title = match &lowering.namespace {
-                Some(namespace) => format!("{namespace}/{}", name.as_str()),
-                None => name.as_str().to_owned(),
-            };
-            lowering.lowered.name = Some((title.clone(), name.node));
-        }
-    }
-    if let Some(spec) = spec {
-        lowering.spec(&title, spec);
-    }
-    lowering.lowered
-}
-
 // === impl Lowering ===
 
-impl Lowering<'_> {
+impl<'a> Lowering<'a> {
+    fn new(context: Context<'a>, mistakes: &'a mut Mistakes) -> Self {
+        Self {
+            document: context.document,
+            known: context.known,
+            namespace: None,
+            effect: Effect::Allow,
+            mode: Mode::Enforce,
+            mistakes,
+            lowered: Lowered::default(),
+        }
+    }
+
+    /// Notes what the policy is called.
+    fn name(&mut self, metadata: NodeId, name: Option<Located<Name>>) -> String {
+        let Some(name) = self.require(metadata, "name", name) else {
+            return String::from("unnamed");
+        };
+        let title = match &self.namespace {
+            Some(namespace) => format!("{namespace}/{}", name.as_str()),
+            None => name.as_str().to_owned(),
+        };
+        self.lowered.name = Some((title.clone(), name.node));
+        title
+    }
+
     fn mistake(&mut self, node: NodeId, what: impl Into<String>) {
         self.mistakes.push(self.document.mistake(node, what));
     }
@@ -96,41 +106,6 @@ impl Lowering<'_> {
         value.is_some_and(|value| !self.document.is_null(value))
     }
 
-    fn spec(&mut self, title: &str, spec: Located<Spec>) {
-        let raw = &spec.value;
-        let subjects = self.require(spec.node, "workloads", raw.workloads.as_ref());
-        let subjects = Arc::new(subjects.map_or_else(Subjects::default, |s| self.subjects(s)));
-        if raw.ingress.is_empty() && raw.egress.is_empty() {
-            self.warn(spec.node, "has no rule, so it allows nothing");
-        }
-        for (index, rule) in raw.ingress.iter().enumerate() {
-            let far_ends = self.far_ends(rule.node, "from", rule.from.as_ref(), Direction::Ingress);
-            let ports = self.ports(rule.node, rule.ports.as_deref());
-            let name = format!("{title}/ingress[{index}]");
-            self.rule(
-                name,
-                rule.node,
-                &subjects,
-                Direction::Ingress,
-                far_ends,
-                ports,
-            );
-        }
-        for (index, rule) in raw.egress.iter().enumerate() {
-            let far_ends = self.far_ends(rule.node, "to", rule.to.as_ref(), Direction::Egress);
-            let ports = self.ports(rule.node, rule.ports.as_deref());
-            let name = format!("{title}/egress[{index}]");
-            self.rule(
-                name,
-                rule.node,
-                &subjects,
-                Direction::Egress,
-                far_ends,
-                ports,
-            );
-        }
-    }
-
     fn rule(
         &mut self,
         name: String,
@@ -150,59 +125,21 @@ impl Lowering<'_> {
             direction,
             far_ends,
             ports,
+            effect: self.effect,
+            mode: self.mode,
         });
     }
 
-    fn subjects(&mut self, raw: &Located<RawSubjects>) -> Subjects {
-        let before = self.mistakes.len();
-        if let (Some(own), Some(written)) = (self.namespace.clone(), &raw.namespace)
-            && written.as_str() != own
-        {
-            self.mistake(
-                written.node,
-                format!(
-                    "`{}` is another namespace than the policy's own, `{own}`; leave one of \
-                     them out",
-                    written.as_str()
-                ),
-            );
+    /// The namespaces that a text means, or the policy's own.
+    fn namespace_of(&self, raw: Option<&NamespaceText>) -> NamespaceSelector {
+        match raw {
+            Some(NamespaceText::Every) => NamespaceSelector::Any,
+            Some(NamespaceText::One(namespace)) => NamespaceSelector::Named(namespace.clone()),
+            None => self
+                .namespace
+                .clone()
+                .map_or(NamespaceSelector::Any, NamespaceSelector::Named),
         }
-        let written = raw.namespace.as_ref().map(|n| n.as_str().to_owned());
-        let subjects = Subjects {
-            attributes: AttributeSelector {
-                namespace: written.or_else(|| self.namespace.clone()),
-                service_account: raw.service_account.as_ref().map(|a| a.as_str().to_owned()),
-                labels: self.requirements(&raw.match_labels, &raw.match_expressions),
-            },
-            names: raw.names.iter().map(|n| n.as_str().to_owned()).collect(),
-        };
-        let Some(known) = self.known else {
-            return subjects;
-        };
-        for name in raw
-            .names
-            .iter()
-            .filter(|name| !known.has_name(name.as_str()))
-        {
-            self.unknown_name(known, name);
-        }
-        if self.mistakes.len() == before && !known.has_subject(&subjects) {
-            self.mistake(
-                raw.node,
-                "selects no workload and no peer that is declared; correct it, or remove the \
-                 policy",
-            );
-        }
-        subjects
-    }
-
-    fn unknown_name(&mut self, known: &Population<'_>, name: &Located<Name>) {
-        let mut what = format!("no workload and no peer has the name `{}`", name.as_str());
-        match nearest(name.as_str(), known.names()) {
-            Some(near) => what.push_str(&format!("; did you mean `{near}`?")),
-            None => what.push_str("; correct it, or remove it"),
-        }
-        self.mistake(name.node, what);
     }
 
     fn requirements(
@@ -254,112 +191,16 @@ impl Lowering<'_> {
             .is_some_and(|items| items > 0)
     }
 
-    fn far_ends(
-        &mut self,
-        rule: NodeId,
-        field: &str,
-        raw: Option<&Located<Vec<Located<RawFarEnd>>>>,
-        direction: Direction,
-    ) -> Vec<FarEnd> {
-        // What somebody emptied, by a comment for example, must not become everybody.
-        if let Some(node) = self.document.child(rule, field)
-            && (self.document.is_null(node) || self.document.items(node) == Some(0))
-        {
-            self.mistake(
-                node,
-                format!(
-                    "is empty; name somebody, remove the rule, or write `{field}: [{{any: {{}}}}]` \
-                     for anybody"
-                ),
-            );
-        }
-        let Some(raw) = raw else {
-            return vec![FarEnd::Anybody];
-        };
-        raw.iter()
-            .filter_map(|raw| self.far_end(raw, direction))
-            .collect()
-    }
-
-    fn far_end(&mut self, raw: &Located<RawFarEnd>, direction: Direction) -> Option<FarEnd> {
-        const KINDS: [&str; 5] = ["identity", "identityPrefix", "attributes", "cidr", "any"];
-        let before = self.mistakes.len();
-        let has = |field| self.document.child(raw.node, field).is_some();
-        let attributes = ["namespace", "serviceAccount", "labels", "matchExpressions"];
-        let given: Vec<_> = KINDS
-            .into_iter()
-            .filter(|kind| match *kind {
-                "attributes" => attributes.into_iter().any(has),
-                kind => has(kind),
-            })
-            .collect();
-        if given.len() != 1 {
-            let what = if given.is_empty() {
-                "says nobody"
-            } else {
-                "says several things"
-            };
-            self.mistake(
-                raw.node,
-                format!(
-                    "{what}; expected exactly one of `identity`, `identityPrefix`, `cidr`, `any`, \
-                     or some of `namespace`, `serviceAccount`, `labels`, `matchExpressions`"
-                ),
-            );
-            return None;
-        }
-        if has("except") && !has("cidr") {
-            self.mistake(
-                raw.node,
-                "has `except` without `cidr`; it narrows only a `cidr`",
-            );
-        }
-        let far_end = if let Some(id) = &raw.identity {
-            FarEnd::Identity(id.clone())
-        } else if let Some(prefix) = &raw.identity_prefix {
-            FarEnd::IdentityPrefix(prefix.0.clone())
-        } else if raw.any.is_some() {
-            FarEnd::Anybody
-        } else if let Some(block) = raw.cidr {
-            self.cidr(raw, block.0)
-        } else if given == ["attributes"] {
-            FarEnd::Attributes(self.attributes(raw))
-        } else {
-            // What was given could not be read.
-            return None;
-        };
-        // What is mistaken fits nobody, of course.
-        if self.mistakes.len() == before {
-            self.check_known(raw.node, &far_end, direction);
-        }
-        Some(far_end)
-    }
-
-    fn attributes(&mut self, raw: &Located<RawFarEnd>) -> AttributeSelector {
-        AttributeSelector {
-            namespace: match &raw.namespace {
-                Some(NamespaceText::Every) => None,
-                Some(NamespaceText::One(namespace)) => Some(namespace.clone()),
-                None => self.namespace.clone(),
-            },
-            service_account: raw.service_account.as_ref().map(|a| a.as_str().to_owned()),
-            labels: self.requirements(&raw.labels, &raw.match_expressions),
-        }
-    }
-
-    fn cidr(&mut self, raw: &Located<RawFarEnd>, block: ipnet::IpNet) -> FarEnd {
+    fn cidr(&mut self, block: IpNet, holes: impl IntoIterator<Item = (NodeId, IpNet)>) -> FarEnd {
         let mut except = BTreeSet::new();
-        for hole in &raw.except {
-            if hole.0 == block || !block.contains(&hole.0) {
+        for (node, hole) in holes {
+            if hole == block || !block.contains(&hole) {
                 self.mistake(
-                    hole.node,
-                    format!(
-                        "`{}` is not a smaller network in `{block}`; correct it",
-                        hole.0
-                    ),
+                    node,
+                    format!("`{hole}` is not a smaller network in `{block}`; correct it"),
                 );
             }
-            except.insert(hole.0);
+            except.insert(hole);
         }
         FarEnd::Cidr {
             block,
@@ -367,89 +208,31 @@ impl Lowering<'_> {
         }
     }
 
-    /// Whom nobody declared may still come with a certificate, so only what can never match is
-    /// a mistake.
-    fn check_known(&mut self, node: NodeId, far_end: &FarEnd, direction: Direction) {
-        let Some(known) = self.known else { return };
-        match far_end {
-            FarEnd::Identity(id) if !known.has_identity(id) => {
-                self.warn(
-                    node,
-                    format!("no workload and no peer has the identity `{id}`"),
-                );
-            }
-            FarEnd::IdentityPrefix(prefix) if known.matching(far_end).next().is_none() => {
-                self.warn(
-                    node,
-                    format!("no workload and no peer has an identity below `{prefix}`"),
-                );
-            }
-            FarEnd::Attributes(selector) if known.matching(far_end).next().is_none() => {
-                let what = format!("no workload and no peer fits ({selector})");
-                if direction == Direction::Ingress && selector.labels.is_empty() {
-                    self.warn(node, what);
-                } else {
-                    self.mistake(node, format!("{what}; correct it, or remove it"));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn ports(&mut self, rule: NodeId, raw: Option<&[Located<RawPort>]>) -> Vec<PortMatch> {
-        if let Some(node) = self.document.child(rule, "ports")
-            && self.document.is_null(node)
-        {
-            self.mistake(
-                node,
-                "is empty; name ports, or remove `ports` for every protocol and port",
-            );
-        }
-        match raw {
-            None | Some([]) => vec![PortMatch::Everything],
-            Some(ports) => ports.iter().filter_map(|port| self.port(port)).collect(),
-        }
-    }
-
-    fn port(&mut self, raw: &Located<RawPort>) -> Option<PortMatch> {
-        let number = match raw.protocol {
-            RawProtocol::Tcp => protocol::TCP,
-            RawProtocol::Udp => protocol::UDP,
-            RawProtocol::Sctp => protocol::SCTP,
-            RawProtocol::Icmp | RawProtocol::Any => {
-                if self.has(raw.node, "port") || self.has(raw.node, "endPort") {
-                    self.mistake(
-                        raw.node,
-                        "has a port, which only TCP, UDP and SCTP have; remove the port, or \
-                         write one item for each of these protocols",
-                    );
-                }
-                return Some(match raw.protocol {
-                    RawProtocol::Any => PortMatch::Everything,
-                    _ => PortMatch::Protocol(protocol::ICMP),
-                });
-            }
-        };
-        match (raw.port, raw.end_port) {
-            (None, None) => Some(PortMatch::Protocol(number)),
+    /// The ports of a protocol from `first` to `last`, where it is given.
+    fn range(
+        &mut self,
+        node: NodeId,
+        protocol: u8,
+        first: Option<u16>,
+        last: Option<Port>,
+    ) -> Option<PortMatch> {
+        match (first, last) {
+            (None, None) => Some(PortMatch::Protocol(protocol)),
             (None, Some(_)) => {
-                if !self.has(raw.node, "port") {
-                    self.mistake(raw.node, "has `endPort` without `port`; add the first port");
+                if !self.has(node, "port") {
+                    self.mistake(node, "has `endPort` without `port`; add the first port");
                 }
                 None
             }
-            (Some(first), None) => Some(PortMatch::Ports(number, first.0..=first.0)),
+            (Some(first), None) => Some(PortMatch::Ports(protocol, first..=first)),
             (Some(first), Some(last)) => {
-                if last < first {
+                if last.0 < first {
                     self.mistake(
-                        raw.node,
-                        format!(
-                            "`endPort` {} lies below `port` {}; swap them",
-                            last.0, first.0
-                        ),
+                        node,
+                        format!("`endPort` {} lies below `port` {first}; swap them", last.0),
                     );
                 }
-                Some(PortMatch::Ports(number, first.0..=last.0))
+                Some(PortMatch::Ports(protocol, first..=last.0))
             }
         }
     }

@@ -12,8 +12,10 @@ mod compile;
 mod document;
 mod far_ends;
 mod identities;
+mod implicit;
 mod load;
 mod lower;
+mod named_ports;
 mod nearest;
 mod number;
 mod population;
@@ -29,4 +31,5 @@ mod tests;
 
 pub use load::{Known, PolicySet, PolicySources};
 pub use nearest::{Misfit, Near, Part, Question};
+pub use rule::Unselected;
 pub use snapshot::{Decision, Inputs, KernelTables, RulePlace, Snapshot};

@@ -9,11 +9,12 @@ use reeve_common::{Direction, WorkloadId, protocol};
 use super::{
     Decision, RulePlace, Snapshot,
     rule::{FarEnd, PortMatch, Rule, Subjects},
+    selector::NamespaceSelector,
 };
 use crate::{
     identity::SpiffeId,
     telemetry::ProtocolName,
-    workload::{Attributes, Workload},
+    workload::{Attributes, NamedPorts, Workload},
 };
 
 /// A connection of a local workload, to be explained.
@@ -76,11 +77,16 @@ struct Known<'a> {
     address: IpAddr,
     /// Who is declared there.
     attributes: Option<&'a Attributes>,
+    /// Names of its ports.
+    ports: &'a NamedPorts,
     /// Who it proves to be.
     client: Option<&'a SpiffeId>,
     /// Name for people.
     name: String,
 }
+
+/// Nobody's.
+static NO_PORTS: NamedPorts = NamedPorts::new();
 
 /// Parts that do not fit, at most, for a rule to be near: of three, one has to.
 const MOST_MISFITS: usize = 2;
@@ -131,7 +137,7 @@ impl Snapshot {
         };
         let known = self.far_end(question);
         self.rules_of_policies()
-            .filter(|rule| rule.direction == question.direction)
+            .filter(|rule| rule.direction == question.direction && rule.allows())
             .map(|rule| self.near(rule, question, &running.workload, &known))
             .collect()
     }
@@ -221,6 +227,7 @@ impl Snapshot {
             (Direction::Ingress, None) => self.peers_at(question.address).next(),
         };
         let attributes = declared.and_then(|peer| peer.attributes.as_ref());
+        let no_ports = &NO_PORTS;
         let mut name = match (declared, question.client) {
             (Some(peer), _) => peer.name.clone(),
             (None, Some(client)) => client.to_string(),
@@ -232,6 +239,7 @@ impl Snapshot {
         Known {
             address: question.address,
             attributes,
+            ports: declared.map_or(no_ports, |peer| &peer.named_ports),
             client: question.client,
             name,
         }
@@ -247,37 +255,45 @@ impl Snapshot {
                 contains(block) && !except.iter().any(contains)
             }
             FarEnd::Identity(wanted) => id == Some(wanted),
-            FarEnd::IdentityPrefix(prefix) => {
-                id.is_some_and(|id| id.as_str().starts_with(prefix.as_str()))
-            }
+            FarEnd::IdentityPrefix(prefix) => id.is_some_and(|id| prefix.contains(id)),
             FarEnd::Attributes(selector) => match (known.attributes, known.client) {
-                (Some(attributes), _) => selector.matches(attributes),
+                (Some(attributes), _) => {
+                    selector.matches(attributes, known.ports, self.namespaces())
+                }
                 // As `identities` has it of those whom nobody declared.
                 (None, Some(client)) => {
                     let names = client.service_account();
                     let own = workload.attributes.spiffe_id.trust_domain();
-                    let same = |wanted: &Option<String>, is: Option<&str>| {
-                        wanted.is_none() || wanted.as_deref() == is
+                    let every = selector.namespace == NamespaceSelector::Any
+                        && selector.service_account.is_none();
+                    let same = |(namespace, account): (&str, &str)| {
+                        selector.namespace.matches(namespace, self.namespaces())
+                            && selector.matches_account(account)
                     };
                     client.trust_domain() == own
                         && selector.labels.is_empty()
-                        && same(&selector.namespace, names.map(|(namespace, _)| namespace))
-                        && same(&selector.service_account, names.map(|(_, account)| account))
+                        && selector.port.is_none()
+                        && (every || names.is_some_and(same))
                 }
                 (None, None) => false,
             },
+            FarEnd::Both(one, other) => {
+                self.fits(one, known, workload) && self.fits(other, known, workload)
+            }
         }
     }
 
     fn is_for(&self, rule: &Rule, workload: &Workload) -> bool {
-        rule.subjects.matches(&workload.name, &workload.attributes)
+        rule.subjects.matches(workload, self.namespaces())
     }
 }
 
 fn protocol_of(ports: &PortMatch) -> u8 {
     match ports {
         PortMatch::Everything => protocol::ANY,
-        PortMatch::Protocol(number) | PortMatch::Ports(number, _) => *number,
+        PortMatch::Protocol(number) | PortMatch::Ports(number, _) | PortMatch::Named(number, _) => {
+            *number
+        }
     }
 }
 
@@ -302,6 +318,7 @@ impl fmt::Display for Ports<'_> {
             PortMatch::Ports(number, range) if range.start() == range.end() => {
                 write!(f, "{} {}", ProtocolName(*number), range.start())
             }
+            PortMatch::Named(number, name) => write!(f, "{} {name}", ProtocolName(*number)),
             PortMatch::Ports(number, range) => {
                 let name = ProtocolName(*number);
                 write!(f, "{name} {}-{}", range.start(), range.end())

@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::{
     rule::{FarEnd, Subjects},
-    selector::{AttributeSelector, Operator},
+    selector::{AttributeSelector, NamespaceSelector, Operator},
 };
-use crate::{identity::SpiffeId, workload::Attributes};
+use crate::{
+    identity::SpiffeId,
+    workload::{Attributes, NamedPorts, Namespaces},
+};
 
 /// One who is known.
 #[derive(Clone, Copy, Debug)]
@@ -14,12 +17,14 @@ pub(super) struct Member<'a> {
     pub(super) name: &'a str,
     /// None for a peer without identity.
     pub(super) attributes: Option<&'a Attributes>,
+    pub(super) ports: &'a NamedPorts,
 }
 
 /// An index over members. Results are positions in the list that it was made of.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Population<'a> {
     members: Vec<Member<'a>>,
+    namespaces: &'a Namespaces,
     identified: Vec<usize>,
     by_name: HashMap<&'a str, usize>,
     by_identity: BTreeMap<&'a str, Vec<usize>>,
@@ -31,8 +36,20 @@ pub(super) struct Population<'a> {
 // === impl Population ===
 
 impl<'a> Population<'a> {
-    pub(super) fn new(members: impl IntoIterator<Item = Member<'a>>) -> Self {
-        let mut population = Self::default();
+    pub(super) fn new(
+        members: impl IntoIterator<Item = Member<'a>>,
+        namespaces: &'a Namespaces,
+    ) -> Self {
+        let mut population = Self {
+            members: Vec::new(),
+            namespaces,
+            identified: Vec::new(),
+            by_name: HashMap::new(),
+            by_identity: BTreeMap::new(),
+            by_namespace: HashMap::new(),
+            by_account: HashMap::new(),
+            by_label: HashMap::new(),
+        };
         for (index, member) in members.into_iter().enumerate() {
             population.by_name.insert(member.name, index);
             if let Some(attributes) = member.attributes {
@@ -71,15 +88,11 @@ impl<'a> Population<'a> {
 
     /// Whether anybody is meant by the subjects of a policy.
     pub(super) fn has_subject(&self, subjects: &Subjects) -> bool {
-        let fits = |index: &usize| {
-            self.members.get(*index).is_some_and(|member| {
-                member
-                    .attributes
-                    .is_some_and(|attributes| subjects.matches(member.name, attributes))
-            })
-        };
+        let fits = |index: &usize| self.fits(*index, &subjects.attributes);
         if subjects.names.is_empty() {
-            return self.candidates(&subjects.attributes).iter().any(fits);
+            return self
+                .candidates(&subjects.attributes)
+                .any(|index| fits(&index));
         }
         let mut named = subjects.names.iter();
         named.any(|name| self.by_name.get(name.as_str()).is_some_and(fits))
@@ -95,6 +108,15 @@ impl<'a> Population<'a> {
                 let found = self.by_identity.get(id.as_str());
                 Box::new(found.into_iter().flatten().copied())
             }
+            FarEnd::IdentityPrefix(prefix) if prefix.is_of_every_domain() => {
+                let below = |index: &usize| {
+                    let member = self.members.get(*index);
+                    member
+                        .and_then(|member| member.attributes)
+                        .is_some_and(|attributes| prefix.contains(&attributes.spiffe_id))
+                };
+                Box::new(self.identified.iter().copied().filter(below))
+            }
             FarEnd::IdentityPrefix(prefix) => Box::new(
                 self.by_identity
                     .range(prefix.as_str()..)
@@ -102,24 +124,34 @@ impl<'a> Population<'a> {
                     .flat_map(|(_, members)| members.iter().copied()),
             ),
             FarEnd::Attributes(selector) => {
-                let fits = |index: &usize| {
-                    let member = self
-                        .members
-                        .get(*index)
-                        .and_then(|member| member.attributes);
-                    member.is_some_and(|attributes| selector.matches(attributes))
-                };
-                Box::new(self.candidates(selector).iter().copied().filter(fits))
+                let fits = |index: &usize| self.fits(*index, selector);
+                Box::new(self.candidates(selector).filter(fits))
             }
-            FarEnd::Anybody | FarEnd::Cidr { .. } => Box::new(std::iter::empty()),
+            FarEnd::Anybody | FarEnd::Cidr { .. } | FarEnd::Both(..) => {
+                Box::new(std::iter::empty())
+            }
         }
     }
 
+    fn fits(&self, index: usize, selector: &AttributeSelector) -> bool {
+        self.members.get(index).is_some_and(|member| {
+            member.attributes.is_some_and(|attributes| {
+                selector.matches(attributes, member.ports, self.namespaces)
+            })
+        })
+    }
+
     /// The shortest list that holds all whom a selector means, and more.
-    fn candidates(&self, selector: &AttributeSelector) -> &[usize] {
+    fn candidates<'b>(
+        &'b self,
+        selector: &AttributeSelector,
+    ) -> Box<dyn Iterator<Item = usize> + 'b> {
         const NOBODY: &[usize] = &[];
         let mut shortest: &[usize] = &self.identified;
-        let namespace = selector.namespace.as_deref();
+        let namespace = match &selector.namespace {
+            NamespaceSelector::Named(name) => Some(name.as_str()),
+            NamespaceSelector::Any | NamespaceSelector::Labels(_) => None,
+        };
         let account = selector.service_account.as_deref();
         let lists = namespace
             .map(|namespace| self.by_namespace.get(namespace))
@@ -142,6 +174,15 @@ impl<'a> Population<'a> {
                 shortest = list;
             }
         }
-        shortest
+        if matches!(selector.namespace, NamespaceSelector::Labels(_)) {
+            let fitting = self.by_namespace.iter();
+            let fitting =
+                fitting.filter(|(name, _)| selector.namespace.matches(name, self.namespaces));
+            let lists: Vec<_> = fitting.map(|(_, list)| list.as_slice()).collect();
+            if lists.iter().map(|list| list.len()).sum::<usize>() < shortest.len() {
+                return Box::new(lists.into_iter().flatten().copied());
+            }
+        }
+        Box::new(shortest.iter().copied())
     }
 }

@@ -9,9 +9,13 @@ use super::{
     RulePlace,
     selector::{AttributeSelector, IdentityPrefix},
 };
-use crate::{identity::SpiffeId, workload::Attributes};
+use crate::{
+    identity::SpiffeId,
+    workload::{Namespaces, Workload},
+};
 
-/// One rule: these workloads may talk, in this direction, with these far ends, on these ports.
+/// One rule: what becomes of connections of these workloads, in this direction, with these far
+/// ends, on these ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     /// Where it is written.
@@ -24,6 +28,59 @@ pub(crate) struct Rule {
     pub(crate) far_ends: Vec<FarEnd>,
     /// On which ports of the destination: any of these.
     pub(crate) ports: Vec<PortMatch>,
+    /// What becomes of them.
+    pub(crate) effect: Effect,
+    /// Whether it is in force.
+    pub(crate) mode: Mode,
+}
+
+/// What a rule does. Of several rules that fit, the first of these that any of them has holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Effect {
+    /// Lets the node's own agent in, whatever the policies say.
+    Node,
+    /// Refuses.
+    Deny,
+    /// Lets pass.
+    Allow,
+    /// Lets plaintext in that nothing else allows.
+    Permissive,
+}
+
+/// Whether a rule is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Mode {
+    /// It is.
+    Enforce,
+    /// It is not; what it would change is reported.
+    DryRun,
+    /// It is, and would not be if the policies in dry run were.
+    NotInDryRun,
+}
+
+/// That a policy is for some workloads, whatever its rules: what it is about is closed to all
+/// that no rule allows, also where [`Unselected::Allow`] leaves the rest open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Isolation {
+    /// Whom the policy is for.
+    pub(crate) subjects: Arc<Subjects>,
+    /// Whether it is about what comes in.
+    pub(crate) ingress: bool,
+    /// Whether it is about what goes out.
+    pub(crate) egress: bool,
+    /// Whether it is in force.
+    pub(crate) mode: Mode,
+}
+
+/// What a workload may do in a direction that no policy is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unselected {
+    /// Nothing: reeve's default deny.
+    #[default]
+    Deny,
+    /// Everything, as in Kubernetes.
+    Allow,
 }
 
 /// Where a rule is written.
@@ -64,6 +121,8 @@ pub(crate) enum FarEnd {
         /// What is left out. Each is smaller than the block and lies in it; sorted.
         except: Vec<IpNet>,
     },
+    /// Whoever both mean.
+    Both(Box<FarEnd>, Box<FarEnd>),
 }
 
 /// Ports of a protocol.
@@ -75,6 +134,8 @@ pub(crate) enum PortMatch {
     Protocol(u8),
     /// Some ports of a protocol.
     Ports(u8, RangeInclusive<u16>),
+    /// The port of a protocol that has a name at the destination, which each resolves for itself.
+    Named(u8, String),
 }
 
 // === impl Origin ===
@@ -89,12 +150,25 @@ impl Origin {
     }
 }
 
+// === impl Rule ===
+
+impl Rule {
+    /// Whether it lets anything pass, and is in force.
+    pub(crate) fn allows(&self) -> bool {
+        self.mode != Mode::DryRun && matches!(self.effect, Effect::Node | Effect::Allow)
+    }
+}
+
 // === impl Subjects ===
 
 impl Subjects {
     /// Whether a workload is meant.
-    pub(crate) fn matches(&self, name: &str, attributes: &Attributes) -> bool {
-        (self.names.is_empty() || self.names.contains(name)) && self.attributes.matches(attributes)
+    pub(crate) fn matches(&self, workload: &Workload, namespaces: &Namespaces) -> bool {
+        let attributes = &workload.attributes;
+        (self.names.is_empty() || self.names.contains(&workload.name))
+            && self
+                .attributes
+                .matches(attributes, &workload.named_ports, namespaces)
     }
 }
 
@@ -106,6 +180,7 @@ impl FarEnd {
         match self {
             Self::Identity(_) | Self::IdentityPrefix(_) | Self::Attributes(_) => true,
             Self::Anybody | Self::Cidr { .. } => false,
+            Self::Both(one, other) => one.needs_identity() && other.needs_identity(),
         }
     }
 }
@@ -124,6 +199,7 @@ impl fmt::Display for FarEnd {
                 }
                 Ok(())
             }
+            Self::Both(one, other) => write!(f, "{one} and {other}"),
         }
     }
 }
@@ -137,6 +213,8 @@ impl PortMatch {
             Self::Everything => true,
             Self::Protocol(number) => *number == protocol,
             Self::Ports(number, ports) => *number == protocol && ports.contains(&port),
+            // The compiler put numbers in place of all names that mean something.
+            Self::Named(..) => false,
         }
     }
 }

@@ -55,19 +55,4 @@ impl Sets {
     pub(super) fn get(&self, id: SetId) -> &[SelectorId] {
         self.sets.get(id.0 as usize).map_or(&[], |set| set)
     }
-
-    /// The selectors that both sets have.
-    pub(super) fn both(&mut self, a: SetId, b: SetId) -> SetId {
-        if a == b {
-            return a;
-        }
-        let other = self.get(b);
-        let both: Vec<_> = self
-            .get(a)
-            .iter()
-            .copied()
-            .filter(|selector| other.binary_search(selector).is_ok())
-            .collect();
-        self.intern(both)
-    }
 }

@@ -9,21 +9,22 @@ use std::{
 };
 
 use reeve_common::{
-    Action, Address, PeerEntry, PeerPortKey, Reason, VerdictEntry, VerdictKey, WorkloadId, protocol,
+    Action, Address, DryRun, PeerEntry, PeerPortKey, Reason, VerdictEntry, VerdictKey, WorkloadId,
+    protocol,
 };
 
 use super::{
     PolicySet,
     compile::{Rules, compile},
-    far_ends::{FarEnd, FarEnds},
+    far_ends::{FarEnd, FarEnds, common},
     identities::Identities,
-    rule::{Rule, judged_protocol},
+    rule::{Rule, Unselected, judged_protocol},
     sets::{SelectorId, SetId, Sets},
-    verdicts::{Answer, Proof, RuleList},
+    verdicts::{Answer, Proof, RuleIndex, RuleList, Told},
 };
 use crate::{
     identity::SpiffeId,
-    workload::{Peer, RunningWorkload},
+    workload::{Namespaces, Peer, RunningWorkload},
 };
 
 /// What the policy says of one connection.
@@ -35,6 +36,10 @@ pub struct Decision {
     pub reason: Reason,
     /// The rule that said so, see [`Snapshot::rule_name`]; 0 is the default deny.
     pub rule: u32,
+    /// What the policies in dry run would change.
+    pub dry_run: DryRun,
+    /// The rule that would say so, where `dry_run` is not [`DryRun::Same`]; 0 is the default deny.
+    pub dry_run_rule: u32,
 }
 
 /// Where a rule is written; shown as `file:line`.
@@ -69,8 +74,12 @@ pub struct Inputs<'a> {
     pub workloads: &'a [Arc<RunningWorkload>],
     /// The configured peers.
     pub peers: &'a [Arc<Peer>],
+    /// Labels of the namespaces.
+    pub namespaces: &'a Namespaces,
     /// The policies.
     pub policies: &'a PolicySet,
+    /// What a workload may do in a direction that no policy is about.
+    pub unselected: Unselected,
     /// Addresses of the node, from which plaintext is let in to every workload.
     pub node_addresses: &'a [IpAddr],
     /// Port on which the tunnels of this node's workloads listen.
@@ -103,13 +112,19 @@ pub(super) struct Compiled {
     pub(super) identities: Identities,
     /// The selectors that match who each peer is.
     pub(super) peer_identities: HashMap<u32, SetId>,
+    /// The selectors that match whoever they could match.
+    pub(super) possible: Vec<bool>,
 }
 
-const DEFAULT_DENY: Decision = Decision {
-    action: Action::Deny,
-    reason: Reason::NoPolicy,
-    rule: 0,
-};
+// === impl Decision ===
+
+impl Decision {
+    /// Whether the connection may go on as it is.
+    #[must_use]
+    pub fn allows(&self) -> bool {
+        matches!(self.action, Action::Allow | Action::Permissive)
+    }
+}
 
 // === impl Snapshot ===
 
@@ -328,6 +343,11 @@ impl Snapshot {
         self.compiled.rules.iter()
     }
 
+    /// Labels of the namespaces.
+    pub(super) fn namespaces(&self) -> &Namespaces {
+        self.compiled.identities.namespaces()
+    }
+
     /// Everybody who is known: local workloads first, in no further order.
     pub fn peers(&self) -> impl Iterator<Item = &Arc<Peer>> {
         self.peers.values()
@@ -355,8 +375,7 @@ impl Snapshot {
         self.compiled.by_workload.get(&workload)
     }
 
-    /// The selectors that match the peers that are declared with an ID where the client is: what
-    /// all of them match.
+    /// The selectors that match the peers that are declared with an ID where the client is.
     fn declared(&self, client: &SpiffeId, far_end: Option<&FarEnd>) -> Option<Vec<SelectorId>> {
         let has_id = |peer: &&u32| {
             let attributes = self
@@ -365,18 +384,13 @@ impl Snapshot {
                 .and_then(|peer| peer.attributes.as_ref());
             attributes.is_some_and(|attributes| attributes.spiffe_id == *client)
         };
-        let sets = &self.compiled.sets;
         let set = |peer: &u32| {
             let set = self.compiled.peer_identities.get(peer);
-            sets.get(set.copied().unwrap_or(SetId::EMPTY))
+            set.copied().unwrap_or(SetId::EMPTY)
         };
-        let mut peers = far_end?.residents.iter().filter(has_id);
-        let first = set(peers.next()?).to_vec();
-        Some(peers.fold(first, |mut all, peer| {
-            let other = set(peer);
-            all.retain(|selector| other.binary_search(selector).is_ok());
-            all
-        }))
+        let peers: Vec<_> = far_end?.residents.iter().filter(has_id).map(set).collect();
+        let Compiled { sets, possible, .. } = &self.compiled;
+        (!peers.is_empty()).then(|| common(sets, &peers, possible))
     }
 
     fn decide(
@@ -387,20 +401,22 @@ impl Snapshot {
         proof: Proof,
     ) -> Decision {
         let rules = &self.compiled.rules;
-        let answer = list.and_then(|list| list.decide(rules, selectors, protocol, port, proof));
-        answer.map_or(DEFAULT_DENY, |answer| self.decision(answer))
-    }
-
-    fn decision(&self, answer: Answer) -> Decision {
-        let rule = self.compiled.rule_numbers.get(answer.rule as usize);
+        let told = list.map(|list| list.decide(rules, selectors, protocol, port, proof));
+        let Told {
+            enforced,
+            dry_run,
+            dry_run_rule,
+        } = told.unwrap_or_default();
+        let number = |rule: RuleIndex| {
+            let number = self.compiled.rule_numbers.get(rule as usize);
+            number.copied().unwrap_or_default()
+        };
         Decision {
-            action: answer.action(),
-            reason: match answer.action() {
-                Action::Allow => Reason::Policy,
-                Action::TunnelOnly => Reason::PlaintextRefused,
-                Action::Deny => Reason::PolicyDeny,
-            },
-            rule: rule.copied().unwrap_or_default(),
+            action: enforced.map_or(Action::Deny, Answer::action),
+            reason: enforced.map_or(Reason::NoPolicy, Answer::reason),
+            rule: enforced.map_or(0, |answer| number(answer.rule)),
+            dry_run,
+            dry_run_rule: dry_run_rule.map_or(0, number),
         }
     }
 }

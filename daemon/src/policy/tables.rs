@@ -9,8 +9,8 @@ use std::{
 
 use ipnet::IpNet;
 use reeve_common::{
-    Address, Direction, IPV4_MAPPED_PREFIX, PEER_BY_PORT, PEER_TUNNEL, PeerEntry, PeerPortKey,
-    VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
+    Action, Address, Direction, IPV4_MAPPED_PREFIX, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
+    PeerPortKey, VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
 };
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
     number::{Fingerprint, numbers},
     rule::Rule,
     sets::{SelectorId, SetId, Sets},
-    verdicts::{Match, Prefix, RuleList},
+    verdicts::{Answer, Match, Prefix, RuleIndex, RuleList, Told},
 };
 use crate::workload::RunningWorkload;
 
@@ -233,10 +233,20 @@ impl Tables<'_> {
                 protocol: prefix.protocol,
                 port: prefix.port.to_be_bytes(),
             };
-            let rule = self.rule_numbers.get(prefix.answer.rule as usize);
+            let number = |rule: RuleIndex| {
+                let number = self.rule_numbers.get(rule as usize);
+                number.copied().unwrap_or_default()
+            };
+            let Told {
+                enforced,
+                dry_run,
+                dry_run_rule,
+            } = prefix.told;
             let entry = VerdictEntry {
-                action: prefix.answer.action() as u32,
-                rule: rule.copied().unwrap_or_default(),
+                action: enforced.map_or(Action::Deny, Answer::action) as u32,
+                rule: enforced.map_or(0, |answer| number(answer.rule)),
+                dry_run: dry_run as u32,
+                dry_run_rule: dry_run_rule.map_or(0, number),
             };
             (prefix.length, key, entry)
         }));

@@ -1,7 +1,8 @@
 //! What the rules say of a connection: one by one for a question, as prefixes for the kernel.
 //!
-//! Rules only allow, and add up in no order. Of several that allow, the one that allows most is
-//! named, then the first. Both forms take the best of the same [`Answer`]s.
+//! Of the rules that fit, the [`Effect`] that stands first in the order of precedence holds; of
+//! several with that effect the first is named. Both forms take the best of the same [`Answer`]s,
+//! twice: of the rules in force, and of those that would be in force if the dry runs were.
 
 use std::{
     cmp::Reverse,
@@ -9,11 +10,12 @@ use std::{
 };
 
 use reeve_common::{
-    Action, Direction, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL, protocol,
+    Action, Direction, DryRun, Reason, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL,
+    protocol,
 };
 
 use super::{
-    rule::{PortMatch, Rule},
+    rule::{Effect, Mode, PortMatch, Rule},
     sets::SelectorId,
 };
 
@@ -41,10 +43,39 @@ pub(super) enum Proof {
 /// What one rule says. The least is the best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Answer {
-    /// Whether the connection has to come through a tunnel.
-    tunnel_only: bool,
+    rank: Rank,
     /// The rule.
     pub(super) rule: RuleIndex,
+    mode: Mode,
+}
+
+/// The order of precedence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Rank {
+    Node,
+    Deny,
+    Allow,
+    Permissive,
+    /// Allowed, but not as plaintext.
+    TunnelOnly,
+}
+
+/// The best answers of some rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Best {
+    enforced: Option<Answer>,
+    /// With the policies in dry run.
+    dry_run: Option<Answer>,
+}
+
+/// What is to be done, and what the policies in dry run would change of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Told {
+    /// None is the default deny.
+    pub(super) enforced: Option<Answer>,
+    pub(super) dry_run: DryRun,
+    /// The rule that would say so; none is the default deny.
+    pub(super) dry_run_rule: Option<RuleIndex>,
 }
 
 /// A rule that matches a far end.
@@ -65,28 +96,110 @@ pub(super) struct Prefix {
     pub(super) length: u32,
     pub(super) protocol: u8,
     pub(super) port: u16,
-    pub(super) answer: Answer,
+    pub(super) told: Told,
 }
 
 // === impl Answer ===
 
 impl Answer {
-    fn new((rule, by): Match, direction: Direction, protocol: u8, proof: Proof) -> Self {
-        Self {
-            tunnel_only: by == By::Identity
-                && direction == Direction::Ingress
-                && protocol == protocol::TCP
-                && proof == Proof::None,
-            rule,
-        }
+    /// What a rule says; none where it does not apply to a connection with this proof.
+    fn new(
+        (index, by): Match,
+        rules: &[Rule],
+        direction: Direction,
+        protocol: u8,
+        proof: Proof,
+    ) -> Option<Self> {
+        let rule = rules.get(index as usize)?;
+        let unproven = proof == Proof::None;
+        let tunnel_only = by == By::Identity
+            && direction == Direction::Ingress
+            && protocol == protocol::TCP
+            && unproven;
+        let rank = match rule.effect {
+            Effect::Node => Rank::Node,
+            Effect::Deny => Rank::Deny,
+            Effect::Allow if tunnel_only => Rank::TunnelOnly,
+            Effect::Allow => Rank::Allow,
+            Effect::Permissive if unproven => Rank::Permissive,
+            Effect::Permissive => return None,
+        };
+        Some(Self {
+            rank,
+            rule: index,
+            mode: rule.mode,
+        })
     }
 
     pub(super) fn action(self) -> Action {
-        if self.tunnel_only {
-            Action::TunnelOnly
-        } else {
-            Action::Allow
+        match self.rank {
+            Rank::Node | Rank::Allow => Action::Allow,
+            Rank::Deny => Action::Deny,
+            Rank::Permissive => Action::Permissive,
+            Rank::TunnelOnly => Action::TunnelOnly,
         }
+    }
+
+    pub(super) fn reason(self) -> Reason {
+        match self.rank {
+            Rank::Node | Rank::Allow => Reason::Policy,
+            Rank::Deny => Reason::PolicyDeny,
+            Rank::Permissive => Reason::Permissive,
+            Rank::TunnelOnly => Reason::PlaintextRefused,
+        }
+    }
+
+    /// Whether the connection may go on as it is.
+    fn allows(self) -> bool {
+        matches!(self.action(), Action::Allow | Action::Permissive)
+    }
+}
+
+// === impl Best ===
+
+impl Best {
+    fn add(&mut self, answer: Answer) {
+        let better = |best: &mut Option<Answer>| {
+            *best = Some(best.map_or(answer, |best| best.min(answer)));
+        };
+        if answer.mode != Mode::DryRun {
+            better(&mut self.enforced);
+        }
+        if answer.mode != Mode::NotInDryRun {
+            better(&mut self.dry_run);
+        }
+    }
+
+    fn with(mut self, other: Self) -> Self {
+        for answer in [other.enforced, other.dry_run].into_iter().flatten() {
+            self.add(answer);
+        }
+        self
+    }
+
+    fn told(self) -> Told {
+        let allows = |answer: Option<Answer>| answer.is_some_and(Answer::allows);
+        let dry_run = match (allows(self.enforced), allows(self.dry_run)) {
+            (true, false) => DryRun::Deny,
+            (false, true) => DryRun::Allow,
+            _ => DryRun::Same,
+        };
+        let rule = self.dry_run.map(|answer| answer.rule);
+        Told {
+            enforced: self.enforced,
+            dry_run,
+            dry_run_rule: rule.filter(|_| dry_run != DryRun::Same),
+        }
+    }
+}
+
+impl FromIterator<Answer> for Best {
+    fn from_iter<T: IntoIterator<Item = Answer>>(answers: T) -> Self {
+        let mut best = Self::default();
+        for answer in answers {
+            best.add(answer);
+        }
+        best
     }
 }
 
@@ -138,66 +251,68 @@ impl RuleList {
         protocol: u8,
         port: u16,
         proof: Proof,
-    ) -> Option<Answer> {
+    ) -> Told {
+        let fits = |rule| {
+            let mut ports = ports(rules, rule).iter();
+            ports.any(|ports| ports.matches(protocol, port))
+        };
         self.matches(selectors)
-            .filter(|(rule, _)| {
-                ports(rules, *rule)
-                    .iter()
-                    .any(|ports| ports.matches(protocol, port))
-            })
-            .map(|matched| Answer::new(matched, self.direction, protocol, proof))
-            .min()
+            .filter(|(rule, _)| fits(*rule))
+            .filter_map(|matched| Answer::new(matched, rules, self.direction, protocol, proof))
+            .collect::<Best>()
+            .told()
     }
 
     /// The same for every connection of far ends without proof whom `matches` match, as prefixes.
     /// A prefix is left out where a shorter one says the same.
     pub(super) fn prefixes(&self, rules: &[Rule], matches: &[Match]) -> Vec<Prefix> {
-        let best = |protocol: u8, wanted: &dyn Fn(&PortMatch) -> bool| {
+        let best = |protocol: u8, wanted: &dyn Fn(&PortMatch) -> bool| -> Best {
             matches
                 .iter()
                 .filter(|(rule, _)| ports(rules, *rule).iter().any(wanted))
-                .map(|matched| Answer::new(*matched, self.direction, protocol, Proof::None))
-                .min()
+                .filter_map(|matched| self.unproven(*matched, rules, protocol))
+                .collect()
         };
         let mut prefixes = Vec::new();
         // Any protocol that no rule names, of which none has the number `ANY`.
-        let rest = best(protocol::ANY, &|ports| *ports == PortMatch::Everything);
-        if let Some(answer) = rest {
+        let rest = best(protocol::ANY, &|ports| *ports == PortMatch::Everything).told();
+        if rest != Told::default() {
             prefixes.push(Prefix {
                 length: VERDICT_PREFIX_ANY_PROTOCOL,
                 protocol: protocol::ANY,
                 port: 0,
-                answer,
+                told: rest,
             });
         }
         for (protocol, ranges) in self.named_protocols(rules, matches) {
             let all_ports = best(protocol, &|ports| match ports {
                 PortMatch::Everything => true,
                 PortMatch::Protocol(number) => *number == protocol,
-                PortMatch::Ports(..) => false,
+                PortMatch::Ports(..) | PortMatch::Named(..) => false,
             });
-            if let Some(answer) = all_ports.filter(|answer| Some(*answer) != rest) {
+            let told = all_ports.told();
+            if told != rest {
                 prefixes.push(Prefix {
                     length: VERDICT_PREFIX_ANY_PORT,
                     protocol,
                     port: 0,
-                    answer,
+                    told,
                 });
             }
-            for (first, last, answer) in segments(&ranges) {
-                // What holds for all ports is better here, or the same.
-                if all_ports.is_some_and(|all_ports| all_ports <= answer) {
-                    continue;
-                }
+            for (first, last, told) in segments(&ranges, all_ports) {
                 prefixes.extend(split(first, last).map(|(port, bits)| Prefix {
                     length: VERDICT_PREFIX_ANY_PORT + bits,
                     protocol,
                     port,
-                    answer,
+                    told,
                 }));
             }
         }
         prefixes
+    }
+
+    fn unproven(&self, matched: Match, rules: &[Rule], protocol: u8) -> Option<Answer> {
+        Answer::new(matched, rules, self.direction, protocol, Proof::None)
     }
 
     /// The protocols whose verdicts can differ from those of all others, with the port ranges
@@ -212,14 +327,15 @@ impl RuleList {
         for matched in matches {
             for ports in ports(rules, matched.0) {
                 match ports {
-                    PortMatch::Everything => {}
+                    PortMatch::Everything | PortMatch::Named(..) => {}
                     PortMatch::Protocol(number) => {
                         protocols.entry(*number).or_default();
                     }
                     PortMatch::Ports(number, range) => {
-                        let answer = Answer::new(*matched, self.direction, *number, Proof::None);
                         let ranges: &mut Vec<_> = protocols.entry(*number).or_default();
-                        ranges.push((*range.start(), *range.end(), answer));
+                        if let Some(answer) = self.unproven(*matched, rules, *number) {
+                            ranges.push((*range.start(), *range.end(), answer));
+                        }
                     }
                 }
             }
@@ -232,8 +348,9 @@ fn ports(rules: &[Rule], rule: RuleIndex) -> &[PortMatch] {
     rules.get(rule as usize).map_or(&[], |rule| &rule.ports)
 }
 
-/// Cuts overlapping ranges into ranges that do not overlap, each with the best answer.
-fn segments(ranges: &[(u16, u16, Answer)]) -> Vec<(u16, u16, Answer)> {
+/// Cuts overlapping ranges into ranges that do not overlap, each with what is told of it. Ranges
+/// of which nothing else is told than of all ports are left out.
+fn segments(ranges: &[(u16, u16, Answer)], all_ports: Best) -> Vec<(u16, u16, Told)> {
     let mut edges: Vec<(u32, bool, Answer)> = Vec::with_capacity(2 * ranges.len());
     for (first, last, answer) in ranges {
         edges.push((u32::from(*first), true, *answer));
@@ -242,15 +359,20 @@ fn segments(ranges: &[(u16, u16, Answer)]) -> Vec<(u16, u16, Answer)> {
     edges.sort_unstable_by_key(|(port, opens, _)| (*port, Reverse(*opens)));
     // How many ranges with this answer are open.
     let mut open: BTreeMap<Answer, usize> = BTreeMap::new();
-    let mut segments: Vec<(u16, u16, Answer)> = Vec::new();
+    let mut segments: Vec<(u16, u16, Told)> = Vec::new();
     let mut start = 0;
     for (port, opens, answer) in edges {
-        if let Some(best) = open.keys().next().filter(|_| port > start)
+        if port > start
+            && !open.is_empty()
             && let (Ok(first), Ok(last)) = (u16::try_from(start), u16::try_from(port - 1))
         {
+            let told = best_of(&open).with(all_ports).told();
             match segments.last_mut() {
-                Some((_, end, same)) if same == best && u32::from(*end) + 1 == start => *end = last,
-                _ => segments.push((first, last, *best)),
+                Some((_, end, same)) if *same == told && u32::from(*end) + 1 == start => {
+                    *end = last;
+                }
+                _ if told == all_ports.told() => {}
+                _ => segments.push((first, last, told)),
             }
         }
         start = port;
@@ -265,6 +387,15 @@ fn segments(ranges: &[(u16, u16, Answer)]) -> Vec<(u16, u16, Answer)> {
         }
     }
     segments
+}
+
+/// The answers are in order, so the first of each kind is the best.
+fn best_of(open: &BTreeMap<Answer, usize>) -> Best {
+    let first = |left_out| open.keys().find(|answer| answer.mode != left_out);
+    Best {
+        enforced: first(Mode::DryRun).copied(),
+        dry_run: first(Mode::NotInDryRun).copied(),
+    }
 }
 
 /// Splits a range into prefixes: the port and how many of its bits count.
@@ -294,9 +425,14 @@ mod tests {
 
     fn answer(rule: u32) -> Answer {
         Answer {
-            tunnel_only: false,
+            rank: Rank::Allow,
             rule,
+            mode: Mode::Enforce,
         }
+    }
+
+    fn told(rule: u32) -> Told {
+        Best::from_iter([answer(rule)]).told()
     }
 
     #[test]
@@ -320,16 +456,36 @@ mod tests {
             (50, 50, answer(3)),
         ];
         assert_eq!(
-            segments(&ranges),
+            segments(&ranges, Best::default()),
             [
-                (10, 14, answer(2)),
-                (15, 30, answer(1)),
-                (31, 40, answer(2)),
-                (50, 50, answer(3))
+                (10, 14, told(2)),
+                (15, 30, told(1)),
+                (31, 40, told(2)),
+                (50, 50, told(3))
             ]
         );
-        assert_eq!(segments(&[]), []);
+        assert_eq!(segments(&[], Best::default()), []);
         let touching = [(1, 5, answer(1)), (6, 9, answer(1)), (9, 65535, answer(1))];
-        assert_eq!(segments(&touching), [(1, 65535, answer(1))]);
+        assert_eq!(segments(&touching, Best::default()), [(1, 65535, told(1))]);
+        let all = Best::from_iter([answer(2)]);
+        assert_eq!(segments(&ranges, all), [(15, 30, told(1))]);
+    }
+
+    #[test]
+    fn a_deny_goes_before_what_allows_and_a_dry_run_changes_nothing() {
+        let deny = |mode| Answer {
+            rank: Rank::Deny,
+            rule: 9,
+            mode,
+        };
+        let enforced = Best::from_iter([answer(1), deny(Mode::Enforce)]).told();
+        assert_eq!(enforced.enforced.unwrap().action(), Action::Deny);
+        assert_eq!(enforced.dry_run, DryRun::Same);
+        let dry_run = Best::from_iter([answer(1), deny(Mode::DryRun)]).told();
+        assert_eq!(dry_run.enforced, Some(answer(1)));
+        assert_eq!(
+            (dry_run.dry_run, dry_run.dry_run_rule),
+            (DryRun::Deny, Some(9))
+        );
     }
 }

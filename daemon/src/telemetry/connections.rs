@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use reeve_common::{NO_WORKLOAD, Reason, WorkloadId};
+use reeve_common::{DryRun, NO_WORKLOAD, Reason, WorkloadId};
 
 use super::{
     ConnectionLabels, HandshakeReason, Metrics,
@@ -62,6 +62,7 @@ pub struct ConnectionLog {
 enum Kind {
     Refused,
     Closed,
+    DryRun,
     Handshake,
 }
 
@@ -147,6 +148,29 @@ impl ConnectionLog {
             error = error.map(tracing::field::display),
             suppressed = (suppressed > 0).then_some(suppressed),
             "connection refused"
+        );
+    }
+
+    /// Policies in dry run would have let a connection of `workload` pass, or refused it.
+    pub fn dry_run(&self, workload: WorkloadId, connection: &Connection<'_>, would: DryRun) {
+        let Some(suppressed) = self.take(workload, Kind::DryRun, Instant::now()) else {
+            return;
+        };
+        tracing::info!(
+            target: "reeve::connection",
+            direction = direction_name(connection.labels.direction),
+            transport = connection.labels.transport.as_str(),
+            source = connection.labels.source,
+            source_id = connection.source_id.map(display),
+            source_address = known(connection.source_address).map(display),
+            destination = connection.labels.destination,
+            destination_id = connection.destination_id.map(display),
+            destination_address = known(connection.destination_address).map(display),
+            protocol = %ProtocolName(connection.protocol),
+            would = if would == DryRun::Allow { "allow" } else { "deny" },
+            rule = connection.rule,
+            suppressed = (suppressed > 0).then_some(suppressed),
+            "dry run of a policy"
         );
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
-use reeve_common::{Address, Direction, Event, EventKind, Reason, protocol};
+use reeve_common::{Address, Direction, DryRun, Event, EventKind, Reason, protocol};
 
 use super::{
     ConnectionLabels, Metrics, Transport, UNKNOWN,
@@ -45,6 +45,12 @@ impl Events {
             self.metrics
                 .rule_verdict(direction, event.allowed != 0, connection.rule);
         }
+        let dry_run = DryRun::from_number(event.dry_run.into());
+        if dry_run != DryRun::Same {
+            let rule = snapshot.rule_name(event.dry_run_rule);
+            let connection = Connection { rule, ..connection };
+            self.log.dry_run(event.workload, &connection, dry_run);
+        }
         if event.kind == EventKind::Closed as u8 {
             self.metrics.connection_closed(
                 connection.labels,
@@ -75,7 +81,7 @@ impl Events {
 /// What goes through a tunnel is counted by the tunnel, once it stands; a protocol without
 /// connections has no end that could be counted.
 fn is_plaintext_connection(event: &Event, reason: Reason) -> bool {
-    event.protocol == protocol::TCP && reason == Reason::NoTunnel
+    event.protocol == protocol::TCP && matches!(reason, Reason::NoTunnel | Reason::Permissive)
 }
 
 fn describe<'a>(event: &Event, reason: Reason, snapshot: &'a Snapshot) -> Connection<'a> {
@@ -168,6 +174,7 @@ mod tests {
             workload: 1,
             peer: 0,
             rule: 0,
+            dry_run_rule: 0,
             local_port: 0,
             remote_port: 443,
             protocol: protocol::TCP,
@@ -176,7 +183,8 @@ mod tests {
             hook: Hook::Connect as u8,
             allowed: u8::from(allowed),
             reason: reason as u8,
-            reserved: [0; 10],
+            dry_run: 0,
+            reserved: [0; 5],
         }
     }
 

@@ -6,7 +6,7 @@ use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
-use reeve_common::{Direction, Reason};
+use reeve_common::{Direction, DryRun, Reason};
 
 use super::{
     labels::{ConnectionLabels, HandshakeReason, NamePairs, Role, direction_name},
@@ -153,6 +153,11 @@ impl Metrics {
             .rule_verdicts
             .with_label_values(&[policy, rule, direction_name(direction), verdict])
             .inc();
+    }
+
+    /// The tunnel gave a verdict that policies in dry run would change.
+    pub fn dry_run(&self, direction: Direction, would: DryRun) {
+        self.inner.readings.dry_run(direction, would);
     }
 
     /// A handshake ended.

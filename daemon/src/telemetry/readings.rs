@@ -15,7 +15,7 @@ use prometheus::{
     core::{Collector, Desc},
     proto::MetricFamily,
 };
-use reeve_common::{COUNTER_SLOTS, Direction, Reason, counter_slot};
+use reeve_common::{COUNTER_SLOTS, Direction, DryRun, Reason, counter_slot, dry_run_slot};
 
 use super::{certificates::CertificateFamilies, labels::direction_name};
 use crate::{
@@ -55,6 +55,7 @@ pub(super) struct ReadingsCollector {
 /// The families of one scrape.
 struct Families {
     verdicts: IntCounterVec,
+    dry_runs: IntCounterVec,
     lost_events: IntCounterVec,
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
@@ -92,6 +93,13 @@ impl ReadingsCollector {
     pub(super) fn verdict(&self, direction: Direction, allowed: bool, reason: Reason) {
         let slot = counter_slot(direction as u8, allowed, reason) as usize;
         if let Some(counter) = self.verdicts.get(slot) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn dry_run(&self, direction: Direction, would: DryRun) {
+        let slot = dry_run_slot(direction as u8, would == DryRun::Allow) as usize;
+        if let Some(counter) = self.verdicts.get(slot).filter(|_| would != DryRun::Same) {
             counter.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -135,6 +143,19 @@ impl ReadingsCollector {
                             .inc_by(count);
                     }
                 }
+            }
+        }
+        for direction in [Direction::Egress, Direction::Ingress] {
+            for (would_allow, verdict) in [(false, "deny"), (true, "allow")] {
+                let kernel = readings.counters.as_ref();
+                let kernel = kernel.map_or(0, |c| c.dry_runs(direction, would_allow));
+                let slot = dry_run_slot(direction as u8, would_allow) as usize;
+                let tunnel = self.verdicts.get(slot);
+                let tunnel = tunnel.map_or(0, |counter| counter.load(Ordering::Relaxed));
+                families
+                    .dry_runs
+                    .with_label_values(&[direction_name(direction), verdict])
+                    .inc_by(kernel + tunnel);
             }
         }
         families
@@ -208,6 +229,13 @@ impl Families {
                     "Verdicts of the kernel programs and of the tunnel.",
                 ),
                 &["direction", "verdict", "reason"],
+            )?,
+            dry_runs: IntCounterVec::new(
+                Opts::new(
+                    "reeve_dry_run_verdicts_total",
+                    "Verdicts that policies in dry run would change, by what they would be.",
+                ),
+                &["direction", "verdict"],
             )?,
             lost_events: IntCounterVec::new(
                 Opts::new(

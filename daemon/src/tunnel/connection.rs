@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use reeve_common::{Direction, NO_WORKLOAD, Reason, WorkloadId, protocol};
+use reeve_common::{Direction, DryRun, NO_WORKLOAD, Reason, WorkloadId, protocol};
 
 use crate::{
     identity::SpiffeId,
@@ -191,11 +191,27 @@ impl Call {
             shared
                 .metrics
                 .rule_verdict(self.direction(), false, described.rule);
+            self.dry_run(worker, decision);
         }
         shared.metrics.connection_failed(described.labels, reason);
         shared
             .log
             .refused(self.workload_id(), &described, reason, Some(error));
+    }
+
+    /// Counts and logs what policies in dry run would change of a verdict. Of what goes out the
+    /// kernel has told already.
+    pub(super) fn dry_run(&self, worker: &Worker, decision: &Decision) {
+        let shared = &worker.shared;
+        if decision.dry_run == DryRun::Same || self.direction() == Direction::Egress {
+            return;
+        }
+        shared.metrics.dry_run(Direction::Ingress, decision.dry_run);
+        let snapshot = shared.snapshot.load();
+        let mut described = self.describe(&snapshot);
+        described.rule = snapshot.rule_name(decision.dry_run_rule);
+        let workload = self.workload_id();
+        shared.log.dry_run(workload, &described, decision.dry_run);
     }
 
     /// The connection stands in `link`.

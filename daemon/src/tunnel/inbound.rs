@@ -140,6 +140,7 @@ fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<WorkloadId, Tu
     let metrics = &worker.shared.metrics;
     metrics.verdict(Direction::Ingress, true, decision.reason);
     metrics.rule_verdict(Direction::Ingress, true, snapshot.rule_name(decision.rule));
+    call.dry_run(worker, &decision);
     if worker.draining.get() {
         return Err(TunnelError::Shutdown);
     }

@@ -29,6 +29,23 @@ pub struct Attributes {
     pub spiffe_id: SpiffeId,
 }
 
+/// Ports with a name, as the containers of a pod have them.
+pub type NamedPorts = BTreeMap<String, NamedPort>;
+
+/// What the name of a port stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NamedPort {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The port.
+    pub port: u16,
+}
+
+/// Labels of namespaces. Every namespace has the label [`Namespaces::NAME_LABEL`], declared or
+/// not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces(pub BTreeMap<String, BTreeMap<String, String>>);
+
 /// How a workload's cgroup is found.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -57,6 +74,10 @@ pub struct Workload {
     pub addresses: Vec<IpAddr>,
     /// Name of the source of its certificate; none for the first that is configured.
     pub certificates: Option<String>,
+    /// Names of its ports, for policies that name ports.
+    pub named_ports: NamedPorts,
+    /// Whether plaintext that no policy allows is let in, for the time of a roll-out.
+    pub permissive: bool,
 }
 
 /// A workload as it runs now.
@@ -90,4 +111,22 @@ pub struct Peer {
     pub attributes: Option<Attributes>,
     /// Port on which its tunnel listens; none where no tunnel reaches it.
     pub tunnel_port: Option<u16>,
+    /// Names of its ports, for policies that name ports.
+    pub named_ports: NamedPorts,
+}
+
+// === impl Namespaces ===
+
+impl Namespaces {
+    /// The label that Kubernetes gives to every namespace: its name.
+    pub const NAME_LABEL: &'static str = "kubernetes.io/metadata.name";
+
+    /// The value of a namespace's label.
+    #[must_use]
+    pub fn label<'a>(&'a self, namespace: &'a str, key: &str) -> Option<&'a str> {
+        if key == Self::NAME_LABEL {
+            return Some(namespace);
+        }
+        self.0.get(namespace)?.get(key).map(String::as_str)
+    }
 }

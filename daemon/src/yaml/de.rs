@@ -45,7 +45,16 @@ pub(crate) fn read<T: for<'de> Deserialize<'de>>(
     document: &Document,
     mistakes: &mut Mistakes,
 ) -> Option<T> {
-    let (value, state) = run(document);
+    read_at(document, document.root(), mistakes)
+}
+
+/// As [`read`], for a part of a document.
+pub(crate) fn read_at<T: for<'de> Deserialize<'de>>(
+    document: &Document,
+    node: NodeId,
+    mistakes: &mut Mistakes,
+) -> Option<T> {
+    let (value, state) = run(document, node);
     mistakes.extend(state.mistakes);
     value
 }
@@ -57,12 +66,12 @@ pub(crate) fn read_tracing<T: for<'de> Deserialize<'de>>(
     document: &Document,
     mistakes: &mut Mistakes,
 ) -> (Option<T>, std::collections::BTreeSet<String>) {
-    let (value, state) = run(document);
+    let (value, state) = run(document, document.root());
     mistakes.extend(state.mistakes);
     (value, state.fields)
 }
 
-fn run<T: for<'de> Deserialize<'de>>(document: &Document) -> (Option<T>, State) {
+fn run<T: for<'de> Deserialize<'de>>(document: &Document, root: NodeId) -> (Option<T>, State) {
     let session = Session {
         document,
         state: RefCell::default(),
@@ -70,13 +79,13 @@ fn run<T: for<'de> Deserialize<'de>>(document: &Document) -> (Option<T>, State) 
     loop {
         let result = T::deserialize(Reader {
             session: &session,
-            node: document.root(),
+            node: root,
         });
         let error = match result {
             Ok(value) => return (Some(value), session.state.into_inner()),
             Err(error) => error,
         };
-        let node = error.node.unwrap_or(document.root());
+        let node = error.node.unwrap_or(root);
         let mut state = session.state.borrow_mut();
         let State {
             mistakes, pruned, ..
@@ -87,7 +96,7 @@ fn run<T: for<'de> Deserialize<'de>>(document: &Document) -> (Option<T>, State) 
         if !consequence {
             mistakes.push(document.mistake(node, error.what));
         }
-        if node == document.root() || !pruned.insert(node) || mistakes.len() >= MAX_MISTAKES {
+        if node == root || !pruned.insert(node) || mistakes.len() >= MAX_MISTAKES {
             drop(state);
             return (None, session.state.into_inner());
         }

@@ -24,7 +24,7 @@ pub use located::Located;
 pub use mistake::{Mistake, Mistakes};
 pub use tree::{Document, NodeId};
 
-pub(crate) use de::read;
+pub(crate) use de::{read, read_at};
 pub(crate) use mistake::{nearest, shown};
 pub(crate) use tree::{parse, read_file};
 

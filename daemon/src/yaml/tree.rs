@@ -486,6 +486,19 @@ impl Document {
         }
     }
 
+    /// The items of a list; none where it is not a list.
+    pub(crate) fn list(&self, node: NodeId) -> &[NodeId] {
+        match self.content(node) {
+            Some(Content::Sequence(items)) => items,
+            _ => &[],
+        }
+    }
+
+    /// How many keys a mapping has.
+    pub(crate) fn entry_count(&self, node: NodeId) -> usize {
+        self.entries(node).len()
+    }
+
     /// Whether a node holds nothing: it is empty, `~` or `null`.
     #[must_use]
     pub fn is_null(&self, node: NodeId) -> bool {

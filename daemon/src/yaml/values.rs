@@ -39,6 +39,11 @@ pub(crate) struct Network(pub(crate) IpNet);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Port(pub(crate) u16);
 
+/// Name of a port (RFC 6335): at most 15 of `a-z`, `0-9` and `-`, at least one letter.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct PortName(pub(crate) String);
+
 // === impl Name ===
 
 impl Name {
@@ -237,6 +242,26 @@ impl<'de> Deserialize<'de> for Port {
             }
         }
         deserializer.deserialize_any(PortVisitor)
+    }
+}
+
+// === impl PortName ===
+
+impl TryFrom<String> for PortName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let dashes = text.starts_with('-') || text.ends_with('-') || text.contains("--");
+        let letter = text.contains(|c: char| c.is_ascii_lowercase());
+        if (1..=15).contains(&text.len()) && text.chars().all(known) && letter && !dashes {
+            return Ok(Self(text));
+        }
+        Err(format!(
+            "`{}` is not the name of a port; expected at most 15 of `a-z`, `0-9`, `-`, with a \
+             letter, as in `http`",
+            shown(&text)
+        ))
     }
 }
 

@@ -219,6 +219,8 @@ impl World {
         let entry = VerdictEntry {
             action: action as u32,
             rule: RULE,
+            dry_run: 0,
+            dry_run_rule: 0,
         };
         self.state.tables.verdicts.push((bits, key, entry));
     }

@@ -97,6 +97,7 @@ impl Report<'_> {
             ports: raw.ports.iter().map(|port| port.0).collect(),
             attributes,
             tunnel_port,
+            named_ports: super::named_ports(&raw.named_ports),
         })
     }
 

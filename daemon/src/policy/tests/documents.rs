@@ -85,8 +85,7 @@ spec: {workloads: {matchLabels: {app: wbe}}}
         "16:77: spec.egress[3].ports[4]: has a port, which only TCP, UDP and SCTP have",
         "16:115: spec.egress[3].ports[5].protocol: `tcp` is not known here",
         "18:1: `apiVersion` is missing; expected `reeve.dev/v1alpha1`",
-        "20:13: apiVersion: `v1` is not known here; expected `reeve.dev/v1alpha1`",
-        "21:7: kind: `ConnectPolicy` is not known here; expected `ConnectionPolicy`; did you mean",
+        "21:7: kind: `ConnectPolicy` is not known here; expected `ConnectionPolicy`, `IdentityGroup`, `NetworkPolicy`, `List`; did you mean `ConnectionPolicy`?",
         "25:18: metadata.name: there is a policy `p` already, in policy.yaml on line 3",
         "26:19: spec.workloads: selects no workload and no peer that is declared",
     ];

@@ -3,11 +3,11 @@
 use std::{collections::HashSet, net::IpAddr};
 
 use reeve_common::{
-    Action, Address, Direction, PEER_BY_PORT, PeerEntry, PeerPortKey, VERDICT_PREFIX_ANY_PORT,
+    Address, Direction, PEER_BY_PORT, PeerEntry, PeerPortKey, VERDICT_PREFIX_ANY_PORT,
     VERDICT_PREFIX_ANY_PROTOCOL, VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
 };
 
-use crate::policy::{KernelTables, rule::judged_protocol};
+use crate::policy::{Decision, KernelTables, rule::judged_protocol};
 
 /// An address as the programs see it.
 pub(super) fn address(ip: IpAddr) -> Address {
@@ -27,13 +27,22 @@ pub(super) struct Question {
     pub(super) port: u16,
 }
 
-/// The verdict: action and rule.
-pub(super) fn judge(tables: &KernelTables, question: Question) -> (u32, u32) {
+/// The verdict.
+pub(super) fn judge(tables: &KernelTables, question: Question) -> VerdictEntry {
     let class = peer(tables, question).class;
-    let verdict = verdict(tables, question, class)
+    verdict(tables, question, class)
         .or_else(|| verdict(tables, question, 0).filter(|_| class != 0))
-        .unwrap_or_default();
-    (verdict.action, verdict.rule)
+        .unwrap_or_default()
+}
+
+/// What the tables have to say where a snapshot decides so.
+pub(super) fn entry(decision: Decision) -> VerdictEntry {
+    VerdictEntry {
+        action: decision.action as u32,
+        rule: decision.rule,
+        dry_run: decision.dry_run as u32,
+        dry_run_rule: decision.dry_run_rule,
+    }
 }
 
 /// What `PEERS` and `PEER_PORTS` say of the far end.
@@ -111,7 +120,7 @@ pub(super) fn check(tables: &KernelTables) {
         let port_bits = length.saturating_sub(VERDICT_PREFIX_ANY_PORT);
         assert!(port.trailing_zeros() >= 16 - port_bits, "{length} {key:?}");
         assert!(*length >= VERDICT_PREFIX_ANY_PORT || key.protocol == 0);
-        assert_ne!(entry.action, Action::Deny as u32);
-        assert_ne!(entry.rule, 0);
+        // The default deny needs no entry, unless a dry run would change it.
+        assert!(entry.rule != 0 || entry.dry_run != 0, "{key:?}");
     }
 }

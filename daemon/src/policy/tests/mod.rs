@@ -2,6 +2,7 @@
 
 mod documents;
 mod kernel;
+mod kinds;
 mod nearest;
 mod property;
 mod rules;

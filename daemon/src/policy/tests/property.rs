@@ -4,7 +4,7 @@
 mod model;
 mod naive;
 
-use std::{net::IpAddr, path::Path, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
 
 use proptest::{prelude::*, test_runner::TestError};
 use reeve_common::{Action, Direction};
@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     identity::SpiffeId,
-    policy::{Decision, Inputs, PolicySet, Snapshot},
-    workload::{CgroupSelector, Peer, RunningWorkload, Workload},
+    policy::{Decision, Inputs, PolicySet, Snapshot, Unselected},
+    workload::{CgroupSelector, Namespaces, Peer, RunningWorkload, Workload},
 };
 
 /// Where somebody or nobody is.
@@ -62,6 +62,8 @@ fn compile(model: &Model) -> Snapshot {
                     ports: place.ports.clone(),
                     addresses: Vec::new(),
                     certificates: None,
+                    named_ports: BTreeMap::new(),
+                    permissive: false,
                 }),
                 cgroups: Vec::new(),
                 netns: Some(netns(1)),
@@ -82,6 +84,7 @@ fn compile(model: &Model) -> Snapshot {
                 ports: place.ports.clone(),
                 attributes: place.who.clone(),
                 tunnel_port: None,
+                named_ports: BTreeMap::new(),
             })
         })
         .collect();
@@ -91,7 +94,9 @@ fn compile(model: &Model) -> Snapshot {
     Snapshot::compile(&Inputs {
         workloads: &workloads,
         peers: &peers,
+        namespaces: &Namespaces::default(),
         policies: &policies,
+        unselected: Unselected::Deny,
         node_addresses: &model.node,
         tunnel_port: 15008,
     })
@@ -137,22 +142,14 @@ fn ask_everything(model: &Model) {
             let naive = naive::egress(model, place, remote, protocol, port);
             let decision = snapshot.judge_egress(workload, (remote, port).into(), protocol);
             compare(&snapshot, &naive, decision, &format!("{what} egress"));
-            let (action, rule) = kernel(Direction::Egress);
-            assert_eq!(
-                (action, rule),
-                (decision.action as u32, decision.rule),
-                "{what} egress"
-            );
+            let told = kernel(Direction::Egress);
+            assert_eq!(told, kernel::entry(decision), "{what} egress");
 
             let naive = naive::plaintext(model, place, remote, protocol, port);
             let decision = snapshot.judge_plaintext(workload, remote, protocol, port);
             compare(&snapshot, &naive, decision, &format!("{what} plaintext"));
-            let (action, rule) = kernel(Direction::Ingress);
-            assert_eq!(
-                (action, rule),
-                (decision.action as u32, decision.rule),
-                "{what} ingress"
-            );
+            let told = kernel(Direction::Ingress);
+            assert_eq!(told, kernel::entry(decision), "{what} ingress");
         }
         for (source, client) in addresses
             .iter()

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use reeve_common::{Direction, protocol};
+use reeve_common::{Direction, DryRun, protocol};
 
 use super::kernel::{self, Question};
 use crate::{
@@ -59,6 +59,7 @@ pub(super) fn policies(config: &Config, text: &str) -> Result<PolicySet, Vec<Str
     let known = Known {
         workloads: &config.workloads,
         peers: &config.peers,
+        namespaces: &config.namespaces,
     };
     PolicySet::parse(Path::new("policy.yaml"), text, &known)
         .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect())
@@ -82,7 +83,9 @@ impl World {
         let snapshot = Snapshot::compile(&Inputs {
             workloads: &workloads,
             peers: &config.peers,
+            namespaces: &config.namespaces,
             policies: &policies,
+            unselected: config.unselected,
             node_addresses: &config.node.addresses,
             tunnel_port: config.ports.tunnel,
         });
@@ -102,7 +105,9 @@ impl World {
     /// The name of the rule that allows, or `no`.
     fn told(&self, decision: Decision) -> &str {
         match decision.action {
-            reeve_common::Action::Allow => self.snapshot.rule_name(decision.rule),
+            reeve_common::Action::Allow | reeve_common::Action::Permissive => {
+                self.snapshot.rule_name(decision.rule)
+            }
             reeve_common::Action::Deny => "no",
             reeve_common::Action::TunnelOnly => "tunnel only",
         }
@@ -146,12 +151,17 @@ impl World {
             port: remote.port(),
         };
         let kernel = kernel::judge(self.snapshot.kernel_tables(), question);
-        assert_eq!(
-            kernel,
-            (decision.action as u32, decision.rule),
-            "{question:?}"
-        );
+        assert_eq!(kernel, kernel::entry(decision), "{question:?}");
         self.told(decision)
+    }
+
+    /// What the dry runs would change of a connection out of a workload: to what, and by which rule.
+    pub(super) fn dry_egress(&self, workload: &str, protocol: u8, to: &str) -> (DryRun, &str) {
+        let _agreed = self.egress(workload, protocol, to);
+        let to = to.parse().unwrap();
+        let decision = self.snapshot.judge_egress(self.id(workload), to, protocol);
+        let rule = self.snapshot.rule_name(decision.dry_run_rule);
+        (decision.dry_run, rule)
     }
 
     /// What the tunnel says of a client with a certificate.

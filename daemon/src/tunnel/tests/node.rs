@@ -24,11 +24,13 @@ use crate::{
     config::{Limits, Ports, Timeouts},
     datapath::netns::Netns,
     identity::{CertificateSource, IdentityStore},
-    policy::{Inputs, Known, PolicySet, Snapshot},
+    policy::{Inputs, Known, PolicySet, Snapshot, Unselected},
     privileges::Confinement,
     telemetry::{ConnectionLog, Metrics, Observers},
     tunnel::{Shared, Tunnels, TunnelsStatus},
-    workload::{Attributes, CgroupSelector, Peer, RunningWorkload, Workload},
+    workload::{
+        Attributes, CgroupSelector, NamedPorts, Namespaces, Peer, RunningWorkload, Workload,
+    },
 };
 
 pub(super) const CART: &str = "10.0.0.1";
@@ -90,6 +92,8 @@ fn running(number: u32, name: &str, address: &str, netns: &Arc<Netns>) -> Arc<Ru
             ports: vec![],
             addresses: vec![],
             certificates: None,
+            named_ports: NamedPorts::new(),
+            permissive: false,
         }),
         cgroups: vec![],
         netns: Some(netns.clone()),
@@ -180,11 +184,14 @@ impl Node {
             ports: vec![],
             attributes: Some(attributes(other)),
             tunnel_port: Some(Ports::default().tunnel),
+            named_ports: NamedPorts::new(),
         })];
         let declared: Vec<_> = workloads.iter().map(|w| w.workload.clone()).collect();
+        let namespaces = Namespaces::default();
         let known = Known {
             workloads: &declared,
             peers: &peers,
+            namespaces: &namespaces,
         };
         let policies = PolicySet::parse(Path::new("test.yaml"), policy, &known).unwrap();
         self.shared
@@ -192,7 +199,9 @@ impl Node {
             .store(Arc::new(Snapshot::compile(&Inputs {
                 workloads: &workloads,
                 peers: &peers,
+                namespaces: &namespaces,
                 policies: &policies,
+                unselected: Unselected::Deny,
                 node_addresses: &[],
                 tunnel_port: Ports::default().tunnel,
             })));

@@ -97,6 +97,8 @@ fn workload(name: &str, selector: CgroupSelector) -> Arc<Workload> {
         ports: Vec::new(),
         addresses: Vec::new(),
         certificates: None,
+        named_ports: BTreeMap::new(),
+        permissive: false,
     })
 }
 

@@ -191,7 +191,7 @@ fn best(
                 match action(because) {
                     Action::Allow => allow.push(name.clone()),
                     Action::TunnelOnly => tunnel_only.push(name.clone()),
-                    Action::Deny => {}
+                    Action::Deny | Action::Permissive => {}
                 }
             }
         }
