@@ -28,6 +28,7 @@ mod harness_itself;
 mod hbone_itself;
 mod health;
 mod interoperation;
+mod network_policy;
 mod no_way_round;
 mod observe;
 mod opposite;

@@ -53,6 +53,7 @@ pub use guard::{Guarded, guard};
 pub use numbers::keep_numbers;
 pub use own_cgroup::settle_in;
 pub use process::prepare as prepare_process;
+pub use reconcile::steps;
 pub use reload::{declaration, policies};
 
 use daemon::{Reloads, View};
@@ -75,6 +76,8 @@ pub struct Control {
     registry: Registry,
     discovery: watch::Receiver<Arc<Discovery>>,
     policies: PolicySet,
+    /// The policies that the kernel was brought to last.
+    enforced: Option<PolicySet>,
     policy_status: PolicyStatus,
     policy_files: Files,
     bundle_files: Files,
@@ -173,6 +176,7 @@ impl Control {
             registry: parts.registry,
             policy_status: reload::policy_status(&config, &parts.policies),
             policies: parts.policies,
+            enforced: None,
             policy_files: reload::watch_policies(&config.policies),
             bundle_files: reload::watch_bundles(&config),
             reloads: daemon.reloads(),

@@ -13,10 +13,25 @@ use super::{
     desired::{kernel_state, running_namespaces},
 };
 use crate::{
-    datapath::{Datapath, KernelState, netns::Netns},
-    policy::{Inputs, Snapshot},
+    datapath::{Datapath, KernelState, Order, netns::Netns},
+    policy::{Inputs, PolicySet, Snapshot},
     workload::Discovery,
 };
+
+/// What the kernel enforces on its way from the old policies to the new ones, which come last.
+///
+/// The maps change entry by entry, and the kernel asks two of them: with one step for all, a
+/// connection could be judged by half of either. In each of these steps only one of the things
+/// changes that a verdict is made of: where whoever is told apart is, then whom the rules tell
+/// apart, then what holds for everybody, and at last again whom they tell apart.
+#[must_use]
+pub fn steps(old: &PolicySet, new: &PolicySet) -> [(PolicySet, Order); 3] {
+    [
+        (old.clone(), Order::Shrinks),
+        (PolicySet::between(old, new), Order::Grows),
+        (PolicySet::between(new, old), Order::Shrinks),
+    ]
+}
 
 /// What was done to a namespace, by its cookie.
 #[derive(Debug, Default)]
@@ -45,17 +60,20 @@ impl Control {
         let config = self.daemon.config.load_full();
         let mut problems = discovery.problems.clone();
 
-        let snapshot = Arc::new(block_in_place(|| {
-            Snapshot::compile(&Inputs {
-                workloads: &discovery.workloads,
-                peers: &config.peers,
-                namespaces: &config.namespaces,
-                policies: &self.policies,
-                unselected: config.unselected,
-                node_addresses: &config.node.addresses,
-                tunnel_port: config.ports.tunnel,
+        let compile = |policies: &PolicySet| {
+            block_in_place(|| {
+                Snapshot::compile(&Inputs {
+                    workloads: &discovery.workloads,
+                    peers: &config.peers,
+                    namespaces: &config.namespaces,
+                    policies,
+                    unselected: config.unselected,
+                    node_addresses: &config.node.addresses,
+                    tunnel_port: config.ports.tunnel,
+                })
             })
-        }));
+        };
+        let snapshot = Arc::new(compile(&self.policies));
         if self.succession.frozen {
             // The rest is another daemon's; what this one carries is judged all the same.
             self.snapshot.store(snapshot);
@@ -72,7 +90,18 @@ impl Control {
         let before = self.daemon.view.load_full();
         let mut listening = before.listening.clone();
         listening.retain(|cookie| ready.iter().any(|netns| netns.cookie == *cookie));
-        let state = self.apply(&discovery, &listening, &snapshot, &mut problems);
+        for (policies, order) in self.steps() {
+            let step = compile(&policies);
+            self.apply(&discovery, &listening, &step, order, &mut problems);
+        }
+        let state = self.apply(
+            &discovery,
+            &listening,
+            &snapshot,
+            Order::Shrinks,
+            &mut problems,
+        );
+        self.enforced = Some(self.policies.clone());
 
         self.snapshot.store(snapshot.clone());
         self.daemon.tunnels.judge_again();
@@ -99,7 +128,8 @@ impl Control {
             }
         }
         if listening != flagged {
-            self.apply(&discovery, &listening, &snapshot, &mut problems);
+            let order = Order::Shrinks;
+            self.apply(&discovery, &listening, &snapshot, order, &mut problems);
         }
         self.namespaces.forget(&datapath, &namespaces);
 
@@ -126,7 +156,9 @@ impl Control {
         let snapshot = self.snapshot.load_full();
         let mut problems = Vec::new();
         if !redirect {
-            self.apply(&view.discovery, &HashSet::new(), &snapshot, &mut problems);
+            let nowhere = HashSet::new();
+            let order = Order::Shrinks;
+            self.apply(&view.discovery, &nowhere, &snapshot, order, &mut problems);
         }
         for problem in &problems {
             tracing::error!("{problem}");
@@ -136,18 +168,26 @@ impl Control {
         self.daemon.view.store(Arc::new(view));
     }
 
+    fn steps(&self) -> Vec<(PolicySet, Order)> {
+        match &self.enforced {
+            Some(old) if *old != self.policies => steps(old, &self.policies).into(),
+            _ => Vec::new(),
+        }
+    }
+
     fn apply(
         &mut self,
         discovery: &Discovery,
         listening: &HashSet<u64>,
         snapshot: &Snapshot,
+        order: Order,
         problems: &mut Vec<String>,
     ) -> KernelState {
         let tables = snapshot.kernel_tables().clone();
         let mut own = self.own_cgroups.clone();
         own.extend(&self.succession.predecessors);
         let state = kernel_state(&own, discovery, listening, tables);
-        match block_in_place(|| self.daemon.datapath.apply(&state)) {
+        match block_in_place(|| self.daemon.datapath.apply_in(&state, order)) {
             Ok(()) => self.is_enforced = true,
             Err(error) => problems.push(describe(&error)),
         }

@@ -56,6 +56,7 @@ pub use self::{
     events::Events,
     socket::speak_as,
     sockets::{Purpose, Sockets},
+    state::Order,
     usage::{Counters, MapUsage},
 };
 use crate::{
@@ -209,7 +210,16 @@ impl Datapath {
     /// [`Error::Full`] names the first map that had no room; everything that fits is in force
     /// then, and what does not fit is refused. [`Error::Map`] is the kernel's.
     pub fn apply(&self, state: &KernelState) -> Result<(), Error> {
-        lock(&self.state).apply(state)?;
+        self.apply_in(state, Order::Shrinks)
+    }
+
+    /// As [`Datapath::apply`], in an order.
+    ///
+    /// # Errors
+    ///
+    /// As [`Datapath::apply`].
+    pub fn apply_in(&self, state: &KernelState, order: Order) -> Result<(), Error> {
+        lock(&self.state).apply(state, order)?;
         if lock(&self.pins).settle()? {
             tracing::info!("what was pinned with another layout is removed");
         }
@@ -271,6 +281,24 @@ impl Datapath {
     pub fn check(&self) -> Result<(), Error> {
         load::check(&lock(&self.links))?;
         lock(&self.state).check()
+    }
+
+    /// What a program of packets does with an Ethernet frame: whether it passes. The packet's
+    /// socket is one of the caller's cgroup.
+    #[cfg(test)]
+    pub(crate) fn passes(&self, program: &str, frame: &[u8]) -> bool {
+        use aya::{
+            TestRun as _, TestRunOptions,
+            programs::{CgroupSkb, Program},
+        };
+        let mut ebpf = lock(&self.ebpf);
+        let program: &mut Program = ebpf.program_mut(program).unwrap();
+        let program: &mut CgroupSkb = program.try_into().unwrap();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ..TestRunOptions::default()
+        };
+        program.test_run(options).unwrap().return_value == 1
     }
 
     /// How often what is enforced has changed since the maps were made.

@@ -29,6 +29,16 @@ use crate::config::Ports;
 type Hash<K, V> = maps::HashMap<MapData, K, V>;
 type Trie<K, V> = maps::LpmTrie<MapData, K, V>;
 
+/// What changes between a desired state and the one before, where both the rules and whom they
+/// tell apart do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// More far ends are told apart: they are before the rules that there were already change.
+    Grows,
+    /// Fewer are: they are not told apart once the rules have changed.
+    Shrinks,
+}
+
 /// The maps that the daemon writes.
 pub(super) struct State {
     settings: maps::Array<MapData, KernelSettings>,
@@ -126,11 +136,11 @@ impl State {
 
     /// Makes the maps hold `desired`. The first thing that did not fit is the error; everything
     /// else is in force.
-    pub(super) fn apply(&mut self, desired: &KernelState) -> Result<(), Error> {
+    pub(super) fn apply(&mut self, desired: &KernelState, order: Order) -> Result<(), Error> {
         let desired = Desired::new(desired);
         let mut changed = false;
         self.suspend(&desired)?;
-        let fits = self.put(&desired, &mut changed);
+        let fits = self.put(&desired, order, &mut changed);
 
         // From here on the new workloads are enforced.
         let depths = self.current.cgroup_depths | desired.depths;
@@ -143,7 +153,7 @@ impl State {
 
         changed |= self.prune(&desired)?;
         // What was removed may have made room.
-        let fits = fits.or_else(|_| self.put(&desired, &mut changed));
+        let fits = fits.or_else(|_| self.put(&desired, order, &mut changed));
         if changed || desired.depths != self.current.cgroup_depths {
             self.write(KernelSettings {
                 cgroup_depths: desired.depths,
@@ -219,11 +229,19 @@ impl State {
     }
 
     /// Writes everything that is new or different, whatever does not fit.
-    fn put(&mut self, desired: &Desired, changed: &mut bool) -> Result<(), Error> {
+    fn put(&mut self, desired: &Desired, order: Order, changed: &mut bool) -> Result<(), Error> {
+        let first = match order {
+            Order::Grows => self.put_new_classes(desired),
+            Order::Shrinks => self.put_verdicts(desired),
+        };
         let steps = [
-            self.put_verdicts(desired),
+            first,
             self.put_peers(desired),
             self.peer_ports.put(&desired.peer_ports),
+            match order {
+                Order::Grows => self.put_verdicts(desired),
+                Order::Shrinks => Ok(false),
+            },
             self.local_addresses.put(&desired.local_addresses),
             self.namespaces.put(&desired.namespaces),
             self.workloads.put(&desired.workloads),
@@ -256,6 +274,17 @@ impl State {
             self.verdicts.put(refusing)?;
             Err(error)
         })
+    }
+
+    /// The verdicts of classes that nobody has yet.
+    fn put_new_classes(&mut self, desired: &Desired) -> Result<bool, Error> {
+        let peers = self.peers.content().values();
+        let by_port = self.peer_ports.content().values();
+        let known: HashSet<u32> = peers.chain(by_port).map(|entry| entry.class).collect();
+        let is_new = |class| class != 0 && !known.contains(&class);
+        let new = self.verdicts.different(&desired.verdicts);
+        let new: Vec<_> = new.filter(|((_, key), _)| is_new(key.class)).collect();
+        self.verdicts.put(new)
     }
 
     /// The widest first, for the same reason.

@@ -11,7 +11,7 @@ use super::{
     document::{ConnectionPolicy, IdentityGroup, network::NetworkPolicy},
     lower::{self, Context, Groups, Lowered},
     population::{Member, Population},
-    rule::{Isolation, Rule},
+    rule::{FarEnd, Isolation, Rule},
 };
 use crate::{
     workload::{Namespaces, Peer, Workload},
@@ -134,6 +134,30 @@ impl PolicySet {
         loader.sources(sources);
         loader.documents();
         loader.mistakes
+    }
+
+    /// Between two sets: what allows or denies anybody as in `anybody`, and what is about somebody
+    /// as in both. What both sets allow it allows, and what both refuse it refuses.
+    #[must_use]
+    pub(crate) fn between(anybody: &Self, other: &Self) -> Self {
+        let mut between = anybody.clone();
+        let own: HashMap<&str, &Rule> = anybody
+            .rules
+            .iter()
+            .map(|rule| (rule.origin.name.as_str(), rule))
+            .collect();
+        let more = other
+            .rules
+            .iter()
+            .filter(|rule| own.get(rule.origin.name.as_str()) != Some(rule));
+        for rule in more {
+            let mut rule = rule.clone();
+            rule.far_ends.retain(|far_end| *far_end != FarEnd::Anybody);
+            if !rule.far_ends.is_empty() {
+                between.rules.push(rule);
+            }
+        }
+        between
     }
 
     /// How many policies there are.

@@ -279,6 +279,7 @@ impl Families {
     fn collectors(&self) -> Vec<&dyn Collector> {
         let mut collectors: Vec<&dyn Collector> = vec![
             &self.verdicts,
+            &self.dry_runs,
             &self.lost_events,
             &self.map_entries,
             &self.map_capacity,

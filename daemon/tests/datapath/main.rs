@@ -9,6 +9,7 @@
 )]
 
 mod bind;
+mod churn;
 mod connect;
 mod cost;
 mod datagram;

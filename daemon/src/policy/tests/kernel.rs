@@ -3,7 +3,7 @@
 use std::{collections::HashSet, net::IpAddr};
 
 use reeve_common::{
-    Address, Direction, PEER_BY_PORT, PeerEntry, PeerPortKey, VERDICT_PREFIX_ANY_PORT,
+    Action, Address, Direction, PEER_BY_PORT, PeerEntry, PeerPortKey, VERDICT_PREFIX_ANY_PORT,
     VERDICT_PREFIX_ANY_PROTOCOL, VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
 };
 
@@ -120,7 +120,10 @@ pub(super) fn check(tables: &KernelTables) {
         let port_bits = length.saturating_sub(VERDICT_PREFIX_ANY_PORT);
         assert!(port.trailing_zeros() >= 16 - port_bits, "{length} {key:?}");
         assert!(*length >= VERDICT_PREFIX_ANY_PORT || key.protocol == 0);
-        // The default deny needs no entry, unless a dry run would change it.
-        assert!(entry.rule != 0 || entry.dry_run != 0, "{key:?}");
+        // Only the default deny is nobody's rule; it has entries among what dry runs would change.
+        assert!(
+            entry.rule != 0 || entry.action == Action::Deny as u32,
+            "{key:?}"
+        );
     }
 }

@@ -4,6 +4,7 @@ mod documents;
 mod kernel;
 mod kinds;
 mod nearest;
+mod network_policy;
 mod property;
 mod rules;
 mod world;

@@ -3,11 +3,12 @@
 
 mod model;
 mod naive;
+mod programs;
 
-use std::{collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
+use std::{cell::RefCell, collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
 
 use proptest::{prelude::*, test_runner::TestError};
-use reeve_common::{Action, Direction};
+use reeve_common::Direction;
 
 use self::model::{Draw, Model};
 use super::{
@@ -17,7 +18,9 @@ use super::{
 use crate::{
     identity::SpiffeId,
     policy::{Decision, Inputs, PolicySet, Snapshot, Unselected},
-    workload::{CgroupSelector, Namespaces, Peer, RunningWorkload, Workload},
+    workload::{
+        CgroupSelector, NamedPort, NamedPorts, Namespaces, Peer, RunningWorkload, Workload,
+    },
 };
 
 /// Where somebody or nobody is.
@@ -62,8 +65,8 @@ fn compile(model: &Model) -> Snapshot {
                     ports: place.ports.clone(),
                     addresses: Vec::new(),
                     certificates: None,
-                    named_ports: BTreeMap::new(),
-                    permissive: false,
+                    named_ports: named_ports(place),
+                    permissive: place.permissive,
                 }),
                 cgroups: Vec::new(),
                 netns: Some(netns(1)),
@@ -84,29 +87,58 @@ fn compile(model: &Model) -> Snapshot {
                 ports: place.ports.clone(),
                 attributes: place.who.clone(),
                 tunnel_port: None,
-                named_ports: BTreeMap::new(),
+                named_ports: named_ports(place),
             })
         })
         .collect();
+    let owned = |labels: &BTreeMap<&str, &str>| {
+        let labels = labels.iter();
+        labels
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect()
+    };
+    let namespaces = model.namespaces.iter();
+    let namespaces = namespaces.map(|(name, labels)| ((*name).to_owned(), owned(labels)));
+    let namespaces = Namespaces(namespaces.collect());
     let text = model.documents();
     let policies = PolicySet::parse_alone(Path::new("p.yaml"), &text)
         .unwrap_or_else(|mistakes| panic!("{mistakes}\n{text}"));
     Snapshot::compile(&Inputs {
         workloads: &workloads,
         peers: &peers,
-        namespaces: &Namespaces::default(),
+        namespaces: &namespaces,
         policies: &policies,
-        unselected: Unselected::Deny,
+        unselected: if model.open {
+            Unselected::Allow
+        } else {
+            Unselected::Deny
+        },
         node_addresses: &model.node,
         tunnel_port: 15008,
     })
+}
+
+fn named_ports(place: &model::Place) -> NamedPorts {
+    let named = place.named.iter();
+    named
+        .map(|(name, (protocol, port))| {
+            let (protocol, port) = (*protocol, *port);
+            ((*name).to_owned(), NamedPort { protocol, port })
+        })
+        .collect()
 }
 
 /// Compares what the naive reading allows with a decision: the action, and that the rule which is
 /// named is one of those that say so.
 fn compare(snapshot: &Snapshot, naive: &naive::Verdict, decision: Decision, what: &str) {
     assert_eq!(naive.action, decision.action, "{what}: {naive:?}");
-    if decision.action != Action::Deny {
+    assert_eq!(naive.dry_run, decision.dry_run, "{what}: {naive:?}");
+    assert_eq!(
+        naive.rules.is_empty(),
+        decision.rule == 0,
+        "{what}: {naive:?}"
+    );
+    if decision.rule != 0 {
         let name = snapshot.rule_name(decision.rule);
         assert!(
             naive.rules.iter().any(|rule| rule == name),
@@ -166,10 +198,37 @@ fn ask_everything(model: &Model) {
     }
 }
 
-#[test]
-fn documents_snapshot_and_kernel_agree() {
+/// The same questions to the programs themselves.
+fn ask_programs(model: &Model, programs: &mut programs::Programs) {
+    let snapshot = compile(model);
+    let addresses: Vec<IpAddr> = ADDRESSES.iter().map(|a| a.parse().unwrap()).collect();
+    for place in model.places.iter().filter(|place| place.local) {
+        let workload = place.number;
+        programs.enforce(&snapshot, workload);
+        for (remote, protocol) in addresses
+            .iter()
+            .flat_map(|remote| PROTOCOLS.map(|protocol| (*remote, protocol)))
+        {
+            for direction in [Direction::Egress, Direction::Ingress] {
+                for port in PORTS {
+                    let question = Question {
+                        workload,
+                        direction,
+                        remote,
+                        protocol,
+                        port,
+                    };
+                    programs.ask(&snapshot, question);
+                }
+            }
+        }
+    }
+}
+
+/// Runs a check on random models, and shows the least that fails.
+fn check(cases: u32, check: impl Fn(&Model)) {
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 400,
+        cases,
         max_shrink_iters: 4000,
         failure_persistence: None,
         ..ProptestConfig::default()
@@ -177,12 +236,25 @@ fn documents_snapshot_and_kernel_agree() {
     // Every byte is a choice, and no byte is the first one: what is left of a failure is short.
     let choices = prop::collection::vec(any::<u8>(), 0..600);
     let result = runner.run(&choices, |choices| {
-        let model = Model::draw(&mut Draw::new(choices));
-        ask_everything(&model);
+        check(&Model::draw(&mut Draw::new(choices)));
         Ok(())
     });
     if let Err(TestError::Fail(reason, choices)) = result {
         let model = Model::draw(&mut Draw::new(choices));
-        panic!("{reason}\n{:#?}\n{}", model.places, model.documents());
+        panic!("{reason}\n{model:#?}\n{}", model.documents());
     }
+}
+
+#[test]
+fn documents_snapshot_and_kernel_agree() {
+    check(400, ask_everything);
+}
+
+#[test]
+fn the_programs_in_the_kernel_agree_with_the_snapshot() {
+    let programs = RefCell::new(programs::Programs::load());
+    check(40, |model| {
+        // What the check before has left behind if it failed is of no matter.
+        ask_programs(model, &mut programs.borrow_mut());
+    });
 }

@@ -18,6 +18,11 @@ pub(super) struct Model {
     /// Workloads first.
     pub(super) places: Vec<Place>,
     pub(super) policies: Vec<Policy>,
+    pub(super) network_policies: Vec<NetworkPolicy>,
+    /// Labels of the namespaces that are declared.
+    pub(super) namespaces: BTreeMap<&'static str, BTreeMap<&'static str, &'static str>>,
+    /// Whether what no policy is about is open.
+    pub(super) open: bool,
 }
 
 /// A workload or a peer.
@@ -31,16 +36,56 @@ pub(super) struct Place {
     pub(super) ports: Vec<u16>,
     /// Whether nobody else can use its addresses.
     pub(super) exclusive: bool,
+    /// Protocol and port by name.
+    pub(super) named: BTreeMap<&'static str, (u8, u16)>,
+    pub(super) permissive: bool,
 }
 
 #[derive(Debug)]
 pub(super) struct Policy {
     pub(super) name: String,
+    pub(super) deny: bool,
+    pub(super) dry_run: bool,
     pub(super) namespace: Option<&'static str>,
     pub(super) names: Vec<String>,
     pub(super) subjects: Kind,
     pub(super) ingress: Vec<Rule>,
     pub(super) egress: Vec<Rule>,
+}
+
+/// A policy of Kubernetes.
+#[derive(Debug)]
+pub(super) struct NetworkPolicy {
+    pub(super) name: String,
+    pub(super) dry_run: bool,
+    pub(super) namespace: &'static str,
+    /// Labels only, as in all selectors here.
+    pub(super) subjects: Kind,
+    pub(super) types: Option<Vec<&'static str>>,
+    pub(super) ingress: Vec<NetworkRule>,
+    pub(super) egress: Vec<NetworkRule>,
+}
+
+#[derive(Debug)]
+pub(super) struct NetworkRule {
+    /// None is anybody.
+    pub(super) peers: Vec<NetworkPeer>,
+    pub(super) ports: Vec<NetworkPort>,
+}
+
+#[derive(Debug)]
+pub(super) enum NetworkPeer {
+    /// Selectors of namespaces and of pods, one of them at least.
+    Pods(Option<Kind>, Option<Kind>),
+    Block(IpNet, Vec<IpNet>),
+}
+
+#[derive(Debug)]
+pub(super) struct NetworkPort {
+    pub(super) protocol: Option<&'static str>,
+    pub(super) port: Option<u16>,
+    pub(super) name: Option<&'static str>,
+    pub(super) end: Option<u16>,
 }
 
 /// What `namespace`, `serviceAccount` and labels say.
@@ -173,6 +218,14 @@ impl Draw {
             addresses: self.list(3, |draw| if local { draw.host() } else { draw.prefix() }),
             ports: self.list(2, |draw| draw.of(&[80, 8050])),
             exclusive: !local || self.below(3) > 0,
+            named: {
+                let named = self.list(2, |draw| {
+                    let port = (draw.of(&[6, 6, 17]), draw.of(&[80, 81, 8050]));
+                    (draw.of(&["web", "dns"]), port)
+                });
+                named.into_iter().collect()
+            },
+            permissive: local && self.below(4) == 3,
         }
     }
 
@@ -213,12 +266,7 @@ impl Draw {
                 }
                 Item::Kind(kind)
             }
-            _ => {
-                let block = self.prefix();
-                let mut except = self.list(2, Self::prefix);
-                except.retain(|hole| *hole != block && block.contains(hole));
-                Item::Cidr(block, except)
-            }
+            _ => self.block(),
         }
     }
 
@@ -237,6 +285,68 @@ impl Draw {
             port,
             end,
         }
+    }
+
+    fn label_selector(&mut self) -> Kind {
+        let mut selector = self.kind();
+        selector.namespace = None;
+        selector.account = None;
+        selector
+    }
+
+    fn network_peer(&mut self) -> NetworkPeer {
+        match self.below(4) {
+            0 => NetworkPeer::Pods(None, Some(self.label_selector())),
+            1 => NetworkPeer::Pods(Some(self.label_selector()), None),
+            2 => NetworkPeer::Pods(Some(self.label_selector()), Some(self.label_selector())),
+            _ => match self.block() {
+                Item::Cidr(block, except) => NetworkPeer::Block(block, except),
+                _ => unreachable!(),
+            },
+        }
+    }
+
+    fn network_port(&mut self) -> NetworkPort {
+        let protocol = self.maybe(&["TCP", "UDP", "SCTP"]);
+        let port = self.maybe(&[1, 80, 8000, 8050]);
+        let name = match port {
+            None => self.maybe(&["web", "dns"]),
+            Some(_) => None,
+        };
+        let end = port.and_then(|port| self.maybe(&[81, 8100, 65535]).filter(|end| *end >= port));
+        NetworkPort {
+            protocol,
+            port,
+            name,
+            end,
+        }
+    }
+
+    fn network_rule(&mut self) -> NetworkRule {
+        NetworkRule {
+            peers: self.list(3, Self::network_peer),
+            ports: self.list(2, Self::network_port),
+        }
+    }
+
+    fn network_policy(&mut self, number: usize) -> NetworkPolicy {
+        NetworkPolicy {
+            name: format!("network-{number}"),
+            dry_run: self.below(5) == 4,
+            namespace: self.of(&["a", "b"]),
+            subjects: self.label_selector(),
+            types: (self.below(2) == 1)
+                .then(|| self.list(2, |draw| draw.of(&["Ingress", "Egress"]))),
+            ingress: self.list(2, Self::network_rule),
+            egress: self.list(2, Self::network_rule),
+        }
+    }
+
+    fn block(&mut self) -> Item {
+        let block = self.prefix();
+        let mut except = self.list(2, Self::prefix);
+        except.retain(|hole| *hole != block && block.contains(hole));
+        Item::Cidr(block, except)
     }
 
     fn rule(&mut self) -> Rule {
@@ -271,6 +381,8 @@ impl Model {
             policies: policies
                 .map(|number| Policy {
                     name: format!("policy-{number}"),
+                    deny: draw.below(4) == 3,
+                    dry_run: draw.below(5) == 4,
                     namespace: draw.maybe(&["a", "b"]),
                     names: draw.list(2, |draw| format!("w{}", 1 + draw.below(3))),
                     subjects: if draw.below(2) == 0 {
@@ -283,14 +395,23 @@ impl Model {
                 })
                 .map(Policy::one_namespace)
                 .collect(),
+            network_policies: (0..draw.below(3))
+                .map(|number| draw.network_policy(number))
+                .collect(),
+            namespaces: {
+                let named = draw.list(2, |draw| (draw.of(&["a", "b"]), draw.labels()));
+                named.into_iter().collect()
+            },
+            open: draw.below(3) == 2,
             places,
         }
     }
 
     pub(super) fn documents(&self) -> String {
-        let policies = self.policies.iter();
-        policies
-            .map(|policy| format!("---\n{}\n", policy.document()))
+        let own = self.policies.iter().map(Policy::document);
+        let network = self.network_policies.iter().map(NetworkPolicy::document);
+        own.chain(network)
+            .map(|document| format!("---\n{document}\n"))
             .collect()
     }
 }
@@ -323,11 +444,77 @@ impl Policy {
             "kind": "ConnectionPolicy",
             "metadata": metadata,
             "spec": {
+                "action": if self.deny { "Deny" } else { "Allow" },
+                "mode": if self.dry_run { "DryRun" } else { "Enforce" },
                 "workloads": workloads,
                 "ingress": rules(&self.ingress, "from"),
                 "egress": rules(&self.egress, "to"),
             },
         })
+    }
+}
+
+impl NetworkPolicy {
+    fn document(&self) -> Value {
+        let mut metadata = json!({"name": self.name, "namespace": self.namespace});
+        if self.dry_run {
+            metadata["annotations"] = json!({"reeve.dev/mode": "DryRun"});
+        }
+        let rules = |rules: &[NetworkRule], field: &str| -> Vec<Value> {
+            rules.iter().map(|rule| rule.document(field)).collect()
+        };
+        let mut spec = json!({
+            "podSelector": self.subjects.document("matchLabels"),
+            "ingress": rules(&self.ingress, "from"),
+            "egress": rules(&self.egress, "to"),
+        });
+        if let Some(types) = &self.types {
+            spec["policyTypes"] = json!(types);
+        }
+        json!({
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": metadata,
+            "spec": spec,
+        })
+    }
+}
+
+impl NetworkRule {
+    fn document(&self, field: &str) -> Value {
+        let peers = self.peers.iter().map(|peer| match peer {
+            NetworkPeer::Pods(namespaces, pods) => {
+                let mut map = Map::new();
+                for (field, selector) in [("namespaceSelector", namespaces), ("podSelector", pods)]
+                {
+                    if let Some(selector) = selector {
+                        map.insert(field.into(), selector.document("matchLabels"));
+                    }
+                }
+                Value::Object(map)
+            }
+            NetworkPeer::Block(block, except) => {
+                let except: Vec<_> = except.iter().map(ToString::to_string).collect();
+                json!({"ipBlock": {"cidr": block.to_string(), "except": except}})
+            }
+        });
+        let ports = self.ports.iter().map(|port| {
+            let mut map = Map::new();
+            if let Some(protocol) = port.protocol {
+                map.insert("protocol".into(), json!(protocol));
+            }
+            if let Some(number) = port.port {
+                map.insert("port".into(), json!(number));
+            }
+            if let Some(name) = port.name {
+                map.insert("port".into(), json!(name));
+            }
+            if let Some(end) = port.end {
+                map.insert("endPort".into(), json!(end));
+            }
+            Value::Object(map)
+        });
+        json!({field: peers.collect::<Vec<_>>(), "ports": ports.collect::<Vec<_>>()})
     }
 }
 

@@ -1,20 +1,25 @@
 //! What the policies say, read one by one, with nothing prepared.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
-use reeve_common::Action;
+use reeve_common::{Action, DryRun};
 
-use super::model::{Item, Kind, Model, Place, Policy, Port, Rule};
+use super::model::{
+    Item, Kind, Model, NetworkPeer, NetworkPolicy, NetworkPort, Place, Policy, Port, Rule,
+};
 use crate::{identity::SpiffeId, workload::Attributes};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const SCTP: u8 = 132;
 
-/// The best that any rule says, and which rules say it.
+/// What holds, and which rules say it.
 #[derive(Debug)]
 pub(super) struct Verdict {
     pub(super) action: Action,
+    /// None for the default deny.
     pub(super) rules: Vec<String>,
+    pub(super) dry_run: DryRun,
 }
 
 /// Why an item means somebody.
@@ -23,6 +28,39 @@ enum Because {
     Address,
     Identity,
 }
+
+/// One question.
+struct Question<'a> {
+    model: &'a Model,
+    own: &'a Place,
+    ingress: bool,
+    protocol: u8,
+    port: u16,
+    /// By a certificate.
+    proven: bool,
+    /// The named ports of the destination.
+    named: Option<&'a BTreeMap<&'static str, (u8, u16)>>,
+}
+
+/// Whom items and peers mean.
+struct Means<'a> {
+    allow: &'a dyn Fn(&Policy, &Item) -> Option<Because>,
+    deny: &'a dyn Fn(&Policy, &Item) -> bool,
+    network: &'a dyn Fn(&NetworkPolicy, &NetworkPeer) -> Option<Because>,
+}
+
+/// What one rule says, in the order of precedence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Says {
+    Node,
+    Deny,
+    Allow,
+    Permissive,
+    TunnelOnly,
+}
+
+/// Everything that any rule says: what, by which name, in force, and with the dry runs in force.
+type Said = Vec<(Says, String, bool, bool)>;
 
 pub(super) fn egress(model: &Model, own: &Place, to: IpAddr, protocol: u8, port: u16) -> Verdict {
     let residents = residents(model, to);
@@ -39,12 +77,41 @@ pub(super) fn egress(model: &Model, own: &Place, to: IpAddr, protocol: u8, port:
     let owner = residents
         .iter()
         .find(|place| by_port && owns_ports(place) && place.ports.contains(&port));
-    let there = owner.or_else(|| residents.iter().find(|place| !owns_ports(place)));
-    let who = there.and_then(|place| place.who.as_ref());
-    let means = |policy: &Policy, item: &Item| {
-        by_address(item, to).or_else(|| who.and_then(|who| by_identity(policy, item, who)))
+    let others: Vec<_> = residents
+        .iter()
+        .filter(|place| !owns_ports(place))
+        .collect();
+    let there = owner.or_else(|| others.first().copied());
+    let possible: Vec<_> = match owner {
+        Some(owner) => vec![owner],
+        None if others.is_empty() => residents.iter().collect(),
+        None => others,
     };
-    best(model, own, false, protocol, port, &means, |_| Action::Allow)
+    let who = there.and_then(|place| place.who.as_ref());
+    let question = Question {
+        model,
+        own,
+        ingress: false,
+        protocol,
+        port,
+        proven: false,
+        named: who.and_then(|_| there).map(|place| &place.named),
+    };
+    question.answer(&Means {
+        allow: &|policy, item| {
+            by_address(item, to).or_else(|| who.and_then(|who| by_identity(policy, item, who)))
+        },
+        deny: &|policy, item| {
+            by_address(item, to).is_some()
+                || any_of(&possible, |who| by_identity(policy, item, who))
+        },
+        network: &|policy, peer| {
+            by_block(peer, to).or_else(|| {
+                who.filter(|who| is_pod(model, policy, peer, who))
+                    .map(|_| Because::Identity)
+            })
+        },
+    })
 }
 
 pub(super) fn plaintext(
@@ -55,29 +122,34 @@ pub(super) fn plaintext(
     port: u16,
 ) -> Verdict {
     let residents = residents(model, from);
-    let means = |policy: &Policy, item: &Item| {
-        // It could be any of them.
-        let all = !residents.is_empty()
-            && residents.iter().all(|place| {
-                let who = place.who.as_ref();
-                place.exclusive && who.is_some_and(|who| by_identity(policy, item, who).is_some())
-            });
-        by_address(item, from).or_else(|| all.then_some(Because::Identity))
+    // It could be any of them.
+    let all = |means: &dyn Fn(&Attributes) -> bool| {
+        let means = |place: &&Place| place.exclusive && place.who.as_ref().is_some_and(means);
+        (!residents.is_empty() && residents.iter().all(means)).then_some(Because::Identity)
     };
-    let mut verdict = best(
+    let possible: Vec<_> = residents.iter().collect();
+    let question = Question {
         model,
         own,
-        true,
+        ingress: true,
         protocol,
         port,
-        &means,
-        |because| match because {
-            Because::Identity if protocol == TCP => Action::TunnelOnly,
-            _ => Action::Allow,
+        proven: false,
+        named: Some(&own.named),
+    };
+    let means = Means {
+        allow: &|policy, item| {
+            by_address(item, from).or_else(|| all(&|who| by_identity(policy, item, who).is_some()))
         },
-    );
-    node(model, from, &mut verdict);
-    verdict
+        deny: &|policy, item| {
+            by_address(item, from).is_some()
+                || any_of(&possible, |who| by_identity(policy, item, who))
+        },
+        network: &|policy, peer| {
+            by_block(peer, from).or_else(|| all(&|who| is_pod(model, policy, peer, who)))
+        },
+    };
+    question.answer_to(&means, from)
 }
 
 pub(super) fn tunnel(
@@ -90,23 +162,54 @@ pub(super) fn tunnel(
     let residents = residents(model, from);
     let declared: Vec<_> = residents
         .iter()
-        .filter_map(|place| place.who.as_ref())
-        .filter(|who| who.spiffe_id == *client)
-        .collect();
-    let means = |policy: &Policy, item: &Item| {
-        by_address(item, from).or_else(|| {
-            if declared.is_empty() {
-                return undeclared(policy, item, client).then_some(Because::Identity);
-            }
-            let all = declared
-                .iter()
-                .all(|who| by_identity(policy, item, who).is_some());
-            all.then_some(Because::Identity)
+        .filter(|place| {
+            place
+                .who
+                .as_ref()
+                .is_some_and(|who| who.spiffe_id == *client)
         })
+        .collect();
+    let all = |means: &dyn Fn(&Attributes) -> bool, otherwise: bool| {
+        let means = |place: &&&Place| place.who.as_ref().is_some_and(means);
+        let fits = if declared.is_empty() {
+            otherwise
+        } else {
+            declared.iter().all(means)
+        };
+        fits.then_some(Because::Identity)
     };
-    let mut verdict = best(model, own, true, TCP, port, &means, |_| Action::Allow);
-    node(model, from, &mut verdict);
-    verdict
+    let question = Question {
+        model,
+        own,
+        ingress: true,
+        protocol: TCP,
+        port,
+        proven: true,
+        named: Some(&own.named),
+    };
+    let means = Means {
+        allow: &|policy, item| {
+            let otherwise = undeclared(policy, item, client);
+            by_address(item, from)
+                .or_else(|| all(&|who| by_identity(policy, item, who).is_some(), otherwise))
+        },
+        deny: &|policy, item| {
+            let could_be = declared.is_empty() && possibly(policy, item, client);
+            by_address(item, from).is_some()
+                || could_be
+                || any_of(&declared, |who| by_identity(policy, item, who))
+        },
+        network: &|policy, peer| {
+            let otherwise = undeclared_pod(model, policy, peer, client);
+            by_block(peer, from).or_else(|| all(&|who| is_pod(model, policy, peer, who), otherwise))
+        },
+    };
+    question.answer_to(&means, from)
+}
+
+fn any_of(places: &[&&Place], means: impl Fn(&Attributes) -> Option<Because>) -> bool {
+    let who = places.iter().filter_map(|place| place.who.as_ref());
+    who.into_iter().any(|who| means(who).is_some())
 }
 
 fn is_host(net: &ipnet::IpNet) -> bool {
@@ -141,67 +244,175 @@ fn residents(model: &Model, ip: IpAddr) -> Vec<&Place> {
         .collect()
 }
 
-fn node(model: &Model, from: IpAddr, verdict: &mut Verdict) {
-    if model.node.contains(&from) {
-        if verdict.action != Action::Allow {
-            verdict.rules.clear();
-        }
-        verdict.action = Action::Allow;
-        verdict.rules.push("node".into());
-    }
-}
+// === impl Question ===
 
-fn best(
-    model: &Model,
-    own: &Place,
-    ingress: bool,
-    protocol: u8,
-    port: u16,
-    means: &dyn Fn(&Policy, &Item) -> Option<Because>,
-    action: impl Fn(Because) -> Action,
-) -> Verdict {
-    let mut allow = Vec::new();
-    let mut tunnel_only = Vec::new();
-    for policy in model.policies.iter().filter(|policy| selects(policy, own)) {
-        let (rules, direction) = if ingress {
+impl Question<'_> {
+    /// For what comes in, the node's own address included.
+    fn answer_to(&self, means: &Means<'_>, from: IpAddr) -> Verdict {
+        let mut said = self.said(means);
+        if self.model.node.contains(&from) {
+            said.push((Says::Node, "node".into(), true, true));
+        }
+        if self.own.permissive && !self.proven {
+            said.push((Says::Permissive, "permissive".into(), true, true));
+        }
+        verdict(&said)
+    }
+
+    fn answer(&self, means: &Means<'_>) -> Verdict {
+        verdict(&self.said(means))
+    }
+
+    fn said(&self, means: &Means<'_>) -> Said {
+        let mut said = Said::new();
+        let mut closed = (false, false);
+        for policy in self.model.policies.iter().filter(|p| selects(p, self.own)) {
+            self.connection_policy(policy, means, &mut said, &mut closed);
+        }
+        for policy in &self.model.network_policies {
+            let who = self.own.who.as_ref().unwrap();
+            if policy.namespace == who.namespace && has_labels(&policy.subjects, who) {
+                self.network_policy(policy, means, &mut said, &mut closed);
+            }
+        }
+        if self.model.open && !closed.0 {
+            said.push((Says::Allow, "unselected".into(), true, !closed.1));
+        }
+        said
+    }
+
+    fn connection_policy(
+        &self,
+        policy: &Policy,
+        means: &Means<'_>,
+        said: &mut Said,
+        closed: &mut (bool, bool),
+    ) {
+        let (rules, direction) = if self.ingress {
             (&policy.ingress, "ingress")
         } else {
             (&policy.egress, "egress")
         };
+        if !policy.deny && !rules.is_empty() {
+            closed.0 |= !policy.dry_run;
+            closed.1 = true;
+        }
+        let title = match policy.namespace {
+            Some(namespace) => format!("{namespace}/{}", policy.name),
+            None => policy.name.clone(),
+        };
         for (index, rule) in rules.iter().enumerate() {
-            if !on_ports(rule, protocol, port) {
+            if !on_ports(rule, self.protocol, self.port) {
                 continue;
             }
-            let title = match policy.namespace {
-                Some(namespace) => format!("{namespace}/{}", policy.name),
-                None => policy.name.clone(),
-            };
             let name = format!("{title}/{direction}[{index}]");
-            let items = rule.items.as_ref();
-            let because: Vec<_> = items.map_or_else(
-                || vec![Because::Address],
-                |items| {
-                    items
-                        .iter()
-                        .filter_map(|item| means(policy, item))
-                        .collect()
-                },
-            );
-            for because in because {
-                match action(because) {
-                    Action::Allow => allow.push(name.clone()),
-                    Action::TunnelOnly => tunnel_only.push(name.clone()),
-                    Action::Deny | Action::Permissive => {}
-                }
+            let anybody = [Item::Any];
+            let items = rule.items.as_deref().unwrap_or(&anybody);
+            for item in items {
+                let says = if policy.deny {
+                    (means.deny)(policy, item).then_some(Says::Deny)
+                } else {
+                    (means.allow)(policy, item).map(|because| self.allowed(because))
+                };
+                said.extend(says.map(|says| (says, name.clone(), !policy.dry_run, true)));
             }
         }
     }
-    let (action, rules) = match (allow.is_empty(), tunnel_only.is_empty()) {
-        (false, _) => (Action::Allow, allow),
-        (true, false) => (Action::TunnelOnly, tunnel_only),
-        (true, true) => (Action::Deny, Vec::new()),
+
+    fn network_policy(
+        &self,
+        policy: &NetworkPolicy,
+        means: &Means<'_>,
+        said: &mut Said,
+        closed: &mut (bool, bool),
+    ) {
+        let (rules, direction, name) = if self.ingress {
+            (&policy.ingress, "Ingress", "ingress")
+        } else {
+            (&policy.egress, "Egress", "egress")
+        };
+        let about = match policy.types.as_deref() {
+            None | Some([]) => self.ingress || !rules.is_empty(),
+            Some(types) => types.contains(&direction),
+        };
+        if !about {
+            return;
+        }
+        closed.0 |= !policy.dry_run;
+        closed.1 = true;
+        for (index, rule) in rules.iter().enumerate() {
+            let ports = &rule.ports;
+            if !ports.is_empty() && !ports.iter().any(|port| self.on_network_port(port)) {
+                continue;
+            }
+            let name = format!("{}/{}/{name}[{index}]", policy.namespace, policy.name);
+            let because: Vec<_> = if rule.peers.is_empty() {
+                vec![Because::Address]
+            } else {
+                let peers = rule.peers.iter();
+                peers
+                    .filter_map(|peer| (means.network)(policy, peer))
+                    .collect()
+            };
+            for because in because {
+                said.push((self.allowed(because), name.clone(), !policy.dry_run, true));
+            }
+        }
+    }
+
+    fn allowed(&self, because: Because) -> Says {
+        let unproven = self.ingress && self.protocol == TCP && !self.proven;
+        if because == Because::Identity && unproven {
+            Says::TunnelOnly
+        } else {
+            Says::Allow
+        }
+    }
+
+    fn on_network_port(&self, port: &NetworkPort) -> bool {
+        let protocol = match port.protocol.unwrap_or("TCP") {
+            "TCP" => TCP,
+            "UDP" => UDP,
+            _ => SCTP,
+        };
+        let first = match (port.port, port.name) {
+            (Some(first), _) => first,
+            (None, None) => return protocol == self.protocol,
+            (None, Some(name)) => match self.named.and_then(|named| named.get(name)) {
+                Some((own, number)) if *own == protocol => *number,
+                _ => return false,
+            },
+        };
+        protocol == self.protocol && (first..=port.end.unwrap_or(first)).contains(&self.port)
+    }
+}
+
+fn verdict(said: &Said) -> Verdict {
+    let best = |counts: fn(&(Says, String, bool, bool)) -> bool| {
+        said.iter()
+            .filter(|said| counts(said))
+            .map(|(says, ..)| *says)
+            .min()
     };
-    Verdict { action, rules }
+    let (enforced, dry_run) = (best(|said| said.2), best(|said| said.3));
+    let passes = |says| matches!(says, Some(Says::Node | Says::Allow | Says::Permissive));
+    let said = said
+        .iter()
+        .filter(|said| said.2 && Some(said.0) == enforced);
+    Verdict {
+        action: match enforced {
+            Some(Says::Node | Says::Allow) => Action::Allow,
+            Some(Says::Permissive) => Action::Permissive,
+            Some(Says::TunnelOnly) => Action::TunnelOnly,
+            Some(Says::Deny) | None => Action::Deny,
+        },
+        rules: said.map(|(_, name, ..)| name.clone()).collect(),
+        dry_run: match (passes(enforced), passes(dry_run)) {
+            (true, false) => DryRun::Deny,
+            (false, true) => DryRun::Allow,
+            _ => DryRun::Same,
+        },
+    }
 }
 
 fn selects(policy: &Policy, own: &Place) -> bool {
@@ -216,12 +427,19 @@ fn fits(kind: &Kind, default_namespace: Option<&str>, who: &Attributes) -> bool 
     let namespace = kind.namespace.or(default_namespace).filter(|n| *n != "*");
     namespace.is_none_or(|n| n == who.namespace)
         && kind.account.is_none_or(|a| a == who.service_account)
-        && kind
-            .labels
-            .iter()
-            .all(|(k, v)| who.labels.get(*k).is_some_and(|own| own == v))
+        && has_labels(kind, who)
+}
+
+fn has_labels(kind: &Kind, who: &Attributes) -> bool {
+    labels_fit(kind, &|key| who.labels.get(key).map(String::as_str))
+}
+
+fn labels_fit<'a>(kind: &Kind, own: &dyn Fn(&str) -> Option<&'a str>) -> bool {
+    kind.labels
+        .iter()
+        .all(|(key, value)| own(key) == Some(*value))
         && kind.expressions.iter().all(|expression| {
-            let own = who.labels.get(expression.key).map(String::as_str);
+            let own = own(expression.key);
             let listed = own.is_some_and(|own| expression.values.contains(&own));
             match expression.operator {
                 "In" => listed,
@@ -287,4 +505,64 @@ fn on_port(item: &Port, protocol: u8, port: u16) -> bool {
     };
     let Some(first) = item.port else { return same };
     same && (first..=item.end.unwrap_or(first)).contains(&port)
+}
+
+/// What an ID shows does not speak against it.
+fn possibly(policy: &Policy, item: &Item, client: &SpiffeId) -> bool {
+    match item {
+        Item::Kind(kind) => {
+            let namespace = kind.namespace.or(policy.namespace).filter(|n| *n != "*");
+            client.service_account().is_none_or(|(ns, account)| {
+                namespace.is_none_or(|n| n == ns) && kind.account.is_none_or(|a| a == account)
+            })
+        }
+        other => undeclared(policy, other, client),
+    }
+}
+
+fn by_block(peer: &NetworkPeer, ip: IpAddr) -> Option<Because> {
+    let NetworkPeer::Block(block, except) = peer else {
+        return None;
+    };
+    let inside = block.contains(&ip) && !except.iter().any(|hole| hole.contains(&ip));
+    inside.then_some(Because::Address)
+}
+
+fn in_namespace(
+    model: &Model,
+    policy: &NetworkPolicy,
+    selector: Option<&Kind>,
+    namespace: &str,
+) -> bool {
+    let Some(selector) = selector else {
+        return namespace == policy.namespace;
+    };
+    let labels = model.namespaces.get(namespace);
+    labels_fit(selector, &|key| labels?.get(key).copied())
+}
+
+fn is_pod(model: &Model, policy: &NetworkPolicy, peer: &NetworkPeer, who: &Attributes) -> bool {
+    let NetworkPeer::Pods(namespaces, pods) = peer else {
+        return false;
+    };
+    in_namespace(model, policy, namespaces.as_ref(), &who.namespace)
+        && pods.as_ref().is_none_or(|pods| has_labels(pods, who))
+}
+
+/// A client that nobody declared has no labels, and its namespace is that of its ID.
+fn undeclared_pod(
+    model: &Model,
+    policy: &NetworkPolicy,
+    peer: &NetworkPeer,
+    client: &SpiffeId,
+) -> bool {
+    let NetworkPeer::Pods(namespaces, pods) = peer else {
+        return false;
+    };
+    let everything = |kind: &Kind| kind.labels.is_empty() && kind.expressions.is_empty();
+    let every_namespace = namespaces.as_ref().is_some_and(everything);
+    let inside = |(namespace, _)| in_namespace(model, policy, namespaces.as_ref(), namespace);
+    client.trust_domain().as_str() == "example.org"
+        && pods.as_ref().is_none_or(everything)
+        && (every_namespace || client.service_account().is_some_and(inside))
 }

@@ -1,0 +1,681 @@
+//! Truth tables of Kubernetes' NetworkPolicy: for each policy, who of nine pods in three namespaces
+//! reaches whom, by protocol and port. A connection needs the egress of its source and the ingress
+//! of its destination.
+
+use std::{collections::BTreeSet, fmt, path::Path};
+
+use super::world::{TCP, UDP, World, config, policies};
+use crate::policy::PolicySet;
+
+const SCTP: u8 = reeve_common::protocol::SCTP;
+const NAMESPACES: [&str; 3] = ["x", "y", "z"];
+const PODS: [&str; 3] = ["a", "b", "c"];
+const PROTOCOLS: [u8; 3] = [TCP, UDP, SCTP];
+const PORTS: [u16; 4] = [80, 81, 7981, 8180];
+/// An address outside the cluster.
+const OUTSIDE: &str = "192.0.2.9";
+const NODE: &str = "192.168.0.1";
+
+/// A pod: its namespace, its own name.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Pod(&'static str, &'static str);
+
+/// One connection that somebody may try.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Call {
+    from: Pod,
+    to: Pod,
+    protocol: u8,
+    port: u16,
+}
+
+struct Cluster {
+    world: World,
+}
+
+// === impl Pod ===
+
+impl Pod {
+    fn all() -> impl Iterator<Item = Self> {
+        let pods = |namespace| PODS.map(|pod| Self(namespace, pod));
+        NAMESPACES.into_iter().flat_map(pods)
+    }
+
+    fn name(self) -> String {
+        format!("{}-{}", self.0, self.1)
+    }
+
+    fn address(self) -> String {
+        let place = |all: [&str; 3], name| all.iter().position(|own| *own == name).unwrap() + 1;
+        format!("10.0.{}.{}", place(NAMESPACES, self.0), place(PODS, self.1))
+    }
+
+    fn id(self) -> String {
+        format!("spiffe://example.org/ns/{}/sa/{}", self.0, self.name())
+    }
+
+    /// As the configuration has it. The names of ports are swapped in pod `c`.
+    fn declared(self) -> String {
+        let ports = if self.1 == "c" {
+            "web: 81, web-udp: 81/UDP, other: 80"
+        } else {
+            "web: 80, web-udp: 80/UDP, other: 81"
+        };
+        let tier = if self.1 == "b" { "" } else { ", tier: front" };
+        format!(
+            "- {{name: {name}, namespace: {}, labels: {{pod: {}{tier}}}, cgroup: /{name}, addresses: [{}], namedPorts: {{{ports}}}}}\n",
+            self.0,
+            self.1,
+            self.address(),
+            name = self.name(),
+        )
+    }
+}
+
+impl fmt::Debug for Pod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.0, self.1)
+    }
+}
+
+impl fmt::Debug for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            from,
+            to,
+            protocol,
+            port,
+        } = self;
+        write!(f, "{from:?}->{to:?} {protocol}/{port}")
+    }
+}
+
+// === impl Cluster ===
+
+impl Cluster {
+    /// Nine pods under these policies; what no policy is about is open.
+    fn new(policies: &str) -> Self {
+        Self::with("policies: {unselected: allow}", policies)
+    }
+
+    fn with(settings: &str, policies: &str) -> Self {
+        Self {
+            world: World::new(&configuration(settings), policies),
+        }
+    }
+
+    fn egress(&self, call: Call) -> bool {
+        let to = format!("{}:{}", call.to.address(), call.port);
+        allows(self.world.egress(&call.from.name(), call.protocol, &to))
+    }
+
+    fn ingress(&self, call: Call) -> bool {
+        let (to, from) = (call.to.name(), call.from.address());
+        allows(if call.protocol == TCP {
+            self.world.tunnel(&to, &call.from.id(), &from, call.port)
+        } else {
+            self.world.plaintext(&to, call.protocol, &from, call.port)
+        })
+    }
+
+    fn reaches(&self, call: Call) -> bool {
+        self.egress(call) && self.ingress(call)
+    }
+
+    /// Compares every connection with what is expected of it.
+    #[track_caller]
+    fn expect(&self, expected: impl Fn(Call) -> bool) {
+        let wrong: Vec<_> = calls()
+            .filter(|call| self.reaches(*call) != expected(*call))
+            .collect();
+        assert!(wrong.is_empty(), "{} are wrong: {wrong:?}", wrong.len());
+    }
+
+    /// What differs from another cluster.
+    fn differences(&self, other: &Self) -> BTreeSet<Call> {
+        calls()
+            .filter(|call| self.reaches(*call) != other.reaches(*call))
+            .collect()
+    }
+}
+
+fn configuration(settings: &str) -> String {
+    let pods: String = Pod::all().map(Pod::declared).collect();
+    format!(
+        "trustDomain: example.org\nnode: {{addresses: [{NODE}]}}\nnamespaces:\n- {{name: x, labels: {{ns: x, team: one}}}}\n- {{name: y, labels: {{ns: y, team: one}}}}\nworkloads:\n{pods}{settings}\n"
+    )
+}
+
+fn allows(told: &str) -> bool {
+    !["no", "tunnel only"].contains(&told)
+}
+
+/// Every connection between two different pods.
+fn calls() -> impl Iterator<Item = Call> {
+    let pairs = Pod::all().flat_map(|from| Pod::all().map(move |to| (from, to)));
+    pairs
+        .filter(|(from, to)| from != to)
+        .flat_map(|(from, to)| {
+            PROTOCOLS.into_iter().flat_map(move |protocol| {
+                PORTS.map(|port| Call {
+                    from,
+                    to,
+                    protocol,
+                    port,
+                })
+            })
+        })
+}
+
+/// A policy in namespace `x`.
+fn policy(name: &str, spec: &str) -> String {
+    policy_of("x", name, spec)
+}
+
+fn policy_of(namespace: &str, name: &str, spec: &str) -> String {
+    format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {{{spec}}}\n"
+    )
+}
+
+const A: &str = "podSelector: {matchLabels: {pod: a}}";
+const XA: Pod = Pod("x", "a");
+
+// === isolation ===
+
+#[test]
+fn without_policies_every_pod_is_open_or_closed_as_it_is_set() {
+    Cluster::new("").expect(|_| true);
+    Cluster::with("policies: {unselected: deny}", "").expect(|_| false);
+    Cluster::with("", "").expect(|_| false);
+}
+
+#[test]
+fn ingress_is_closed_for_the_selected_pods_only() {
+    for spec in [
+        "podSelector: {}",
+        "podSelector: {}, policyTypes: [Ingress]",
+        "podSelector: {}, ingress: []",
+        "podSelector: {}, policyTypes: [Ingress], ingress: []",
+        // Without policyTypes, ingress always.
+        "podSelector: {}, egress: []",
+        "",
+    ] {
+        let cluster = Cluster::new(&policy("p", spec));
+        cluster.expect(|call| call.to.0 != "x");
+    }
+    Cluster::new(&policy("p", A)).expect(|call| call.to != XA);
+}
+
+#[test]
+fn egress_is_closed_by_its_type_or_by_rules() {
+    let deny = Cluster::new(&policy("p", "podSelector: {}, policyTypes: [Egress]"));
+    deny.expect(|call| call.from.0 != "x");
+    let rules = Cluster::new(&policy(
+        "p",
+        "podSelector: {}, egress: [{ports: [{port: 80}]}]",
+    ));
+    // Egress rules without policyTypes are about both directions.
+    rules.expect(|call| {
+        call.to.0 != "x" && (call.from.0 != "x" || (call.protocol == TCP && call.port == 80))
+    });
+    let both = Cluster::new(&policy(
+        "p",
+        "podSelector: {}, policyTypes: [Ingress, Egress]",
+    ));
+    both.expect(|call| call.to.0 != "x" && call.from.0 != "x");
+    // A type that is left out makes its rules say nothing.
+    let ingress = "podSelector: {}, policyTypes: [Ingress], egress: [{}]";
+    Cluster::new(&policy("p", ingress)).expect(|call| call.to.0 != "x");
+}
+
+#[test]
+fn an_empty_rule_allows_everything_and_so_do_empty_lists_in_it() {
+    for rule in [
+        "{}",
+        "{from: [], ports: []}",
+        "{from: []}",
+        "{ports: []}",
+        "{from: null}",
+    ] {
+        let spec = format!("podSelector: {{}}, ingress: [{rule}]");
+        Cluster::new(&policy("p", &spec)).expect(|_| true);
+    }
+    let spec = "podSelector: {}, policyTypes: [Ingress, Egress], ingress: [{}], egress: [{}]";
+    Cluster::with("", &policy("p", spec)).expect(|call| call.from.0 == "x" && call.to.0 == "x");
+}
+
+#[test]
+fn a_connection_needs_both_ends() {
+    let text = policy(
+        "out",
+        &format!(
+            "{A}, policyTypes: [Egress], egress: [{{to: [{{namespaceSelector: {{matchLabels: {{ns: y}}}}}}]}}]"
+        ),
+    ) + &policy_of(
+        "y",
+        "in",
+        "podSelector: {matchLabels: {pod: b}}, ingress: [{from: [{namespaceSelector: {matchLabels: {ns: x}}}]}]",
+    );
+    Cluster::new(&text).expect(|call| {
+        let out = call.from != XA || call.to.0 == "y";
+        let into = call.to != Pod("y", "b") || call.from.0 == "x";
+        out && into
+    });
+}
+
+// === adding up ===
+
+#[test]
+fn policies_add_up_in_any_order() {
+    let deny = policy("deny", "podSelector: {}");
+    let one = policy(
+        "one",
+        &format!("{A}, ingress: [{{from: [{{podSelector: {{matchLabels: {{pod: b}}}}}}]}}]"),
+    );
+    let two = policy(
+        "two",
+        &format!(
+            "{A}, ingress: [{{from: [{{namespaceSelector: {{matchLabels: {{ns: y}}}}}}], ports: [{{port: 80}}]}}]"
+        ),
+    );
+    let expected = |call: Call| {
+        let y = call.from.0 == "y" && call.protocol == TCP && call.port == 80;
+        call.to.0 != "x" || (call.to == XA && (call.from == Pod("x", "b") || y))
+    };
+    for text in [
+        format!("{deny}{one}{two}"),
+        format!("{two}{one}{deny}"),
+        format!("{one}{deny}{two}"),
+    ] {
+        Cluster::new(&text).expect(expected);
+    }
+}
+
+#[test]
+fn a_deleted_policy_gives_back_what_it_took() {
+    let one = policy("one", &format!("{A}, ingress: [{{ports: [{{port: 80}}]}}]"));
+    let two = policy("two", "podSelector: {}, policyTypes: [Egress]");
+    let before = Cluster::new(&one);
+    let during = Cluster::new(&format!("{one}{two}"));
+    assert!(!during.differences(&before).is_empty());
+    assert!(Cluster::new(&one).differences(&before).is_empty());
+}
+
+#[test]
+fn changed_labels_are_judged_again() {
+    let text = policy(
+        "p",
+        &format!(
+            "{A}, ingress: [{{from: [{{namespaceSelector: {{matchLabels: {{team: one}}}}, podSelector: {{matchLabels: {{pod: b}}}}}}]}}]"
+        ),
+    );
+    Cluster::new(&text)
+        .expect(|call| call.to != XA || (["x", "y"].contains(&call.from.0) && call.from.1 == "b"));
+    // The namespace's label is another, then the pod's.
+    let node = configuration("policies: {unselected: allow}");
+    for (old, new, gone) in [
+        ("{ns: y, team: one}", "{ns: y, team: two}", Pod("y", "b")),
+        (
+            "namespace: x, labels: {pod: b}",
+            "namespace: x, labels: {pod: bb}",
+            Pod("x", "b"),
+        ),
+    ] {
+        let changed = node.replacen(old, new, 1);
+        assert_ne!(changed, node);
+        let world = World::new(&changed, &text);
+        let changed = Cluster { world };
+        let differences = changed.differences(&Cluster::new(&text));
+        assert!(!differences.is_empty());
+        assert!(
+            differences
+                .iter()
+                .all(|call| call.to == XA && call.from == gone),
+            "{differences:?}"
+        );
+    }
+}
+
+// === peers ===
+
+#[test]
+fn selectors_mean_the_namespaces_that_they_say() {
+    for (peer, expected) in [
+        // The policy's own.
+        (
+            "{podSelector: {}}",
+            (|from: Pod| from.0 == "x") as fn(Pod) -> bool,
+        ),
+        ("{podSelector: {matchLabels: {pod: b}}}", |from| {
+            from == Pod("x", "b")
+        }),
+        // Every one.
+        ("{namespaceSelector: {}}", |_| true),
+        (
+            "{namespaceSelector: {}, podSelector: {matchLabels: {pod: b}}}",
+            |from| from.1 == "b",
+        ),
+        // By labels, by the implicit one too; `z` has no labels and is not declared.
+        ("{namespaceSelector: {matchLabels: {team: one}}}", |from| {
+            from.0 != "z"
+        }),
+        (
+            "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: z}}}",
+            |from| from.0 == "z",
+        ),
+        (
+            "{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [x, z]}]}}",
+            |from| from.0 != "y",
+        ),
+        (
+            "{namespaceSelector: {matchExpressions: [{key: team, operator: DoesNotExist}]}}",
+            |from| from.0 == "z",
+        ),
+        (
+            "{namespaceSelector: {matchExpressions: [{key: ns, operator: NotIn, values: [x]}]}}",
+            |from| from.0 != "x",
+        ),
+        // Both is AND, two items are OR.
+        (
+            "{namespaceSelector: {matchLabels: {ns: y}}, podSelector: {matchLabels: {pod: b}}}",
+            |from| from == Pod("y", "b"),
+        ),
+        (
+            "{namespaceSelector: {matchLabels: {ns: y}}}, {podSelector: {matchLabels: {pod: b}}}",
+            |from| from.0 == "y" || from == Pod("x", "b"),
+        ),
+        // An absent key is not in any list, and is no empty value.
+        (
+            "{podSelector: {matchExpressions: [{key: tier, operator: NotIn, values: [front, '']}]}}",
+            |from| from == Pod("x", "b"),
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: tier, operator: In, values: ['']}]}}",
+            |_| false,
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: tier, operator: Exists}, {key: pod, operator: In, values: [b, c]}]}}",
+            |from| from == Pod("x", "c"),
+        ),
+        (
+            "{podSelector: {matchLabels: {pod: a}, matchExpressions: [{key: tier, operator: DoesNotExist}]}}",
+            |_| false,
+        ),
+    ] {
+        let spec = format!("{A}, ingress: [{{from: [{peer}]}}]");
+        let ingress = Cluster::new(&policy("p", &spec));
+        ingress.expect(|call| call.to != XA || expected(call.from));
+        let spec = format!("{A}, policyTypes: [Egress], egress: [{{to: [{peer}]}}]");
+        let egress = Cluster::new(&policy("p", &spec));
+        egress.expect(|call| call.from != XA || expected(call.to));
+    }
+}
+
+#[test]
+fn a_pod_selector_never_means_an_address_outside_and_a_block_may_mean_a_pod() {
+    let all = "podSelector: {}, policyTypes: [Ingress, Egress], ingress: [{from: [{namespaceSelector: {}}]}], egress: [{to: [{namespaceSelector: {}}]}]";
+    let world = Cluster::new(&policy("p", all)).world;
+    for protocol in PROTOCOLS {
+        assert_eq!(
+            world.egress("x-a", protocol, &format!("{OUTSIDE}:80")),
+            "no"
+        );
+        assert_eq!(world.plaintext("x-a", protocol, OUTSIDE, 80), "no");
+    }
+    let block =
+        "podSelector: {}, policyTypes: [Egress], egress: [{to: [{ipBlock: {cidr: 10.0.2.0/24}}]}]";
+    Cluster::new(&policy("p", block)).expect(|call| call.from.0 != "x" || call.to.0 == "y");
+    let block = "podSelector: {}, ingress: [{from: [{ipBlock: {cidr: 10.0.2.3/24}}]}]";
+    Cluster::new(&policy("p", block)).expect(|call| call.to.0 != "x" || call.from.0 == "y");
+}
+
+#[test]
+fn an_exception_narrows_its_own_block_only() {
+    let item = "{ipBlock: {cidr: 10.0.0.0/16, except: [10.0.2.0/24, 10.0.3.1/32]}}";
+    let spec = format!("{A}, policyTypes: [Egress], egress: [{{to: [{item}]}}]");
+    let narrow = |to: Pod| to.0 != "y" && to != Pod("z", "a");
+    Cluster::new(&policy("p", &spec)).expect(|call| call.from != XA || narrow(call.to));
+    let spec = format!(
+        "{A}, policyTypes: [Egress], egress: [{{to: [{item}]}}, {{to: [{{ipBlock: {{cidr: 10.0.2.2/32}}}}]}}]"
+    );
+    Cluster::new(&policy("p", &spec))
+        .expect(|call| call.from != XA || narrow(call.to) || call.to == Pod("y", "b"));
+}
+
+#[test]
+fn the_node_reaches_its_pods_whatever_the_policies_say() {
+    let world = Cluster::new(&policy("p", "podSelector: {}")).world;
+    for protocol in PROTOCOLS {
+        assert_eq!(world.plaintext("x-a", protocol, NODE, 80), "node");
+        assert_eq!(world.plaintext("x-a", protocol, OUTSIDE, 80), "no");
+    }
+}
+
+// === ports ===
+
+#[test]
+fn ports_are_of_a_protocol_which_is_tcp_where_none_is_said() {
+    for (port, expected) in [
+        (
+            "{port: 80}",
+            (|_, protocol, port| protocol == TCP && port == 80) as fn(Pod, u8, u16) -> bool,
+        ),
+        ("{protocol: UDP, port: 80}", |_, protocol, port| {
+            protocol == UDP && port == 80
+        }),
+        ("{protocol: SCTP, port: 80}", |_, protocol, port| {
+            protocol == SCTP && port == 80
+        }),
+        // Without a port, all of the protocol.
+        ("{}", |_, protocol, _| protocol == TCP),
+        ("{protocol: UDP}", |_, protocol, _| protocol == UDP),
+        (
+            "{port: 80}, {protocol: UDP, port: 81}",
+            |_, protocol, port| (protocol == TCP && port == 80) || (protocol == UDP && port == 81),
+        ),
+        ("{port: 81, endPort: 8000}", |_, protocol, port| {
+            protocol == TCP && (81..=8000).contains(&port)
+        }),
+        (
+            "{protocol: UDP, port: 80, endPort: 80}",
+            |_, protocol, port| protocol == UDP && port == 80,
+        ),
+        // A name is each destination's own, and so is its protocol.
+        ("{port: web}", |to, protocol, port| {
+            protocol == TCP && port == if to.1 == "c" { 81 } else { 80 }
+        }),
+        ("{protocol: UDP, port: web-udp}", |to, protocol, port| {
+            protocol == UDP && port == if to.1 == "c" { 81 } else { 80 }
+        }),
+        ("{protocol: UDP, port: web}", |_, _, _| false),
+        ("{port: nowhere}", |_, _, _| false),
+        ("{port: web}, {port: other}", |_, protocol, port| {
+            protocol == TCP && port <= 81
+        }),
+        ("{port: web}, {port: 8180}", |to, protocol, port| {
+            protocol == TCP && (port == 8180 || port == if to.1 == "c" { 81 } else { 80 })
+        }),
+    ] {
+        let spec = format!("podSelector: {{}}, ingress: [{{ports: [{port}]}}]");
+        Cluster::new(&policy("p", &spec))
+            .expect(|call| call.to.0 != "x" || expected(call.to, call.protocol, call.port));
+        let spec =
+            format!("podSelector: {{}}, policyTypes: [Egress], egress: [{{ports: [{port}]}}]");
+        Cluster::new(&policy("p", &spec))
+            .expect(|call| call.from.0 != "x" || expected(call.to, call.protocol, call.port));
+    }
+}
+
+#[test]
+fn a_named_port_goes_with_every_kind_of_peer() {
+    let web =
+        |call: Call| call.protocol == TCP && call.port == if call.to.1 == "c" { 81 } else { 80 };
+    for (peer, expected) in [
+        (
+            "{podSelector: {}}",
+            (|to: Pod| to.0 == "x") as fn(Pod) -> bool,
+        ),
+        ("{namespaceSelector: {matchLabels: {ns: y}}}", |to| {
+            to.0 == "y"
+        }),
+        (
+            "{ipBlock: {cidr: 10.0.2.0/24, except: [10.0.2.1/32]}}",
+            |to| to.0 == "y" && to.1 != "a",
+        ),
+    ] {
+        let spec = format!(
+            "{A}, policyTypes: [Egress], egress: [{{to: [{peer}], ports: [{{port: web}}]}}]"
+        );
+        Cluster::new(&policy("p", &spec))
+            .expect(|call| call.from != XA || (expected(call.to) && web(call)));
+    }
+}
+
+#[test]
+fn rules_of_one_protocol_close_the_others_too() {
+    for (name, number) in [("UDP", UDP), ("SCTP", SCTP)] {
+        let spec = format!("podSelector: {{}}, ingress: [{{ports: [{{protocol: {name}}}]}}]");
+        Cluster::new(&policy("p", &spec))
+            .expect(|call| call.to.0 != "x" || call.protocol == number);
+    }
+}
+
+// === documents ===
+
+#[test]
+fn what_kubectl_writes_is_read() {
+    let text = "
+apiVersion: v1
+kind: List
+metadata: {resourceVersion: ''}
+items:
+- apiVersion: networking.k8s.io/v1
+  kind: NetworkPolicy
+  metadata:
+    annotations:
+      kubectl.kubernetes.io/last-applied-configuration: |
+        {\"apiVersion\":\"networking.k8s.io/v1\",\"kind\":\"NetworkPolicy\"}
+    creationTimestamp: '2024-05-01T10:00:00Z'
+    generation: 1
+    labels: {app: web}
+    managedFields:
+    - {apiVersion: networking.k8s.io/v1, fieldsType: FieldsV1, fieldsV1: {'f:spec': {}}, manager: kubectl}
+    name: web
+    namespace: x
+    resourceVersion: '4242'
+    uid: 6f5c4a3e-0000-4000-8000-000000000000
+  spec:
+    podSelector: {}
+    policyTypes: [Ingress]
+  status: {}
+- apiVersion: networking.k8s.io/v1
+  kind: NetworkPolicy
+  metadata: {name: other, creationTimestamp: null}
+  spec:
+    podSelector:
+      matchLabels: {pod: a}
+";
+    let set = PolicySet::parse_alone(Path::new("list.yaml"), text);
+    let set = set.unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    assert_eq!((set.len(), set.rules()), (2, 0));
+    Cluster::new(text).expect(|call| call.to.0 != "x");
+}
+
+#[test]
+fn what_is_wrong_with_a_network_policy_is_said() {
+    let text = "
+apiVersion: networking.k8s.io/v1beta1
+kind: NetworkPolicy
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: p, namespace: x, annotations: {reeve.dev/mode: Dry}}
+spec:
+  podSelector: {}
+  policyTypes: [Ingres]
+  ingress:
+  - from: [{}, {ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}, {ipBlock: {except: [10.0.0.0/8]}}]
+  - from: [{ipBlock: {cidr: 10.0.0.0}}, {ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/8]}}]
+  - ports: [{port: 80, endPort: 79}, {endPort: 80}, {port: web, endPort: 80}, {port: Web}, {protocol: ICMP}]
+  - froms: []
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: p, namespace: x}
+spec: {podSelector: {matchExpressions: [{key: a, operator: In}]}}
+";
+    let found = policies(&config(&configuration("")), text).unwrap_err();
+    let wanted = [
+        (
+            2,
+            "`networking.k8s.io/v1beta1` is not known here; expected `networking.k8s.io/v1`",
+        ),
+        (7, "`Dry` is not known here; expected `Enforce` or `DryRun`"),
+        (10, "`Ingres` is not known here"),
+        (12, "from[0]: says nobody"),
+        (12, "from[1]: has an `ipBlock` and a selector"),
+        (12, "from[2].ipBlock: `cidr` is missing"),
+        (13, "`10.0.0.0` is not a network"),
+        (13, "`11.0.0.0/8` is not a smaller network in `10.0.0.0/8`"),
+        (14, "`endPort` 79 lies below `port` 80"),
+        (14, "has `endPort` without `port`"),
+        (14, "has `endPort` with a `port` that is a name"),
+        (14, "`Web` is not the name of a port"),
+        (14, "`ICMP` is not known here"),
+        (15, "there is no such field; did you mean `from`?"),
+        (
+            19,
+            "there is a policy `x/p` already, in policy.yaml on line 7",
+        ),
+        (20, "`In` needs `values`"),
+    ];
+    for (found, (line, what)) in found.iter().zip(wanted) {
+        let place = format!("policy.yaml:{line}:");
+        assert!(
+            found.starts_with(&place) && found.contains(what),
+            "{found}\n{line} {what}"
+        );
+    }
+    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+}
+
+#[test]
+fn a_policy_without_a_namespace_is_of_the_default_one() {
+    let text = policy("p", "podSelector: {}").replace(", namespace: x", "");
+    Cluster::new(&text).expect(|_| true);
+}
+
+#[test]
+fn an_annotation_makes_a_policy_a_dry_run() {
+    let text = policy("p", "podSelector: {}, policyTypes: [Ingress, Egress]").replace(
+        "namespace: x",
+        "namespace: x, annotations: {reeve.dev/mode: DryRun}",
+    );
+    let cluster = Cluster::new(&text);
+    cluster.expect(|_| true);
+    let would = cluster.world.dry_egress("x-a", TCP, "10.0.2.1:80");
+    assert_eq!(would.0, reeve_common::DryRun::Deny);
+}
+
+#[test]
+fn a_connection_policy_adds_to_it_and_denies() {
+    let own = |spec: &str| {
+        format!(
+            "---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: own}}\nspec: {{{spec}}}\n"
+        )
+    };
+    let closed = policy("p", "podSelector: {}");
+    let add = own("workloads: {namespace: x}, ingress: [{from: [{namespace: y}]}]");
+    Cluster::new(&format!("{closed}{add}")).expect(|call| call.to.0 != "x" || call.from.0 == "y");
+    // By itself it closes what it has rules for.
+    Cluster::new(&add).expect(|call| call.to.0 != "x" || call.from.0 == "y");
+    let deny = own(
+        "action: Deny, workloads: {}, ingress: [{from: [{namespace: y}], ports: [{port: 80}]}]",
+    );
+    let open = policy("q", "podSelector: {}, ingress: [{}]");
+    for text in [format!("{open}{deny}"), deny] {
+        Cluster::new(&text)
+            .expect(|call| !(call.from.0 == "y" && call.protocol == TCP && call.port == 80));
+    }
+}

@@ -1,0 +1,154 @@
+//! Policies that change while somebody connects: what both the old and the new one allow is never
+//! refused, and what both refuse never passes.
+
+use std::{
+    net::{SocketAddr, UdpSocket},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+};
+
+use reeve::{
+    config::Config,
+    control::steps,
+    datapath::Order,
+    policy::{Inputs, Known, PolicySet, Snapshot},
+    workload::RunningWorkload,
+};
+
+use crate::world::{WORKLOAD, World};
+
+/// Changes of policy; each is several of the maps.
+const CHANGES: usize = 400;
+
+const NODE: &str = "
+trustDomain: example.org
+workloads: [{name: w, cgroup: /w, addresses: [10.0.0.1]}]
+peers:
+- {name: a, namespace: shop, addresses: [10.0.0.2], tunnel: false}
+- {name: b, namespace: shop, addresses: [10.0.0.3], tunnel: false}
+";
+
+/// Policies of which each is about other far ends, by other rules, than the one before.
+const POLICIES: [&str; 4] = [
+    // The one is allowed by name; the other by nothing.
+    "egress: [{to: [{cidr: 10.0.0.2}], ports: [{protocol: UDP}]}]",
+    // Everybody is allowed; the other is denied by name.
+    "egress: [{}]}
+---
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: deny}
+spec: {action: Deny, workloads: {}, egress: [{to: [{cidr: 10.0.0.3}]}]",
+    // Both by a name that they share; the other is denied by its address, on some ports.
+    "egress: [{to: [{namespace: shop}]}]}
+---
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: deny}
+spec: {action: Deny, workloads: {}, egress: [{to: [{cidr: 10.0.0.3}], ports: [{protocol: UDP, port: 8000, endPort: 8100}]}]",
+    // Narrow for the one, and everybody on a port that is not asked for.
+    "egress: [{to: [{cidr: 10.0.0.2/32}], ports: [{protocol: UDP, port: 8000, endPort: 8063}]}, {ports: [{protocol: UDP, port: 53}]}]",
+];
+
+struct Compiler {
+    config: Config,
+    workloads: Vec<Arc<RunningWorkload>>,
+}
+
+impl Compiler {
+    fn new() -> Self {
+        let config = Config::parse(Path::new("reeve.yaml"), NODE).unwrap();
+        let workload = Arc::clone(&config.workloads[0]);
+        assert_eq!(workload.id, WORKLOAD);
+        let running = RunningWorkload {
+            addresses: workload.addresses.clone(),
+            workload,
+            cgroups: Vec::new(),
+            netns: None,
+            owns_netns: true,
+        };
+        Self {
+            config,
+            workloads: vec![Arc::new(running)],
+        }
+    }
+
+    fn read(&self, spec: &str) -> PolicySet {
+        let text = format!(
+            "apiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: p}}\nspec: {{workloads: {{}}, {spec}}}\n"
+        );
+        let known = Known {
+            workloads: &self.config.workloads,
+            peers: &self.config.peers,
+            namespaces: &self.config.namespaces,
+        };
+        PolicySet::parse(Path::new("p.yaml"), &text, &known).unwrap()
+    }
+
+    fn compile(&self, policies: &PolicySet) -> Snapshot {
+        Snapshot::compile(&Inputs {
+            workloads: &self.workloads,
+            peers: &self.config.peers,
+            namespaces: &self.config.namespaces,
+            policies,
+            unselected: self.config.unselected,
+            node_addresses: &[],
+            tunnel_port: self.config.ports.tunnel,
+        })
+    }
+}
+
+#[test]
+fn what_two_policies_agree_on_holds_while_one_takes_the_place_of_the_other() {
+    let mut world = World::enrolled();
+    let compiler = Compiler::new();
+    let policies = POLICIES.map(|spec| compiler.read(spec));
+    let (allowed, denied): (SocketAddr, SocketAddr) =
+        (([10, 0, 0, 2], 8004).into(), ([10, 0, 0, 3], 8004).into());
+    world.state.tables = compiler.compile(&policies[0]).kernel_tables().clone();
+    world.apply();
+
+    let done = AtomicBool::new(false);
+    let asked = AtomicU64::new(0);
+    let (here, workload) = (world.here.clone(), &world.workload);
+    let datapath = Arc::clone(world.datapath());
+    thread::scope(|scope| {
+        let hammers = [allowed, denied, allowed].map(|to| {
+            let (here, done, asked) = (&here, &done, &asked);
+            scope.spawn(move || {
+                here.run(workload, || {
+                    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                    while !done.load(Ordering::Relaxed) {
+                        let passed = socket.connect(to).is_ok();
+                        assert_eq!(passed, to == allowed, "{to} of {asked:?}");
+                        asked.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            })
+        });
+        let mut current = 0;
+        for change in 0..CHANGES {
+            // Each of them after each of the others.
+            let next = (current + 1 + change % (policies.len() - 1)) % policies.len();
+            let (before, new) = (&policies[current], &policies[next]);
+            current = next;
+            for (policies, order) in steps(before, new) {
+                world.state.tables = compiler.compile(&policies).kernel_tables().clone();
+                datapath.apply_in(&world.state, order).unwrap();
+            }
+            world.state.tables = compiler.compile(new).kernel_tables().clone();
+            datapath.apply_in(&world.state, Order::Shrinks).unwrap();
+            if hammers.iter().any(thread::ScopedJoinHandle::is_finished) {
+                break;
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let asked = asked.into_inner();
+    println!("{asked} connections in {CHANGES} changes");
+    assert!(asked > 10_000, "{asked}");
+}
