@@ -51,6 +51,7 @@ impl Offline {
         let known = Known {
             workloads: &config.workloads,
             peers: &config.peers,
+            namespaces: &config.namespaces,
         };
         let policies = PolicySet::load_beside(&config.policies, policies, &known)?;
         Ok(Self::new(config, policies))

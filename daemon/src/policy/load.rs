@@ -113,9 +113,7 @@ impl PolicySet {
         let population = known.population();
         let mut loader = Loader::new(Some(&population));
         loader.sources(sources);
-        for document in documents {
-            loader.document(document);
-        }
+        loader.documents(documents);
         loader.finish()
     }
 
@@ -132,7 +130,7 @@ impl PolicySet {
     pub(crate) fn mistakes(sources: &PolicySources) -> Mistakes {
         let mut loader = Loader::new(None);
         loader.sources(sources);
-        loader.documents();
+        loader.documents(&[]);
         loader.mistakes
     }
 
@@ -260,7 +258,7 @@ impl<'a> Loader<'a> {
     }
 
     fn finish(mut self) -> Result<PolicySet, Mistakes> {
-        self.documents();
+        self.documents(&[]);
         self.mistakes.into_result()?;
         Ok(self.set)
     }
@@ -280,11 +278,11 @@ impl<'a> Loader<'a> {
         self.documents.extend(documents);
     }
 
-    /// Takes what was read: groups first, which any policy may name.
-    fn documents(&mut self) {
+    /// Takes what was read here and elsewhere: groups first, which any policy may name.
+    fn documents(&mut self, elsewhere: &[&Document]) {
         let documents = std::mem::take(&mut self.documents);
         let mut policies = Vec::new();
-        for document in &documents {
+        for document in documents.iter().chain(elsewhere.iter().copied()) {
             for (node, kind) in self.kinds(document, document.root()) {
                 if kind == Kind::IdentityGroup {
                     self.group(document, node);

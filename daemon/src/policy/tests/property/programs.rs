@@ -54,6 +54,7 @@ impl Programs {
         let settings = Settings {
             cgroup_root: cgroup.clone(),
             pins: pins.clone(),
+            proc: "/proc".into(),
             ports: Ports::default(),
             maps: Maps::default(),
             log: EbpfLog::Off,
