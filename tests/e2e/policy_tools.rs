@@ -9,6 +9,8 @@ use std::{
 use harness::{Network, Node, Programs};
 use serde_json::Value;
 
+use crate::arrange::Pair;
+
 // === test ===
 
 #[test]
@@ -123,6 +125,140 @@ fn mistakes_in_tests_are_told_with_their_places() {
     assert!(said(&ran).contains("/nowhere/test.yaml"));
 }
 
+// === list ===
+
+#[test]
+fn the_policies_in_force_are_listed_from_files_and_by_the_daemon() {
+    let files = Files::new();
+    files.write("policies/web.yaml", POLICY);
+    let config = files.write("reeve.yaml", CONFIG);
+    let listed = reeve(&["policy", "list", "--config", &config, "--json"]);
+    assert_eq!(code(&listed), 0, "{}", said(&listed));
+    let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    let policy = &listed[0];
+    assert_eq!(
+        (&policy["name"], &policy["kind"]),
+        (&"web".into(), &"ConnectionPolicy".into())
+    );
+    assert_eq!(policy["workloads"], serde_json::json!(["web"]));
+    let rule = &policy["rules"][0];
+    assert_eq!(
+        (&rule["name"], &rule["direction"]),
+        (&"web/egress[0]".into(), &"egress".into())
+    );
+    assert_eq!(rule["ports"], serde_json::json!(["tcp 5432"]));
+    assert!(
+        rule["at"]
+            .as_str()
+            .unwrap()
+            .ends_with("policies/web.yaml:7"),
+        "{rule}"
+    );
+    let page = said(&reeve(&["policy", "list", "--config", &config]));
+    for text in [
+        "web (ConnectionPolicy, ",
+        "for web",
+        "egress[0]",
+        "tcp 5432",
+        "1 policies",
+    ] {
+        assert!(page.contains(text), "{text} is not in {page}");
+    }
+
+    let (_pair, one, _two) = Pair::started();
+    let listed = one.command(["policy", "list", "--json"]).json();
+    assert_eq!(listed[0]["name"], "of-client");
+    assert_eq!(listed[0]["workloads"], serde_json::json!(["client"]));
+    assert_eq!(listed[0]["rules"][0]["name"], "of-client/egress[0]");
+}
+
+// === lint ===
+
+#[test]
+fn lint_finds_nothing_in_what_is_well_meant() {
+    let files = Files::new();
+    files.write("policies/all.yaml", WELL_MEANT);
+    let config = files.write("reeve.yaml", SHOP);
+    let ran = reeve(&["policy", "lint", "--config", &config]);
+    assert_eq!(code(&ran), 0, "{}", said(&ran));
+    assert!(said(&ran).contains("0 findings"));
+}
+
+#[test]
+fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
+    let files = Files::new();
+    let config = files.write("reeve.yaml", SHOP);
+    for (from, to, kind, place, text) in [
+        // Nobody has the identity.
+        (
+            "{serviceAccount: web}",
+            "{serviceAccount: web}\n        - {identity: spiffe://example.org/ns/shop/sa/wbe}",
+            "matches_nothing",
+            "all.yaml:20:",
+            "no workload and no peer has the identity",
+        ),
+        // The same again, and something within something wider.
+        (
+            "    - to: [{cidr: 10.0.0.53}]",
+            "    - to: [{labels: {tier: data}}]\n      ports: [{port: 5432}]\n    - to: [{cidr: 10.0.0.53}]",
+            "shadowed",
+            "all.yaml:9:",
+            "shop/web/egress[1] allows nothing that shop/web/egress[0]",
+        ),
+        (
+            "    - to: [{cidr: 10.0.0.53}]",
+            "    - to: [{cidr: 10.0.0.0/24}]\n      ports: [{protocol: UDP}]\n    - to: [{cidr: 10.0.0.53}]",
+            "shadowed",
+            "all.yaml:11:",
+            "shop/web/egress[2] allows nothing",
+        ),
+        (
+            "{protocol: UDP, port: 53}",
+            "{protocol: UDP, port: 54}",
+            "blocks_dns",
+            "all.yaml:7:",
+            "web may call others",
+        ),
+        (
+            "{serviceAccount: web}",
+            "{serviceAccount: nobody}",
+            "unreachable",
+            "all.yaml:18:",
+            "can reach db",
+        ),
+        (
+            "{serviceAccount: web}",
+            "{cidr: 10.7.0.0/16}",
+            "one_sided",
+            "all.yaml:7:",
+            "no ingress of db lets it in",
+        ),
+    ] {
+        let policies = WELL_MEANT.replacen(from, to, 1);
+        assert_ne!(policies, WELL_MEANT);
+        files.write("policies/all.yaml", &policies);
+        let ran = reeve(&["policy", "lint", "--config", &config]);
+        assert_eq!(code(&ran), 1, "{kind}: {}", said(&ran));
+        let found = said(&ran);
+        let found = found.lines().find(|line| line.contains(kind));
+        let found = found.unwrap_or_else(|| panic!("no {kind} in {}", said(&ran)));
+        assert!(found.contains(text) && found.contains(place), "{found}");
+
+        let json = reeve(&["policy", "lint", "--config", &config, "--json"]);
+        assert_eq!(code(&json), 1);
+        let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+        let kinds: Vec<_> = json
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|found| &found["kind"])
+            .collect();
+        assert!(kinds.contains(&&Value::from(kind)), "{json}");
+    }
+    files.write("policies/all.yaml", "kind: Nothing\n");
+    assert_eq!(code(&reeve(&["policy", "lint", "--config", &config])), 2);
+}
+
 // === the arrangement ===
 
 /// A folder of files that goes with the value.
@@ -192,5 +328,36 @@ spec:
   workloads: {names: [web]}
   egress:
     - to: [{labels: {app: db}}]
+      ports: [{port: 5432}]
+";
+
+const SHOP: &str = "\
+trustDomain: example.org
+workloads:
+  - {name: web, namespace: shop, cgroup: /web, addresses: [10.0.1.1]}
+  - {name: db, namespace: shop, labels: {tier: data}, cgroup: /db, addresses: [10.0.1.2]}
+policies: {folder: policies}
+";
+
+const WELL_MEANT: &str = "\
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  workloads: {names: [web]}
+  egress:
+    - to: [{labels: {tier: data}}]
+      ports: [{port: 5432}]
+    - to: [{cidr: 10.0.0.53}]
+      ports: [{protocol: UDP, port: 53}]
+---
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  workloads: {names: [db]}
+  ingress:
+    - from:
+        - {serviceAccount: web}
       ports: [{port: 5432}]
 ";

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ReloadReport, Status};
 use crate::{
-    answers::{Enquiry, Explanation},
+    answers::{Enquiry, Explanation, PolicyRow},
     telemetry::{ObserveRequest, Observed},
 };
 
@@ -36,6 +36,8 @@ pub enum Command {
     Observe(Box<ObserveRequest>),
     /// What becomes of a connection, and why.
     Explain(Box<Enquiry>),
+    /// The policies in force.
+    Policies,
 }
 
 /// One line from the daemon.
@@ -50,6 +52,8 @@ pub enum Answer {
     Observed(Box<Observed>),
     /// To [`Command::Explain`].
     Explanation(Box<Explanation>),
+    /// To [`Command::Policies`].
+    Policies(Vec<PolicyRow>),
     /// The request was refused, and why.
     Error(String),
 }

@@ -8,8 +8,12 @@
 mod cases;
 mod ends;
 mod explain;
+mod lint;
+mod list;
 mod offline;
 
 pub use cases::{Expected, Outcome, run as run_cases};
 pub use explain::{Enquiry, Explanation, Half, Kernel, KernelVerdict, NearRule, Verdict, explain};
+pub use lint::{Finding, FindingKind, lint};
+pub use list::{PolicyRow, RuleRow, list};
 pub use offline::Offline;

@@ -240,14 +240,17 @@ Exit codes: 0 allowed; 1 denied; 2 nothing could be said; 3 the kernel holds som
     )]
     Explain(Box<Explain>),
 
-    /// Test policies
+    /// Test policies, list those in force, and find what is probably not meant
     #[command(
         long_about = "\
-Test policies, without a daemon and without root: do they allow and refuse what their tests expect?",
+Test policies, without a daemon and without root: do they allow and refuse what their tests \
+expect? List those in force, and find what is not wrong and probably not meant.",
         after_help = "\
 Examples:
   reeve policy test tests/*.yaml
   reeve policy test --format junit tests/shop.yaml > junit.xml
+  reeve policy list
+  reeve policy lint --config ./reeve.yaml
 
 Exit codes: `reeve policy COMMAND --help` says them."
     )]

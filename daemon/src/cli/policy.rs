@@ -1,11 +1,23 @@
 //! `reeve policy`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Subcommand, ValueEnum};
 
-use super::{EXIT_USAGE, explain::render, failed, print};
-use crate::answers::{self, Outcome};
+use super::{
+    EXIT_USAGE,
+    args::{DEFAULT_CONFIG, DEFAULT_SOCKET},
+    explain::render,
+    failed, print, refused,
+    table::Table,
+};
+use crate::{
+    admin::{self, Answer},
+    answers::{self, Offline, Outcome, PolicyRow},
+};
 
 /// What can be done with policies.
 #[derive(Debug, Subcommand)]
@@ -30,6 +42,47 @@ Exit codes: 0 all is as expected; 1 something is not; 2 a file is wrong."
         #[arg(long, value_enum, default_value_t = Format::Text)]
         format: Format,
     },
+
+    /// List the policies in force, with their rules and the workloads that they are for
+    #[command(after_help = "\
+Examples:
+  reeve policy list
+  reeve policy list --json --config ./reeve.yaml
+
+Exit codes: 0 listed; 1 no daemon answers; 2 a file is wrong.")]
+    List {
+        /// List those of this configuration, without a daemon
+        #[arg(long, short, value_name = "FILE", num_args = 0..=1, default_missing_value = DEFAULT_CONFIG)]
+        config: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket (`admin.socket` of its configuration)
+        #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, conflicts_with = "config")]
+        socket: PathBuf,
+    },
+
+    /// Find what is not wrong in policies, and probably not meant
+    #[command(
+        long_about = "\
+Find what is not wrong in policies, and probably not meant: rules that match nothing, or that \
+another rule covers; workloads that cannot resolve names, or that nobody can reach; and egress that \
+the destination does not let in. Needs no daemon and no root.",
+        after_help = "\
+Examples:
+  reeve policy lint
+  reeve policy lint --config ./reeve.yaml --json | jq -r '.[].kind'
+
+Exit codes: 0 nothing was found; 1 something was; 2 a file is wrong."
+    )]
+    Lint {
+        /// The configuration
+        #[arg(long, short, value_name = "FILE", default_value = DEFAULT_CONFIG)]
+        config: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Form of results.
@@ -48,6 +101,105 @@ pub enum Format {
 pub fn policy(command: &PolicyCommand) -> ExitCode {
     match command {
         PolicyCommand::Test { files, format } => test(files, *format),
+        PolicyCommand::List {
+            config,
+            json,
+            socket,
+        } => list(config.as_deref(), *json, socket),
+        PolicyCommand::Lint { config, json } => lint(config, *json),
+    }
+}
+
+// === reeve policy list ===
+
+fn list(config: Option<&Path>, json: bool, socket: &Path) -> ExitCode {
+    let rows = match config {
+        Some(file) => match Offline::load(file) {
+            Ok(offline) => answers::list(&offline.snapshot),
+            Err(mistakes) => {
+                eprintln!("{mistakes}");
+                return ExitCode::from(EXIT_USAGE);
+            }
+        },
+        None => match admin::ask(socket, admin::Command::Policies) {
+            Ok(Answer::Policies(rows)) => rows,
+            Ok(Answer::Error(refusal)) => return refused(&refusal),
+            Ok(_) => return refused("it answered another question: is it another version?"),
+            Err(error) => return failed(&error),
+        },
+    };
+    if json {
+        return print_json(&rows);
+    }
+    let mut page = String::new();
+    for row in &rows {
+        page.push_str(&row_text(row));
+    }
+    page.push_str(&format!("{} policies\n", rows.len()));
+    print(&page)
+}
+
+fn row_text(row: &PolicyRow) -> String {
+    let workloads = if row.workloads.is_empty() {
+        "no workload of this node".to_owned()
+    } else {
+        row.workloads.join(", ")
+    };
+    let mut table = Table::new(["RULE", "FAR ENDS", "PORTS", "AT"]);
+    for rule in &row.rules {
+        let name = rule.name.rsplit('/').next().unwrap_or_default();
+        table.push([
+            name.to_owned(),
+            rule.far_ends.join(", or "),
+            rule.ports.join(", "),
+            rule.at.clone(),
+        ]);
+    }
+    format!(
+        "{} ({}, {}), for {workloads}\n{table}\n",
+        row.name, row.kind, row.at
+    )
+}
+
+fn print_json(value: &impl serde::Serialize) -> ExitCode {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => print(&(text + "\n")),
+        Err(error) => failed(&error),
+    }
+}
+
+// === reeve policy lint ===
+
+fn lint(config: &Path, json: bool) -> ExitCode {
+    let offline = match Offline::load(config) {
+        Ok(offline) => offline,
+        Err(mistakes) => {
+            eprintln!("{mistakes}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    let findings = answers::lint(&offline);
+    let printed = if json {
+        print_json(&findings)
+    } else {
+        let line = |finding: &answers::Finding| {
+            format!(
+                "{}: {}: {}\n",
+                finding.at,
+                finding.kind.as_str(),
+                finding.what
+            )
+        };
+        let lines: String = findings.iter().map(line).collect();
+        print(&format!("{lines}{} findings\n", findings.len()))
+    };
+    if printed != ExitCode::SUCCESS {
+        return ExitCode::from(EXIT_USAGE);
+    }
+    if findings.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 

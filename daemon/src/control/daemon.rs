@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     admin::{self, Answer, ReloadReport, Responder, Status, WorkloadState, WorkloadStatus},
+    answers,
     config::Config,
     datapath::Datapath,
     identity::IdentityStore,
@@ -282,6 +283,7 @@ impl Responder for Daemon {
     async fn respond(&self, command: admin::Command) -> Answer {
         match command {
             admin::Command::Status => Answer::Status(Box::new(self.status().await)),
+            admin::Command::Policies => Answer::Policies(answers::list(&self.snapshot.load())),
             admin::Command::Explain(enquiry) => match self.explain(&enquiry).await {
                 Ok(explanation) => Answer::Explanation(Box::new(explanation)),
                 Err(error) => Answer::Error(error),

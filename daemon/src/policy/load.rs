@@ -50,11 +50,25 @@ pub struct Known<'a> {
     pub namespaces: &'a Namespaces,
 }
 
+/// What a policy is called, and where it is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// `namespace/name`, or `name`.
+    pub name: String,
+    /// Its kind, as it is written.
+    pub kind: &'static str,
+    /// The file.
+    pub file: Arc<Path>,
+    /// Line in the file, from 1.
+    pub line: usize,
+}
+
 /// Policies without a mistake, in the order of their files' names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySet {
     pub(crate) rules: Vec<Rule>,
     pub(crate) isolations: Vec<Isolation>,
+    pub(crate) heads: Arc<Vec<Head>>,
     policies: usize,
     warnings: Vec<Mistake>,
 }
@@ -293,7 +307,7 @@ impl<'a> Loader<'a> {
         }
         for (document, node, kind) in policies {
             if let Some(lowered) = self.policy(document, node, kind) {
-                self.take(document, lowered);
+                self.take(document, kind, lowered);
             }
         }
     }
@@ -333,7 +347,7 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn take(&mut self, document: &Document, lowered: Lowered) {
+    fn take(&mut self, document: &Document, kind: Kind, lowered: Lowered) {
         if let Some((name, node)) = lowered.name {
             let place = (Arc::clone(document.file()), document.line(node));
             if let Some((file, line)) = self.names.get(&name) {
@@ -344,6 +358,13 @@ impl<'a> Loader<'a> {
                 );
                 self.mistakes.push(document.mistake(node, what));
             }
+            let written = KINDS.into_iter().find(|(one, ..)| *one == kind);
+            Arc::make_mut(&mut self.set.heads).push(Head {
+                name: name.clone(),
+                kind: written.map_or("", |(_, written, _)| written),
+                file: Arc::clone(&place.0),
+                line: place.1,
+            });
             self.names.entry(name).or_insert(place);
         }
         self.set.policies += 1;

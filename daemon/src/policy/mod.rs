@@ -29,7 +29,10 @@ mod verdicts;
 #[cfg(test)]
 mod tests;
 
-pub use load::{Known, PolicySet, PolicySources};
+pub(crate) use nearest::Ports;
+pub(crate) use rule::{Effect, FarEnd, Mode, PortMatch, Rule};
+
+pub use load::{Head, Known, PolicySet, PolicySources};
 pub use nearest::{Misfit, Near, Part, Question};
 pub use rule::Unselected;
 pub use snapshot::{Decision, Inputs, KernelTables, RulePlace, Snapshot};

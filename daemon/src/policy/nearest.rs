@@ -14,7 +14,7 @@ use super::{
 use crate::{
     identity::SpiffeId,
     telemetry::ProtocolName,
-    workload::{Attributes, NamedPorts, Workload},
+    workload::{Attributes, NamedPorts, Peer, Workload},
 };
 
 /// A connection of a local workload, to be explained.
@@ -245,6 +245,19 @@ impl Snapshot {
         }
     }
 
+    /// Whether a far end means somebody who is declared, for a rule of a workload.
+    pub(crate) fn fits_peer(&self, far_end: &FarEnd, peer: &Peer, workload: &Workload) -> bool {
+        let address = peer.addresses.first().map(ipnet::IpNet::addr);
+        let known = Known {
+            address: address.unwrap_or(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)),
+            attributes: peer.attributes.as_ref(),
+            ports: &peer.named_ports,
+            client: None,
+            name: String::new(),
+        };
+        self.fits(far_end, &known, workload)
+    }
+
     fn fits(&self, far_end: &FarEnd, known: &Known<'_>, workload: &Workload) -> bool {
         let declared = known.attributes.map(|attributes| &attributes.spiffe_id);
         let id = known.client.or(declared);
@@ -283,7 +296,8 @@ impl Snapshot {
         }
     }
 
-    fn is_for(&self, rule: &Rule, workload: &Workload) -> bool {
+    /// Whether a policy is for a workload.
+    pub(crate) fn is_for(&self, rule: &Rule, workload: &Workload) -> bool {
         rule.subjects.matches(workload, self.namespaces())
     }
 }
@@ -308,7 +322,7 @@ fn list(items: impl Iterator<Item = impl fmt::Display>) -> String {
 }
 
 /// Ports of a rule.
-struct Ports<'a>(&'a PortMatch);
+pub(crate) struct Ports<'a>(pub(crate) &'a PortMatch);
 
 impl fmt::Display for Ports<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

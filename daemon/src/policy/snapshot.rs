@@ -14,7 +14,7 @@ use reeve_common::{
 };
 
 use super::{
-    PolicySet,
+    Head, PolicySet,
     compile::{Rules, compile},
     far_ends::{FarEnd, FarEnds, common},
     identities::Identities,
@@ -98,6 +98,7 @@ pub struct Snapshot {
     rule_places: HashMap<u32, usize>,
     compiled: Compiled,
     tables: KernelTables,
+    heads: Arc<Vec<Head>>,
 }
 
 /// The compiled policies.
@@ -132,7 +133,10 @@ impl Snapshot {
     /// Compiles policies for those who are there now.
     #[must_use]
     pub fn compile(inputs: &Inputs<'_>) -> Self {
-        compile(inputs)
+        Self {
+            heads: Arc::clone(&inputs.policies.heads),
+            ..compile(inputs)
+        }
     }
 
     pub(super) fn new(
@@ -168,6 +172,7 @@ impl Snapshot {
             rule_places: compiled.rule_numbers.iter().copied().zip(0..).collect(),
             compiled,
             tables,
+            heads: Arc::default(),
         }
     }
 
@@ -336,6 +341,12 @@ impl Snapshot {
     #[must_use]
     pub fn rule_place(&self, rule: u32) -> Option<RulePlace<'_>> {
         self.rule(rule)?.origin.place()
+    }
+
+    /// The policies, in the order in which they are written.
+    #[must_use]
+    pub fn policies(&self) -> &[Head] {
+        &self.heads
     }
 
     /// The rules of all policies, in the order in which they are written, and what is implied.
