@@ -213,6 +213,15 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
             "shop/web/egress[2] allows nothing",
         ),
         (
+            "port: 53}]\n---\n",
+            "port: 53}]\n---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\n\
+             metadata: {name: no-dns, namespace: shop}\nspec:\n  action: Deny\n  \
+             workloads: {names: [web]}\n  egress: [{to: [{any: {}}], ports: [{protocol: UDP}]}]\n---\n",
+            "shadowed",
+            "all.yaml:9:",
+            "shop/web/egress[1] allows nothing: shop/no-dns/egress[0]",
+        ),
+        (
             "{protocol: UDP, port: 53}",
             "{protocol: UDP, port: 54}",
             "blocks_dns",
