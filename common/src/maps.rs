@@ -335,7 +335,8 @@ pub const TAG_ONWARD: u32 = 1 << 4;
 /// The connection stays in the workload: never in question, and not reported.
 pub const TAG_LOCAL: u32 = 1 << 5;
 
-/// One of reeve's own listeners, also when a later daemon, in another cgroup, has inherited it.
+/// One of reeve's own listeners, or what one has accepted, also when a later daemon, in another
+/// cgroup, has inherited it.
 pub const TAG_REEVE: u32 = 1 << 6;
 
 /// `ARRIVING`: per-CPU array of one. A packet that was let in to a listening socket leaves its
@@ -344,7 +345,7 @@ pub const TAG_REEVE: u32 = 1 << 6;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arriving {
-    /// The connection, with its workload.
+    /// The connection, with its workload; [`NO_WORKLOAD`] where the listener is reeve's.
     pub key: FlowKey,
     /// Number of the peer for events.
     pub peer: u32,

@@ -12,8 +12,9 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use reeve_common::{
-    Address, Direction, Hook, NamespaceEntry, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL,
-    TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, WorkloadEntry, WorkloadId, protocol,
+    Address, Arriving, Direction, FlowKey, Hook, NO_WORKLOAD, NamespaceEntry, Reason, Settings,
+    SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, WorkloadEntry,
+    WorkloadId, protocol,
 };
 
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     event::{Connection, Outcome, report},
     flow, icmp,
     judge::{self, is_reeve, is_unknown},
-    maps::{NAMESPACES, PACKETS_KNOW_NAMESPACE, set_tag, settings, tag},
+    maps::{ARRIVING, NAMESPACES, PACKETS_KNOW_NAMESPACE, set_tag, settings, tag},
     parse::{Packet, RST, is_plain, parse},
     segment,
 };
@@ -101,6 +102,9 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         && let Some(tag) = remembered.as_deref()
         && tag.flags & TAG_REEVE != 0
     {
+        if arrives && !judge::owner(depths, skb).is_some_and(|entry| is_reeve(&entry)) {
+            arriving_at_reeve(skb, settings.generation);
+        }
         return PASS;
     }
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
@@ -155,6 +159,36 @@ fn is_stolen_port(
         && (of_workload || namespace(skb).is_some())
 }
 
+/// A packet for a listener that reeve has inherited, and whose cgroup is no longer reeve's: the
+/// connection that it may complete shall be known as reeve's too.
+#[inline(never)]
+fn arriving_at_reeve(skb: *mut __sk_buff, generation: u32) {
+    let mut packet = Packet::new();
+    if !parse(skb, &mut packet) || packet.protocol != protocol::TCP {
+        return;
+    }
+    if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
+        // SAFETY: the value is this processor's.
+        unsafe {
+            *arriving = Arriving {
+                key: FlowKey {
+                    local: packet.destination,
+                    remote: packet.source,
+                    local_port: packet.destination_port,
+                    remote_port: packet.source_port,
+                    workload: NO_WORKLOAD,
+                    protocol: protocol::TCP,
+                    reserved: [0; 7],
+                },
+                peer: 0,
+                rule: 0,
+                generation,
+                reserved: 0,
+            };
+        }
+    }
+}
+
 /// The port that a socket is bound to, host byte order.
 #[inline(always)]
 fn port(socket: *mut bpf_sock) -> u16 {
@@ -165,6 +199,9 @@ fn port(socket: *mut bpf_sock) -> u16 {
 /// What a TCP socket remembers decides, as long as the packet is what the socket was judged for.
 #[inline(always)]
 fn of_remembered(ctx: &SkBuffContext, tag: &SocketTag, settings: &Settings) -> Option<i32> {
+    if tag.flags & TAG_REEVE != 0 {
+        return Some(PASS);
+    }
     let stays = is_on_loopback(ctx);
     if tag.flags & (TAG_REDIRECTED | TAG_TUNNELLED) != 0 {
         // The tunnel judges it, and both its ends are here. What leaves all the same was turned

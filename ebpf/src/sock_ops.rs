@@ -13,9 +13,9 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use reeve_common::{
-    Address, Direction, FlowEntry, FlowKey, Hook, LOCAL_CONGESTION_CONTROL, Origin, OriginKey,
-    Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD, TAG_REDIRECTED,
-    TAG_TUNNELLED, protocol,
+    Address, Direction, FlowEntry, FlowKey, Hook, LOCAL_CONGESTION_CONTROL, NO_WORKLOAD, Origin,
+    OriginKey, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD,
+    TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, protocol,
 };
 
 use crate::{
@@ -244,6 +244,12 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
         return;
     }
     arriving.generation = 0;
+    if arriving.key.workload == NO_WORKLOAD {
+        remembered.flags |= TAG_REEVE;
+        // Without a tag it is judged like a workload's, and refused.
+        let _ = set_tag(socket, &mut remembered);
+        return;
+    }
     remembered.workload = arriving.key.workload;
     remembered.peer = arriving.peer;
     remembered.rule = arriving.rule;

@@ -8,8 +8,8 @@ use std::{
 };
 
 use reeve_common::{
-    Direction, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_TUNNELLED,
-    WorkloadId, protocol,
+    Direction, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE,
+    TAG_TUNNELLED, WorkloadId, protocol,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -65,7 +65,7 @@ pub struct Remembered {
     /// The direction in which it was judged, if it was.
     pub direction: Option<Direction>,
     /// The tunnel judges it: it leads to the outbound listener, or to an application from a
-    /// tunnel.
+    /// tunnel, or is one of reeve's own.
     pub in_tunnel: bool,
     /// Generation of its verdict, and whether that was to allow it; 0 where there is none.
     pub generation: u32,
@@ -268,7 +268,7 @@ fn remembered(value: &[u8]) -> Option<Remembered> {
                 Direction::Ingress
             },
         ),
-        in_tunnel: flags & (TAG_REDIRECTED | TAG_TUNNELLED | TAG_ONWARD) != 0,
+        in_tunnel: flags & (TAG_REDIRECTED | TAG_TUNNELLED | TAG_ONWARD | TAG_REEVE) != 0,
         generation: at(std::mem::offset_of!(SocketTag, generation))?,
         allowed: flags & TAG_ALLOWED != 0,
     })

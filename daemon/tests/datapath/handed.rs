@@ -128,6 +128,7 @@ fn a_listener_that_reeve_inherits_from_a_daemon_that_is_gone_is_still_reeves() {
     world.listening();
     world.apply();
     let listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    let tunnel = world.as_reeve(|netns| netns.tunnel_listener(15008).unwrap());
     // The new daemon has another cgroup, and the old one's is nobody's any more.
     world
         .state
@@ -142,6 +143,20 @@ fn a_listener_that_reeve_inherits_from_a_daemon_that_is_gone_is_still_reeves() {
         client.unwrap();
         listener.set_nonblocking(false).unwrap();
         listener.accept().unwrap();
+    }
+    // And what they accept.
+    for to in [world.here.port4(15008), world.here.port6(15008)] {
+        let mut client = world.as_far_end(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap());
+        tunnel.set_nonblocking(false).unwrap();
+        let (accepted, _) = tunnel.accept().unwrap();
+        let mut accepted = TcpStream::from(accepted);
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"x").unwrap();
+        accepted.read_exact(&mut [0]).unwrap();
+        world.apply();
+        accepted.write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
     }
 }
 
