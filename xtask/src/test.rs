@@ -22,7 +22,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let built = build::build(&workspace, &build::Options::default())?;
     let mut cargo = workspace.cargo()?;
     cargo
-        .args(["test", "--locked", "--workspace", "--"])
+        // One run tells of all that is wrong.
+        .args(["test", "--locked", "--workspace", "--no-fail-fast", "--"])
         .args(&options.filter)
         .env("REEVE", &built.daemon)
         .env("REEVE_PEER", &built.peer);
