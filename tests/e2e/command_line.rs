@@ -134,7 +134,7 @@ fn status_tells_people_and_programs_how_the_daemon_is() {
         "ready\n",
         &v4,
         &id,
-        "embedded_ca",
+        "embedded",
         "VERDICTS",
     ] {
         assert!(page.contains(text), "{text}\nis not in\n{page}");

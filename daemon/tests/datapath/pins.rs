@@ -212,7 +212,9 @@ fn a_guard_refuses_what_is_not_known_and_takes_nothing_back() {
     world.apply();
     let _server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
     let (allowed, refused) = (world.there.port4(80), world.there.port4(81));
-    let guarded: Vec<_> = [&world.workload, &world.stranger]
+    // Not the far end's own cgroup, which would hear nobody any more.
+    let unknown = world.stranger.child("unknown");
+    let guarded: Vec<_> = [&world.workload, &unknown]
         .map(|cgroup| (cgroup.id(), cgroup.depth()))
         .to_vec();
     world.datapath().guard(&guarded).unwrap();
@@ -220,8 +222,8 @@ fn a_guard_refuses_what_is_not_known_and_takes_nothing_back() {
     world.as_workload(|| TcpStream::connect(allowed)).unwrap();
     assert_refused(world.as_workload(|| TcpStream::connect(refused)));
     // The other one, and whatever is born in it, may do nothing.
-    let born = world.stranger.child("born");
-    for cgroup in [&world.stranger, &born] {
+    let born = unknown.child("born");
+    for cgroup in [&unknown, &born] {
         assert_refused(world.here.run(cgroup, || TcpStream::connect(allowed)));
     }
     world.stop();
@@ -236,7 +238,7 @@ fn a_guard_refuses_what_is_not_known_and_takes_nothing_back() {
     assert_eq!(guards(&world), 3);
     world.apply();
     assert_eq!(guards(&world), 2);
-    drop(born);
+    drop((born, unknown));
 }
 
 #[test]

@@ -52,7 +52,10 @@ impl Report<'_> {
             return;
         };
         if written.is_empty() {
-            self.mistake(written.node, "is empty; expected at least one");
+            // What is written and was not understood has been told already.
+            if self.document.items(written.node) == Some(0) {
+                self.mistake(written.node, "is empty; expected at least one");
+            }
         } else if allowed.is_some_and(|allowed| written.iter().any(|one| !allowed.contains(one))) {
             self.mistake(
                 written.node,
