@@ -113,12 +113,7 @@ fn the_root_is_rotated_under_running_daemons() {
 fn a_change_that_is_bad_is_refused_and_what_was_stays_in_force() {
     let guarded = Guarded::start();
     let folder = guarded.daemon.config().parent().unwrap();
-    let config = fs::read_to_string(guarded.daemon.config()).unwrap();
-    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
-    let ca = config["certificates"]["sources"][0]["embedded"]["caDir"]
-        .as_str()
-        .unwrap();
-    let key = Path::new(ca).join("root.key");
+    let key = guarded.ca().join("root.key");
     let kept = fs::read(&key).unwrap();
     run(
         folder,
@@ -138,11 +133,7 @@ fn a_change_that_is_bad_is_refused_and_what_was_stays_in_force() {
 #[test]
 fn a_workload_whose_certificate_is_revoked_is_refused_by_the_daemon_of_that_ca() {
     let guarded = Guarded::start();
-    let config = fs::read_to_string(guarded.daemon.config()).unwrap();
-    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
-    let ca = config["certificates"]["sources"][0]["embedded"]["caDir"]
-        .as_str()
-        .unwrap();
+    let ca = guarded.ca().display();
     let out = guarded.stranger.folder();
     let issued = |name: &str| {
         let out = out.join(name);

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use harness::{
-    certs::{Authority, Flaw, Issued},
+    certs::{Authority, Flaw, Issued, OpensslFlaw},
     eventually,
     hbone::{Client, Conduct, Server},
 };
@@ -17,6 +17,8 @@ use crate::opposite::{APP, CLIENT, Calling, Guarded, SERVER};
 const OTHER: &str = "other.example";
 /// An identity of it.
 const ALIEN: &str = "spiffe://other.example/ns/default/sa/client";
+/// Another one.
+const ALIEN_SERVER: &str = "spiffe://other.example/ns/default/sa/server";
 
 // === a client comes to a daemon ===
 
@@ -34,6 +36,40 @@ fn a_client_is_refused_for_each_flaw_of_its_certificate() {
         .collect();
     assert!(wrong.is_empty(), "{wrong:#?}");
     guarded.still_serves();
+}
+
+#[test]
+fn a_client_is_refused_for_what_only_openssl_makes_wrong() {
+    let guarded = Guarded::start();
+    for flaw in OpensslFlaw::ALL {
+        let issued = flaw.issue(&guarded.root, CLIENT, guarded.stranger.folder());
+        refused_client(&guarded, &issued, flaw.reason())
+            .unwrap_or_else(|wrong| panic!("{flaw:?}: {wrong}"));
+    }
+    guarded.still_serves();
+}
+
+#[test]
+fn a_client_that_no_revocation_list_speaks_of_is_refused_and_so_is_everybody_when_the_list_ends() {
+    let guarded = Guarded::start();
+    let list = guarded
+        .root
+        .revocation_list(&[], time::Duration::seconds(6));
+    let file = guarded.ca().join("crl.pem");
+    std::fs::write(file, harness::certs::crl_pem(&list)).unwrap();
+    guarded
+        .daemon
+        .wait_for_log(&["the embedded CA has changed"]);
+    let right = guarded.root.leaf(CLIENT);
+    guarded
+        .client(&right)
+        .handshake(guarded.tunnel_port())
+        .unwrap();
+    let below = guarded.root.intermediate(|_| {}).leaf(CLIENT);
+    refused_client(&guarded, &below, "revocation_unknown").unwrap();
+    // Not by asking again and again: what is told too often is told no more.
+    std::thread::sleep(Duration::from_secs(7));
+    refused_client(&guarded, &right, "revocation_list_expired").unwrap();
 }
 
 #[test]
@@ -188,6 +224,65 @@ fn a_server_is_refused_for_each_flaw_of_its_certificate() {
 }
 
 #[test]
+fn a_server_is_refused_for_what_only_openssl_makes_wrong() {
+    let calling = Calling::start();
+    let impostor = calling.right_server(Conduct::Echo);
+    for flaw in OpensslFlaw::ALL {
+        impostor.present(&flaw.issue(&calling.root, SERVER, calling.impostor.folder()));
+        refused_server(&calling, flaw.reason()).unwrap_or_else(|wrong| panic!("{flaw:?}: {wrong}"));
+    }
+    calling.still_calls(&impostor);
+}
+
+#[test]
+fn a_server_that_is_revoked_or_that_no_list_speaks_of_is_refused() {
+    let calling = Calling::start();
+    let impostor = calling.right_server(Conduct::Echo);
+    let revoked = calling.root.leaf(SERVER);
+    let serial = harness::certs::serial(&revoked.chain[0]);
+    let list = calling
+        .root
+        .revocation_list(&[&serial], time::Duration::hours(1));
+    let file = calling.ca().join("crl.pem");
+    std::fs::write(file, harness::certs::crl_pem(&list)).unwrap();
+    calling
+        .daemon
+        .wait_for_log(&["the embedded CA has changed"]);
+    impostor.present(&revoked);
+    refused_server(&calling, "revoked").unwrap();
+    impostor.present(&calling.root.intermediate(|_| {}).leaf(SERVER));
+    refused_server(&calling, "revocation_unknown").unwrap();
+    calling.still_calls(&impostor);
+}
+
+#[test]
+fn a_server_whose_authority_has_expired_is_refused() {
+    let other = Authority::root_with(OTHER, |params| {
+        params.not_after = OffsetDateTime::now_utc() + time::Duration::seconds(2);
+    });
+    let calling = Calling::with(|reeve| {
+        reeve
+            .trust(OTHER, &other.certificate_pem())
+            .set("/peers/0/spiffeId", serde_json::json!(ALIEN_SERVER))
+            .set("/peers/0/namespace", serde_json::Value::Null)
+            .set("/peers/0/serviceAccount", serde_json::Value::Null)
+            .policy(
+                "apiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\n\
+                 metadata: {name: to-elsewhere}\nspec:\n  \
+                 workloads: {matchLabels: {app: client}}\n  \
+                 egress: [{to: [{identity: spiffe://other.example/ns/default/sa/server}]}]\n",
+            )
+    });
+    let impostor = calling.impostor(&other.leaf(ALIEN_SERVER), Conduct::Echo);
+    std::thread::sleep(Duration::from_secs(3));
+    refused_server(&calling, "anchor_validity").unwrap();
+    assert!(
+        impostor.authorities().is_empty(),
+        "it was asked for something"
+    );
+}
+
+#[test]
 fn a_server_that_is_somebody_else_is_refused() {
     let calling = Calling::start();
     let somebody = "spiffe://example.org/ns/default/sa/somebody";
@@ -313,7 +408,8 @@ fn counted_as(rule: &str) -> &'static str {
         "unknown_trust_domain" => "unknown_trust_domain",
         "wrong_identity" => "wrong_identity",
         "expired" | "not_yet_valid" | "anchor_validity" => "validity",
-        "untrusted_chain" | "bad_signature" | "path_length" | "signer_not_ca"
+        "revoked" | "revocation_unknown" | "revocation_list_expired" => "revoked",
+        "untrusted_chain" | "bad_signature" | "algorithm" | "path_length" | "signer_not_ca"
         | "signer_key_usage" | "signer_id_has_path" => "untrusted_chain",
         _ => "invalid_svid",
     }

@@ -36,6 +36,7 @@ mod plaintext;
 mod policy_kinds;
 mod policy_tools;
 mod privileges;
+mod prometheus;
 mod restart;
 mod revocation;
 mod sockets;

@@ -29,7 +29,7 @@ pub(crate) struct Guarded {
     _echo: Process,
     _elsewhere: Node,
     _node: Node,
-    _network: Network,
+    network: Network,
 }
 
 /// A daemon that serves a client; the test is where the tunnel of the peer `server` should be.
@@ -40,7 +40,7 @@ pub(crate) struct Calling {
     pub(crate) root: Authority,
     _elsewhere: Node,
     _node: Node,
-    _network: Network,
+    network: Network,
 }
 
 // === impl Guarded ===
@@ -92,8 +92,13 @@ impl Guarded {
             _echo: echo,
             _elsewhere: elsewhere,
             _node: node,
-            _network: network,
+            network,
         }
+    }
+
+    /// The folder of the daemon's CA.
+    pub(crate) fn ca(&self) -> &std::path::Path {
+        self.network.trust()
     }
 
     /// The port at which the daemon takes tunnels for the server.
@@ -158,8 +163,13 @@ impl Calling {
             root: root_of(&network),
             _elsewhere: elsewhere,
             _node: node,
-            _network: network,
+            network,
         }
+    }
+
+    /// The folder of the daemon's CA.
+    pub(crate) fn ca(&self) -> &std::path::Path {
+        self.network.trust()
     }
 
     /// Stands where the server's tunnel should be.

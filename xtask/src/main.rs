@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod licences;
 mod lint;
 mod run;
@@ -37,6 +38,8 @@ enum Command {
     Bench(bench::Options),
     /// Rotate certificates every second under load, and fail if anything else does
     Storm(storm::Options),
+    /// Fuzz the parsers that meet others' bytes
+    Fuzz(fuzz::Options),
     /// Run clippy on the workspace and on the kernel programs, warnings being errors
     Lint,
     /// Check the dependencies' licences and the banned crates against deny.toml
@@ -61,6 +64,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Storm(options) => storm::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Lint => lint::run(),
         Command::Licences => licences::check(),
     }

@@ -319,6 +319,12 @@ impl Inner {
             "Times that the configuration or the policies were read again.",
             &["what", "result"],
         )?;
+        // From the start, so that the first one that is refused is an increase.
+        for what in ["config", "policy", "trust_bundle"] {
+            for result in ["accepted", "refused"] {
+                policy_reloads.with_label_values(&[what, result]);
+            }
+        }
         let rule_verdicts = counter(
             "reeve_rule_verdicts_total",
             "Verdicts by the rule that gave them; rules beyond `metrics.rules` are `other`.",

@@ -12,13 +12,18 @@ pub(super) fn format(destination: SocketAddr) -> String {
 /// The address and port that an authority names; none where it is a name, has user information,
 /// a zone or no port. IPv4-mapped addresses come back as IPv4.
 pub(super) fn parse(authority: &Authority) -> Option<SocketAddr> {
-    let address: SocketAddr = authority.as_str().parse().ok()?;
-    if let SocketAddr::V6(v6) = address
-        && v6.scope_id() != 0
-    {
+    // A zone, even one with the number 0, which the address would not show any more.
+    if authority.as_str().contains('%') {
         return None;
     }
+    let address: SocketAddr = authority.as_str().parse().ok()?;
     (address.port() != 0).then(|| canonical(address))
+}
+
+/// The same for the text of a CONNECT request's `:authority`.
+#[must_use]
+pub fn parse_text(authority: &str) -> Option<SocketAddr> {
+    parse(&authority.parse().ok()?)
 }
 
 /// The same end with an IPv4-mapped address as IPv4, and without scope and flow.
@@ -35,9 +40,7 @@ pub(super) fn from_map(address: reeve_common::Address) -> IpAddr {
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> Option<SocketAddr> {
-        parse(&text.parse::<Authority>().ok()?)
-    }
+    use super::parse_text as parsed;
 
     #[test]
     fn an_address_with_a_port_is_an_authority() {
@@ -60,6 +63,8 @@ mod tests {
             "010.0.0.7:80",
             "fd00::7:80",
             "[fd00::7]",
+            "[fe80::7%0]:80",
+            "[fe80::7%1]:80",
             "user@10.0.0.7:80",
             "10.0.0.7:+80",
         ] {

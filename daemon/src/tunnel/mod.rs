@@ -48,6 +48,7 @@ use crate::{
     telemetry::{ConnectionLog, Metrics},
 };
 
+pub use authority::parse_text as parse_authority;
 pub use error::{ServeError, StartError, TunnelError};
 pub use workers::Tunnels;
 

@@ -56,6 +56,14 @@ flaws! {
     EmptySegment => "invalid_spiffe_id",
     /// A `..` segment.
     DotSegment => "invalid_spiffe_id",
+    /// A `.` segment.
+    SingleDotSegment => "invalid_spiffe_id",
+    /// A character that a path may not have.
+    OtherCharacter => "invalid_spiffe_id",
+    /// A trust domain of more than 255 bytes.
+    LongTrustDomain => "invalid_spiffe_id",
+    /// Nothing at all as the trust domain.
+    NoTrustDomain => "invalid_spiffe_id",
     /// A slash at the end.
     TrailingSlash => "invalid_spiffe_id",
     /// More than 2048 bytes.
@@ -82,6 +90,14 @@ flaws! {
     ServerOnly => "extended_key_usage",
     /// ExtendedKeyUsage with neither.
     OtherPurpose => "extended_key_usage",
+    /// ExtendedKeyUsage with any purpose, which names neither.
+    AnyPurpose => "extended_key_usage",
+    /// ExtendedKeyUsage with no purpose.
+    EmptyPurposes => "extended_key_usage",
+    /// An extension that nobody knows, and that must be known.
+    UnknownCritical => "malformed",
+    /// Over before it begins.
+    BackwardsValidity => "expired",
     /// Expired.
     Expired => "expired",
     /// Not yet valid.
@@ -150,6 +166,10 @@ impl Flaw {
             Self::Port => with_uri(&format!("spiffe://{}", rest.replacen('/', ":80/", 1))),
             Self::EmptySegment => with_uri(&format!("spiffe://{}", rest.replacen('/', "//", 1))),
             Self::DotSegment => with_uri(&format!("{spiffe_id}/../other")),
+            Self::SingleDotSegment => with_uri(&format!("{spiffe_id}/./other")),
+            Self::OtherCharacter => with_uri(&format!("{spiffe_id}!")),
+            Self::LongTrustDomain => with_uri(&format!("spiffe://{}{rest}", "a.".repeat(128))),
+            Self::NoTrustDomain => with_uri("spiffe:///ns/default/sa/client"),
             Self::TrailingSlash => with_uri(&format!("{spiffe_id}/")),
             Self::LongId => with_uri(&format!("{spiffe_id}/{}", "a".repeat(2048))),
             Self::NotText => with(|params| {
@@ -182,6 +202,26 @@ impl Flaw {
             }),
             Self::OtherPurpose => with(|params| {
                 params.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning];
+            }),
+            Self::AnyPurpose => with(|params| {
+                params.extended_key_usages = vec![ExtendedKeyUsagePurpose::Any];
+            }),
+            Self::EmptyPurposes => with(|params| {
+                params.extended_key_usages.clear();
+                // SEQUENCE {}
+                let empty = CustomExtension::from_oid_content(&[2, 5, 29, 37], vec![0x30, 0]);
+                params.custom_extensions.push(empty);
+            }),
+            Self::UnknownCritical => with(|params| {
+                // NULL, under an arc that is for examples.
+                let oid = [2, 999, 1];
+                let mut unknown = CustomExtension::from_oid_content(&oid, vec![5, 0]);
+                unknown.set_criticality(true);
+                params.custom_extensions.push(unknown);
+            }),
+            Self::BackwardsValidity => with(|params| {
+                params.not_before = OffsetDateTime::now_utc() - Duration::minutes(1);
+                params.not_after = params.not_before - Duration::minutes(1);
             }),
             Self::Expired => with(expire),
             Self::NotYetValid => with(|params| {

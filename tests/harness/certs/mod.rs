@@ -4,8 +4,10 @@
 //! the reason that it is to be refused for as text.
 
 mod flaw;
+mod openssl;
 
 pub use flaw::Flaw;
+pub use openssl::OpensslFlaw;
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,

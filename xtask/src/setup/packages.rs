@@ -20,7 +20,7 @@ pub(super) const TESTS: [(&str, &str); 13] = [
     ("iperf3", "iperf3"),
     ("wrk", "wrk"),
     ("h2load", "nghttp2-client"),
-    // The alert rules' own tests, and a scrape of a daemon.
+    // The alert rules' own tests.
     ("prometheus", "prometheus"),
     ("promtool", "prometheus"),
     ("debootstrap", "debootstrap"),

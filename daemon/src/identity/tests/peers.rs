@@ -3,7 +3,7 @@
 use rcgen::{DnType, KeyPair, PKCS_ECDSA_P384_SHA384, PKCS_ED25519, SanType};
 
 use super::{
-    certs::{Authority, Flaw, uri},
+    certs::{Authority, Flaw, OpensslFlaw, uri},
     handshake::{OURS, PEERS, World, bundle, handshake},
     *,
 };
@@ -20,6 +20,20 @@ fn every_flaw_is_refused_for_what_it_is_in_both_roles() {
             let error = result.expect_err(&format!("{flaw:?} passed as {role}"));
             let reason = RejectReason::of(&error).map(RejectReason::as_str);
             assert_eq!(reason, Some(flaw.reason()), "{flaw:?} as {role}: {error}");
+        }
+    }
+}
+
+#[test]
+fn what_only_openssl_makes_wrong_is_refused_in_both_roles() {
+    let world = World::new();
+    let folder = tempfile::tempdir().unwrap();
+    for flaw in OpensslFlaw::ALL {
+        let issued = flaw.issue(&world.root, PEERS, folder.path());
+        for result in [world.as_client(&issued), world.as_server(&issued)] {
+            let error = result.expect_err(&format!("{flaw:?} passed"));
+            let reason = RejectReason::of(&error).map(RejectReason::as_str);
+            assert_eq!(reason, Some(flaw.reason()), "{flaw:?}: {error}");
         }
     }
 }
