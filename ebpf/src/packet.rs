@@ -183,7 +183,11 @@ fn arriving_at_reeve(skb: *mut __sk_buff, generation: u32) {
                 peer: 0,
                 rule: 0,
                 generation,
-                reserved: 0,
+                // Nothing is said of reeve's own.
+                dry_run_rule: 0,
+                dry_run: 0,
+                reason: 0,
+                reserved: [0; 2],
             };
         }
     }
