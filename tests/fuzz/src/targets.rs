@@ -17,6 +17,7 @@ use reeve::{
     identity::{SpiffeId, TrustBundle, TrustBundles, TrustDomain, ca, inspect},
     policy::{Known, PolicySet},
     tunnel::parse_authority,
+    workload::Namespaces,
 };
 use rustls_pki_types::CertificateDer;
 
@@ -111,6 +112,7 @@ fn policy(data: &[u8]) {
     let nobody = Known {
         workloads: &[],
         peers: &[],
+        namespaces: &Namespaces::default(),
     };
     match PolicySet::parse(Path::new("policy.yaml"), text, &nobody) {
         Ok(policies) => {
