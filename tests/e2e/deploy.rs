@@ -8,17 +8,36 @@ use std::{
     process::Command,
 };
 
-use harness::eventually;
+use harness::{certs::crl_pem, eventually};
 use nix::sys::signal::Signal;
+use serde_json::json;
+use time::Duration;
 
-use crate::arrange::{PORT, Pair, is_denied, say, send, serve};
+use crate::{
+    arrange::{PORT, Pair, is_denied, say, send, serve},
+    opposite::root_of,
+};
 
 /// How the names of all of them begin.
 const METRIC: &str = "reeve_";
 
 #[test]
 fn every_metric_of_the_dashboard_and_the_alerts_is_there() {
-    let (pair, one, two) = Pair::started();
+    let pair = Pair::new();
+    let one = pair.allowing_at_one().start();
+    // The first of them has made the root; the second has a list of it, whose end it tells.
+    let list = pair.network.trust().join("crl.pem");
+    let root = root_of(&pair.network);
+    fs::write(
+        &list,
+        crl_pem(&root.revocation_list(&[], Duration::hours(1))),
+    )
+    .unwrap();
+    let lists = json!({"example.org": [list]});
+    let two = pair
+        .allowing_at_two()
+        .set("/certificates/revocationLists", lists)
+        .start();
     let server = serve(&pair.server, PORT, &[]);
     let to = pair.server.addresses().port4(PORT);
     // Something of everything: what is allowed, what is denied, what fails, what ends early.

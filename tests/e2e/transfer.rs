@@ -117,7 +117,9 @@ fn a_reset_by_the_client_is_a_reset_for_the_server() {
     let (pair, one, _two) = Pair::started();
     let server = serve(&pair.server, PORT, &["--slow", "50"]);
     let to = pair.server.addresses().port4(PORT);
-    send(&pair.client, to, &["--text", "and away", "--reset"]).ok();
+    // The server has accepted by then: one that is reset before is not told of it by a read.
+    let paused = ["--pause", "500", "--text", "and away", "--reset"];
+    send(&pair.client, to, &paused).ok();
     eventually("the server is told", || {
         server.stderr().contains("Connection reset by peer")
     });

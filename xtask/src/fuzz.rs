@@ -53,11 +53,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let host = host.lines().find_map(|line| line.strip_prefix("host: "));
     let host = host.context("`rustc -vV` says no host")?;
     let output = workspace.target.join("fuzz");
-    // With a target, so that build scripts and macros are built without the flags.
+    // With a target, so that build scripts and macros are built without the flags; not `--locked`,
+    // since the daemon's dependencies change without a look at this lock file.
     run::run(
         workspace
             .cargo()?
-            .args(["build", "--locked", "--release", "--target", host])
+            .args(["build", "--release", "--target", host])
             .arg("--manifest-path")
             .arg(folder.join("Cargo.toml"))
             .env("CARGO_TARGET_DIR", &output)

@@ -22,6 +22,7 @@ use reeve_common::{
 use super::{
     Error, KernelState, MapUsage, Numbers,
     load::map_error,
+    sys,
     table::{Table, Tracked},
 };
 use crate::config::Ports;
@@ -236,8 +237,8 @@ impl State {
         };
         let steps = [
             first,
-            self.put_peers(desired),
-            self.peer_ports.put(&desired.peer_ports),
+            settled(self.put_peers(desired)),
+            settled(self.peer_ports.put(&desired.peer_ports)),
             match order {
                 Order::Grows => self.put_verdicts(desired),
                 Order::Shrinks => Ok(false),
@@ -261,12 +262,18 @@ impl State {
     }
 
     /// The narrowest first: a connection then goes from what the old entries say of it to what the
-    /// new ones say, with nothing in between. Where there is no room, what refuses gets what
+    /// new ones say, with nothing in between; those for everybody come once no program is left that
+    /// has asked for those of a class before. Where there is no room, what refuses gets what
     /// there is: a refusal without room must not leave the wider allowance alone.
     fn put_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
         let mut different: Vec<_> = self.verdicts.different(&desired.verdicts).collect();
         different.sort_unstable_by_key(|(key, _)| breadth(key));
-        self.verdicts.put(different).or_else(|error| {
+        let (of_all, of_classes): (Vec<_>, Vec<_>) = different
+            .into_iter()
+            .partition(|((_, key), _)| key.class == 0);
+        let first = settled(self.verdicts.put(of_classes));
+        let both = first.and_then(|first| Ok(first | settled(self.verdicts.put(of_all))?));
+        both.or_else(|error| {
             let refuses = |value: &VerdictEntry| {
                 value.action == Action::Deny as u32 || value.action == Action::TunnelOnly as u32
             };
@@ -284,14 +291,34 @@ impl State {
         let is_new = |class| class != 0 && !known.contains(&class);
         let new = self.verdicts.different(&desired.verdicts);
         let new: Vec<_> = new.filter(|((_, key), _)| is_new(key.class)).collect();
-        self.verdicts.put(new)
+        settled(self.verdicts.put(new))
     }
 
-    /// The widest first, for the same reason.
+    /// The widest first, for the same reason. A program that has come past a wide entry on its way
+    /// through the map must still find the narrow one that says otherwise.
     fn prune_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
         let mut surplus = self.verdicts.surplus(&desired.verdicts);
-        surplus.sort_unstable_by_key(|key| std::cmp::Reverse(breadth(key)));
-        self.verdicts.remove(&surplus)
+        let content = self.verdicts.content();
+        let action = |key: &(u32, VerdictKey)| content.get(key).map(|entry| entry.action);
+        surplus.sort_unstable_by_key(|key| (std::cmp::Reverse(breadth(key)), action(key)));
+        let alike = surplus.chunk_by(|one, next| action(one) == action(next));
+        let runs: Vec<Vec<_>> = alike.map(<[_]>::to_vec).collect();
+        let mut removed = false;
+        for run in runs {
+            removed |= settled(self.verdicts.remove(&run))?;
+        }
+        Ok(removed)
+    }
+
+    /// The shortest prefix first, for the same reason.
+    fn prune_peers(&mut self, desired: &Desired) -> Result<bool, Error> {
+        let mut surplus = self.peers.surplus(&desired.peers);
+        surplus.sort_unstable_by_key(|(bits, _)| *bits);
+        let mut removed = false;
+        for run in surplus.chunk_by(|(one, _), (next, _)| one == next) {
+            removed |= settled(self.peers.remove(run))?;
+        }
+        Ok(removed)
     }
 
     /// The longest prefix first: an address without room must not count as its neighbours.
@@ -305,8 +332,8 @@ impl State {
         Ok(self.workloads.prune(&desired.workloads)?
             | self.namespaces.prune(&desired.namespaces)?
             | self.local_addresses.prune(&desired.local_addresses)?
-            | self.peer_ports.prune(&desired.peer_ports)?
-            | self.peers.prune(&desired.peers)?
+            | settled(self.peer_ports.prune(&desired.peer_ports))?
+            | self.prune_peers(desired)?
             | self.prune_verdicts(desired)?)
     }
 
@@ -317,6 +344,16 @@ impl State {
         self.current = settings;
         Ok(())
     }
+}
+
+/// After a change of a map: has every program that may have seen it otherwise come to its end. A
+/// program looks into several maps one after the other, and must not see the first as it was and
+/// the last as it is two changes later.
+fn settled(changed: Result<bool, Error>) -> Result<bool, Error> {
+    if !matches!(changed, Ok(false)) {
+        sys::wait_for_programs();
+    }
+    changed
 }
 
 // === impl Desired ===

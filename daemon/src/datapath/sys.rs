@@ -9,6 +9,7 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    time::Duration,
 };
 
 use aya::Pod;
@@ -241,5 +242,20 @@ pub(super) fn take<K: Pod, V: Pod + Default>(
         Ok(_) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// Waits until every run of a program that had begun has ended.
+///
+/// `membarrier(2)` with its oldest command waits for all of the kernel's readers (RCU), which
+/// programs on a cgroup are.
+pub(super) fn wait_for_programs() {
+    /// `MEMBARRIER_CMD_GLOBAL` of `linux/membarrier.h`.
+    const GLOBAL: libc::c_int = 1;
+    /// Where the kernel has no such call: no program takes as long unless the machine stands still.
+    const PAUSE: Duration = Duration::from_millis(50);
+    // SAFETY: the call takes numbers only.
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+        std::thread::sleep(PAUSE);
     }
 }

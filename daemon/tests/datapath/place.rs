@@ -7,7 +7,7 @@ use std::{
     os::{fd::AsRawFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Once},
     thread,
     time::{Duration, Instant},
 };
@@ -27,8 +27,10 @@ pub(crate) struct Cgroup {
 
 impl Cgroup {
     pub(crate) fn root(name: &str) -> Self {
-        // Threads can only spread over cgroups below the one that their process is in.
-        fs::write(mount().join("cgroup.procs"), "0").unwrap();
+        static MOVED: Once = Once::new();
+        // Threads can only spread over cgroups below the one that their process is in. Once: it
+        // moves all threads, those of the other tests out of their workloads too.
+        MOVED.call_once(|| fs::write(mount().join("cgroup.procs"), "0").unwrap());
         Self::new(mount().join(name), 1)
     }
 

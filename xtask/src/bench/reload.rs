@@ -170,9 +170,10 @@ impl Scene {
         let line = output
             .stdout
             .lines()
-            .find(|line| line.contains("\"serial\""));
-        line.unwrap_or_else(|| panic!("no certificate is presented: {output:?}"))
-            .to_owned()
+            .find(|line| line.contains("\"serial\""))
+            .unwrap_or_default();
+        assert!(!line.is_empty(), "no certificate is presented: {output:?}");
+        line.to_owned()
     }
 }
 
@@ -181,5 +182,5 @@ fn id(name: &str) -> String {
 }
 
 fn path(path: &Path) -> String {
-    path.to_str().expect("a path is text").to_owned()
+    path.to_string_lossy().into_owned()
 }
