@@ -95,7 +95,7 @@ pub(super) fn egress(model: &Model, own: &Place, to: IpAddr, protocol: u8, port:
         protocol,
         port,
         proven: false,
-        named: who.and_then(|_| there).map(|place| &place.named),
+        named: who.and(there).map(|place| &place.named),
     };
     question.answer(&Means {
         allow: &|policy, item| {
