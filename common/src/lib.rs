@@ -26,7 +26,7 @@ pub const ONWARD_MARK: u32 = 0x539;
 pub const ONWARD_ROUTE_TABLE: u32 = 15008;
 
 /// Congestion control of the connections between reeve and the applications on its node, whatever
-/// the host's own is: nothing congests there, and pacing (BBR) costs a third of the throughput.
+/// the host's own is: nothing congests there, and pacing (BBR) only costs throughput.
 /// Every kernel has this one built in.
 pub const LOCAL_CONGESTION_CONTROL: [u8; 4] = *b"reno";
 
