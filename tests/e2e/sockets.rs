@@ -95,10 +95,11 @@ fn a_connection_from_before_enrolment_ends_with_it() {
     for heart in &mut connections {
         eventually("the connection has stopped", || heart.ended().is_some());
     }
-    // By their next packet, or by the look through all sockets: whichever comes first.
+    // Each by its next packet, or by the look through all sockets, or by both.
     let reasons = ["no_policy", "tunnel_bypassed", "revoked"];
     let counted = reasons.map(|reason| denials(&one, "egress", reason));
-    assert_eq!(counted.iter().sum::<f64>(), 2.0, "{counted:?}");
+    let all = counted.iter().sum::<f64>();
+    assert!((2.0..=4.0).contains(&all), "{counted:?}");
 }
 
 #[test]
