@@ -219,6 +219,11 @@ pub(crate) fn say(place: &Place, to: impl fmt::Display, text: &str) -> Value {
     seen
 }
 
+/// Whether an echo server answers.
+pub(crate) fn answers(place: &Place, to: impl fmt::Display) -> bool {
+    send(place, to, &["--text", "may I"]).status.success()
+}
+
 /// Fails the test unless the connection is refused to the caller at once.
 #[track_caller]
 pub(crate) fn is_denied(place: &Place, to: impl fmt::Display) {

@@ -33,6 +33,7 @@ mod no_way_round;
 mod observe;
 mod opposite;
 mod plaintext;
+mod policy_files;
 mod policy_kinds;
 mod policy_tools;
 mod privileges;

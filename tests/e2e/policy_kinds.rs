@@ -1,13 +1,13 @@
 //! What a policy can do beside allowing: deny, try without enforcing, and let a roll-out take its
 //! time.
 
-use std::{fs, net::SocketAddr};
+use std::fs;
 
-use harness::{Place, eventually};
+use harness::eventually;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::arrange::{PORT, Pair, denials, fails_fast, is_denied, say, send, serve};
+use crate::arrange::{PORT, Pair, answers, denials, fails_fast, is_denied, say, serve};
 
 fn policy(name: &str, spec: &Value) -> String {
     let document = json!({
@@ -61,11 +61,6 @@ fn a_deny_at_either_end_goes_before_every_allow() {
     is_denied(&pair.client, there.port4(8081));
     say(&pair.client, there.port6(8081), "the other family");
     one.wait_for_log(&["connection refused", "policy_deny", "deny/egress[0]"]);
-}
-
-fn answers(place: &Place, to: SocketAddr) -> bool {
-    let sent = send(place, to, &["--text", "may I"]);
-    sent.status.success()
 }
 
 #[test]

@@ -59,6 +59,7 @@ pub use reload::{declaration, policies};
 use daemon::{Reloads, View};
 use health::{Asked, HealthLook};
 use reconcile::Namespaces;
+use reload::Doubt;
 use signals::{Signal, Signals};
 use succession::{READY_LOOK, Succession, gone};
 
@@ -80,6 +81,8 @@ pub struct Control {
     enforced: Option<PolicySet>,
     policy_status: PolicyStatus,
     policy_files: Files,
+    /// Why policies that were read are not taken.
+    doubt: Doubt,
     bundle_files: Files,
     /// Who asks for everything to be read again.
     reloads: Option<Reloads>,
@@ -178,6 +181,7 @@ impl Control {
             policies: parts.policies,
             enforced: None,
             policy_files: reload::watch_policies(&config.policies),
+            doubt: Doubt::default(),
             bundle_files: reload::watch_bundles(&config),
             reloads: daemon.reloads(),
             namespaces: Namespaces::default(),
@@ -229,6 +233,7 @@ impl Control {
                     Err(_) => Change::RegistryEnded,
                 },
                 () = self.policy_files.changed() => Change::Policies,
+                () = self.doubt.is_over() => Change::Policies,
                 () = self.bundle_files.changed() => Change::Bundles,
                 Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
                 Ok(()) = certificates.changed() => Change::Certificates,

@@ -2,7 +2,10 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use tokio::task::block_in_place;
+use tokio::{
+    task::block_in_place,
+    time::{Instant, sleep, sleep_until},
+};
 
 use super::{Control, certificates, own_cgroup::settle_in, process, reconcile::describe};
 use crate::{
@@ -16,6 +19,18 @@ use crate::{
 /// How long the sources of certificates may take to answer when everything is read again: whoever
 /// asked waits.
 const SOURCES_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a file of policies that holds nothing any more is taken to be under way: whoever
+/// writes files in place empties them first.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(3);
+/// Between two looks at it, where somebody waits for an answer.
+const EMPTY_LOOK: Duration = Duration::from_millis(100);
+
+/// Since when policies are not taken because the file of some of them is empty.
+#[derive(Debug, Default)]
+pub(super) struct Doubt {
+    since: Option<Instant>,
+}
 
 /// Whom the registry shall look for.
 #[must_use]
@@ -69,7 +84,7 @@ impl Control {
     pub(super) async fn reload_everything(&mut self, file: &Path) -> ReloadReport {
         process::notify_reloading();
         let mut report = ReloadReport::default();
-        let config = self.reload_config(file);
+        let config = self.reload_config(file).await;
         report.push("configuration and policies", config);
         let trust = self.reload_trust();
         report.push("trust bundles and revocation lists", trust);
@@ -95,23 +110,38 @@ impl Control {
     pub(super) fn reload_policies(&mut self) -> Result<String, Vec<String>> {
         let config = self.daemon.config.load_full();
         match block_in_place(|| policies(&config)) {
+            // Looked at again when the time is over, or the file has changed.
+            Ok(policies) if self.doubt.is_about(&policies, &self.policies) => {
+                Ok(self.numbers(&config))
+            }
             Ok(policies) => {
                 self.take_policies(&config, policies);
                 Ok(self.numbers(&config))
             }
-            Err(mistakes) => Err(self.refuse("policy", &mistakes)),
+            Err(mistakes) => {
+                self.doubt.since = None;
+                Err(self.refuse("policy", &mistakes))
+            }
         }
     }
 
     /// Reads the configuration and the policies again. Mistakes in any leave all as it was.
-    fn reload_config(&mut self, file: &Path) -> Result<String, Vec<String>> {
+    async fn reload_config(&mut self, file: &Path) -> Result<String, Vec<String>> {
         let before = self.daemon.config.load_full();
-        let read = block_in_place(|| {
+        let read = || {
             let config = Config::load(file)?.keep_numbers(&before);
             let policies = policies(&config)?;
             Ok::<_, ConfigErrors>((config, policies))
-        });
-        match read {
+        };
+        let mut both = block_in_place(read);
+        while let Ok((_, policies)) = &both
+            && self.doubt.is_about(policies, &self.policies)
+        {
+            sleep(EMPTY_LOOK).await;
+            both = block_in_place(read);
+        }
+        self.doubt.since = None;
+        match both {
             Ok((new, policies)) => self.take_config(&before, new, policies),
             Err(mistakes) => Err(self.refuse("config", &mistakes)),
         }
@@ -221,6 +251,44 @@ impl Control {
         );
         self.policy_status.refused = Some(mistakes.to_string());
         mistakes.iter().map(ToString::to_string).collect()
+    }
+}
+
+// === impl Doubt ===
+
+impl Doubt {
+    /// Whether new policies are not to be taken yet: some of those before would go because their
+    /// file is empty, and the time to write it is not over.
+    fn is_about(&mut self, new: &PolicySet, before: &PolicySet) -> bool {
+        let emptied: Vec<&Path> = new.emptied(before).collect();
+        if emptied.is_empty() {
+            self.since = None;
+            return false;
+        }
+        let Some(since) = self.since else {
+            self.since = Some(Instant::now());
+            tracing::warn!(
+                files = ?emptied,
+                patience = %humantime::format_duration(EMPTY_PATIENCE),
+                "a file of policies holds nothing any more; what it held stays in force for a \
+                 moment, since it may be being written"
+            );
+            return true;
+        };
+        if since.elapsed() < EMPTY_PATIENCE {
+            return true;
+        }
+        tracing::warn!(files = ?emptied, "still nothing: the policies that were there are gone");
+        self.since = None;
+        false
+    }
+
+    /// Ready when the time to write a file is over; never without doubt.
+    pub(super) async fn is_over(&self) {
+        match self.since {
+            Some(since) => sleep_until(since + EMPTY_PATIENCE).await,
+            None => std::future::pending().await,
+        }
     }
 }
 

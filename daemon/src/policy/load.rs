@@ -71,6 +71,8 @@ pub struct PolicySet {
     pub(crate) heads: Arc<Vec<Head>>,
     policies: usize,
     warnings: Vec<Mistake>,
+    /// Files in which nothing is written.
+    empty: Vec<PathBuf>,
 }
 
 /// The kinds of documents.
@@ -190,6 +192,13 @@ impl PolicySet {
         self.rules.len()
     }
 
+    /// Files that held policies before and hold nothing now: as after taking all of them out, and
+    /// as in the moment between emptying a file and writing it anew.
+    pub fn emptied<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a Path> {
+        let held = |file: &&Path| before.heads.iter().any(|head| *head.file == **file);
+        self.empty.iter().map(PathBuf::as_path).filter(held)
+    }
+
     /// What is not wrong, and probably not meant.
     #[must_use]
     pub fn warnings(&self) -> &[Mistake] {
@@ -288,6 +297,9 @@ impl<'a> Loader<'a> {
 
     fn text(&mut self, file: &Path, text: &str) {
         let (documents, mistakes) = yaml::parse(file, text);
+        if documents.is_empty() {
+            self.set.empty.push(file.to_owned());
+        }
         self.mistakes.extend(mistakes);
         self.documents.extend(documents);
     }

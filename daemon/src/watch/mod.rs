@@ -1,6 +1,8 @@
 //! Tells when files have changed: at once where inotify works, and by looking at them besides.
 //!
-//! In: paths. Out: a channel that wakes once whoever writes has finished. Nothing is read here.
+//! In: paths. Out: a channel that wakes once whoever writes has finished: nothing has changed for a
+//! while, and nobody who has changed a file in place has it open any more. Nothing is read here;
+//! who reads compares [`Print`]s of before and after, and so has read nothing torn.
 //!
 //! One thread and one inotify instance serve the whole process: a user may have few of them, and a
 //! node may have the files of a thousand identities. A file that is replaced is seen in its folder
@@ -41,7 +43,8 @@ struct Watched {
     files: Vec<PathBuf>,
 }
 
-/// Everything about files that changes when they do, without reading them.
+/// Everything about files that changes when they do, without reading them: inode, size, and the time
+/// of the last change, which nobody can set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Print(Vec<(PathBuf, u64, u64, i64, i64)>);
 
@@ -109,6 +112,17 @@ impl Watched {
             names.extend(inside);
         }
         Print::of(names)
+    }
+
+    /// Whether a path without links is one of the files. Hidden ones in the folders are none:
+    /// editors keep theirs open for hours.
+    fn has(&self, path: &Path) -> bool {
+        let is =
+            |own: &PathBuf, wanted: &Path| fs::canonicalize(own).is_ok_and(|own| own == wanted);
+        let name = path.file_name().unwrap_or_default();
+        let hidden = name.as_encoded_bytes().starts_with(b".");
+        let inside = |folder: &PathBuf| path.parent().is_some_and(|parent| is(folder, parent));
+        self.files.iter().any(|file| is(file, path)) || (!hidden && self.folders.iter().any(inside))
     }
 }
 

@@ -1,4 +1,4 @@
-use std::{os::unix::fs::symlink, path::Path, process::Command, time::Duration};
+use std::{io::Write, os::unix::fs::symlink, path::Path, process::Command, time::Duration};
 
 use tokio::time::{Instant, timeout};
 
@@ -57,6 +57,49 @@ async fn writes_in_a_row_are_one_change() {
     files.told().await;
     fs::remove_file(folder.path().join("a.yaml")).unwrap();
     files.told().await;
+}
+
+#[tokio::test]
+async fn what_is_written_in_place_is_told_when_its_writer_has_closed_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = file(&folder);
+    write(&path, "the whole of it");
+    let link = folder.path().join("link.crt");
+    symlink(&path, &link).unwrap();
+    let of_folder = vec![path.parent().unwrap().to_owned()];
+    for (folders, files) in [
+        (Vec::new(), vec![path.clone()]),
+        (Vec::new(), vec![link]),
+        (of_folder, Vec::new()),
+    ] {
+        let mut files = Files::watch(folders, files);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        // Truncates at once.
+        let mut writer = fs::File::create(&path).unwrap();
+        assert!(files.is_quiet().await, "nothing is there yet");
+        writer.write_all(b"half of ").unwrap();
+        assert!(files.is_quiet().await, "half of it is there");
+        writer.write_all(b"it").unwrap();
+        drop(writer);
+        let took = files.told().await;
+        assert!(took < WITHIN, "{took:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_writer_who_never_closes_is_not_waited_for_without_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut files = Files::watch(vec![folder.path().to_owned()], Vec::new());
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let hidden = fs::File::create(folder.path().join(".a.yaml.swp")).unwrap();
+    (&hidden).write_all(b"an editor's").unwrap();
+    fs::write(folder.path().join("a.yaml"), "new").unwrap();
+    let took = files.told().await;
+    assert!(took < WITHIN, "a hidden file is nobody's: {took:?}");
+    let open = fs::File::create(folder.path().join("b.yaml")).unwrap();
+    (&open).write_all(b"and no end").unwrap();
+    let took = files.told().await;
+    assert!(took > WITHIN, "it may have been closed: {took:?}");
 }
 
 #[tokio::test]

@@ -4,13 +4,16 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs,
     os::unix::fs::MetadataExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _, event::RemoveKind};
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode, ModifyKind, RemoveKind},
+};
 use tokio::sync::watch;
 
 use super::{Polled, Print, Watched, places::places};
@@ -23,6 +26,12 @@ const FAST_POLL: Duration = Duration::from_millis(500);
 const QUIET: Duration = Duration::from_millis(100);
 /// Longest wait for that.
 const LONGEST: Duration = Duration::from_millis(500);
+/// Longest wait for the end of a writer who has a file open and has changed it in place: what
+/// stands there until then may be the half of what is meant, or nothing.
+const WRITING: Duration = Duration::from_secs(5);
+
+/// A writer has closed a file.
+const WRITTEN: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
 
 /// The thread's other end.
 #[derive(Debug)]
@@ -45,6 +54,8 @@ struct Entry {
     places: BTreeSet<PathBuf>,
     /// Since the first of the changes that were not looked at yet, and since the last.
     dirty: Option<(Instant, Instant)>,
+    /// Files that were changed in place since, by somebody who has not closed them yet.
+    writing: BTreeSet<PathBuf>,
     next_poll: Instant,
 }
 
@@ -107,6 +118,7 @@ impl Watcher {
             polled,
             places: BTreeSet::new(),
             dirty: None,
+            writing: BTreeSet::new(),
             next_poll: now,
         };
         // Without the thread, which was said, nobody is told of changes.
@@ -136,8 +148,10 @@ impl Thread {
 
     fn next_look(&self) -> Instant {
         let idle = Instant::now() + POLL;
-        let due = |entry: &Entry| entry.due().min(entry.next_poll);
-        self.entries.values().map(due).fold(idle, Instant::min)
+        self.entries
+            .values()
+            .map(Entry::due)
+            .fold(idle, Instant::min)
     }
 
     fn take(&mut self, message: Message) {
@@ -146,6 +160,7 @@ impl Thread {
                 self.next += 1;
                 self.entries.insert(self.next, *entry);
             }
+            Message::Event(Ok(event)) if event.kind == WRITTEN => self.written(&event),
             // Reading is no change, and would wake us by our own reading.
             Message::Event(Ok(event)) if event.kind.is_access() => {}
             Message::Event(Ok(event)) if event.need_rescan() => self.everything_changed(),
@@ -158,26 +173,44 @@ impl Thread {
     }
 
     fn changed(&mut self, event: &notify::Event) {
+        let in_place = matches!(event.kind, EventKind::Modify(ModifyKind::Data(_)));
+        let moved = matches!(event.kind, EventKind::Modify(ModifyKind::Name(_)));
         for path in &event.paths {
-            let parent = path.parent().map(std::path::Path::to_path_buf);
-            for place in std::iter::once(path.clone()).chain(parent) {
-                let Some(known) = self.places.get(&place) else {
-                    continue;
-                };
-                for user in &known.users {
-                    if let Some(entry) = self.entries.get_mut(user) {
-                        entry.touch();
-                    }
+            self.each_user(path, |entry| {
+                entry.touch();
+                if in_place {
+                    entry.is_written(path);
+                } else if moved || event.kind.is_remove() {
+                    entry.writing.remove(path);
                 }
-            }
+            });
             // The folder itself has gone, and inotify's watch with it, whatever comes in its place.
             let removed = matches!(event.kind, EventKind::Remove(RemoveKind::Folder));
-            let moved = matches!(
-                event.kind,
-                EventKind::Modify(notify::event::ModifyKind::Name(_))
-            );
             if removed || moved {
                 self.forget_place(path);
+            }
+        }
+    }
+
+    /// What was written in place is whole now.
+    fn written(&mut self, event: &notify::Event) {
+        for path in &event.paths {
+            self.each_user(path, |entry| {
+                if entry.writing.remove(path) {
+                    entry.touch();
+                }
+            });
+        }
+    }
+
+    /// Does something to each entry that wants to know of a path.
+    fn each_user(&mut self, path: &Path, mut act: impl FnMut(&mut Entry)) {
+        for place in [Some(path), path.parent()].into_iter().flatten() {
+            let users = self.places.get(place).into_iter();
+            for user in users.flat_map(|place| &place.users) {
+                if let Some(entry) = self.entries.get_mut(user) {
+                    act(entry);
+                }
             }
         }
     }
@@ -188,11 +221,10 @@ impl Thread {
 
     fn look_where_due(&mut self) {
         let now = Instant::now();
-        let is_due = |entry: &Entry| now >= entry.due() || now >= entry.next_poll;
         let due: Vec<u64> = self
             .entries
             .iter()
-            .filter(|(_, entry)| is_due(entry))
+            .filter(|(_, entry)| now >= entry.due())
             .map(|(id, _)| *id)
             .collect();
         for id in due {
@@ -233,6 +265,7 @@ impl Thread {
             entry.sender.send_modify(|number| *number += 1);
         }
         entry.dirty = None;
+        entry.writing.clear();
         true
     }
 
@@ -291,7 +324,7 @@ impl Thread {
     }
 
     /// Stops watching a folder, and gives those who wanted it.
-    fn forget_place(&mut self, path: &PathBuf) -> BTreeSet<u64> {
+    fn forget_place(&mut self, path: &Path) -> BTreeSet<u64> {
         let Some(place) = self.places.remove(path) else {
             return BTreeSet::new();
         };
@@ -312,9 +345,17 @@ impl Entry {
         self.dirty = Some((first, now));
     }
 
-    /// When its changes are to be looked at; without any, later than its next poll.
+    /// Somebody writes a file in place, if it is one that matters.
+    fn is_written(&mut self, path: &Path) {
+        if !self.writing.contains(path) && self.watched.has(path) {
+            self.writing.insert(path.to_owned());
+        }
+    }
+
+    /// When it is to be looked at: for its changes, or without any for its next poll.
     fn due(&self) -> Instant {
         match self.dirty {
+            Some((first, _)) if !self.writing.is_empty() => first + WRITING,
             Some((first, last)) => (last + QUIET).min(first + LONGEST),
             None => self.next_poll,
         }

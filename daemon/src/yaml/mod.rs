@@ -19,6 +19,7 @@ mod mistake;
 mod scalar;
 mod tree;
 pub(crate) mod values;
+mod whole;
 
 pub use located::Located;
 pub use mistake::{Mistake, Mistakes};
@@ -26,7 +27,8 @@ pub use tree::{Document, NodeId};
 
 pub(crate) use de::{read, read_at};
 pub(crate) use mistake::{nearest, shown};
-pub(crate) use tree::{parse, read_file};
+pub(crate) use tree::parse;
+pub(crate) use whole::read_file;
 
 #[cfg(test)]
 pub(crate) mod reference;

@@ -2,8 +2,6 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
-    io::{self, Read as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,8 +10,6 @@ use saphyr_parser::{Event, Marker, Parser, ScalarStyle};
 
 use super::{Mistake, Mistakes, scalar::Scalar, shown};
 
-/// Largest file that is read, in bytes: far above a configuration of 10,000 peers.
-const MAX_FILE_SIZE: u64 = 16 << 20;
 /// Deepest nesting of lists and mappings: twice what any field needs.
 const MAX_DEPTH: usize = 24;
 /// Most documents in one file.
@@ -67,49 +63,6 @@ pub(super) struct Entry {
     key: String,
     place: Place,
     pub(super) value: NodeId,
-}
-
-/// Reads a file that must be a regular one, of UTF-8, and not too large.
-///
-/// # Errors
-/// What to tell the operator.
-pub(crate) fn read_file(path: &Path) -> Result<String, Mistakes> {
-    let text = || -> io::Result<Vec<u8>> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
-        }
-        let mut bytes = Vec::new();
-        file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let mut mistakes = Mistakes::default();
-    match text() {
-        Err(error) => mistakes.file(
-            path,
-            format!("could not be read: {error}; give the path of a readable file"),
-        ),
-        Ok(bytes) if bytes.len() as u64 > MAX_FILE_SIZE => mistakes.file(
-            path,
-            format!("is larger than {MAX_FILE_SIZE} bytes; split it"),
-        ),
-        Ok(bytes) => match String::from_utf8(bytes) {
-            Ok(text) => return Ok(text),
-            Err(error) => {
-                let good = error.utf8_error().valid_up_to();
-                let line = error.as_bytes().get(..good).map_or(1, |before| {
-                    1 + before.iter().filter(|byte| **byte == b'\n').count()
-                });
-                mistakes.push(Mistake {
-                    file: path.to_owned(),
-                    place: Some((line, 1)),
-                    field: String::new(),
-                    what: "is not UTF-8; save the file as UTF-8".to_owned(),
-                });
-            }
-        },
-    }
-    Err(mistakes)
 }
 
 /// Parses a text into its documents. Documents that hold nothing are left out, and so is all that

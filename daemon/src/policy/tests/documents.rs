@@ -1,7 +1,10 @@
 //! What is wrong with a document is said with its place, all at once.
 
 use super::world::{config, policies};
-use crate::{policy::document::ConnectionPolicy, yaml::reference};
+use crate::{
+    policy::{Known, PolicySet, PolicySources, document::ConnectionPolicy},
+    yaml::reference,
+};
 
 const NODE: &str = "
 trustDomain: example.org
@@ -134,4 +137,44 @@ fn a_policy_cannot_select_beyond_its_namespace() {
         .replace("{name: p}", "{name: p, namespace: shop}");
     let found = mistakes(&text);
     assert!(found[0].contains("`ops` is another namespace"), "{found:?}");
+}
+
+#[test]
+fn a_file_that_has_lost_all_its_policies_is_known_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (kept, emptied) = (folder.path().join("a.yaml"), folder.path().join("b.yaml"));
+    let config = config(NODE);
+    let known = Known {
+        workloads: &config.workloads,
+        peers: &config.peers,
+        namespaces: &config.namespaces,
+    };
+    let read = || {
+        let sources = PolicySources {
+            folder: Some(folder.path().to_owned()),
+            files: Vec::new(),
+        };
+        PolicySet::load(&sources, &known).unwrap()
+    };
+    let text = with_spec("  workloads: {names: [web]}\n");
+    std::fs::write(&kept, text.replace("name: p}", "name: q}")).unwrap();
+    std::fs::write(&emptied, &text).unwrap();
+    std::fs::write(folder.path().join("c.yaml"), "").unwrap();
+    let before = read();
+    assert_eq!(before.emptied(&before).count(), 0, "c never held any");
+    for nothing in ["", "\n", "# a comment\n", "---\n"] {
+        std::fs::write(&emptied, nothing).unwrap();
+        let after = read();
+        assert_eq!(
+            after.emptied(&before).collect::<Vec<_>>(),
+            [emptied.as_path()]
+        );
+        assert_eq!(after.len(), 1);
+    }
+    std::fs::remove_file(&emptied).unwrap();
+    assert_eq!(
+        read().emptied(&before).count(),
+        0,
+        "that is said by deleting it"
+    );
 }

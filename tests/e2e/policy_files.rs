@@ -1,0 +1,96 @@
+//! Policy files that are written in place, as `cp`, `tee` and many a tool do it: emptied first, and
+//! then filled. What is in between is never in force.
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    thread,
+    time::Duration,
+};
+
+use harness::eventually;
+
+use crate::arrange::{PORT, Pair, Probe, TCP, answers, is_denied, of, serve};
+
+/// Longer than the daemon waits for a second change, and far shorter than it waits for a writer.
+const PAUSE: Duration = Duration::from_millis(900);
+
+#[test]
+fn a_file_that_is_rewritten_in_place_refuses_nobody_meanwhile() {
+    let (pair, one, two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &["--mode", "answer"]);
+    let to = pair.server.addresses().port4(PORT);
+    let probe = Probe::start(&pair.client, to, &[]);
+    for (daemon, policy) in [
+        (&one, of(&pair.client).calls(&pair.server, TCP)),
+        (&two, of(&pair.server).hears(&pair.client, TCP)),
+    ] {
+        let file = daemon.policies().join("0.yaml");
+        // Half of the file is one of two policies, and reads well.
+        let (first, second) = (of(&pair.client), policy);
+        let first = first.text().replace("of-client", "nothing") + "\n---\n";
+        for pause in [Duration::from_millis(10), PAUSE] {
+            // By one who has the file open for all the time.
+            let mut writer = File::create(&file).unwrap();
+            thread::sleep(pause);
+            writer.write_all(first.as_bytes()).unwrap();
+            thread::sleep(pause);
+            writer.write_all(second.text().as_bytes()).unwrap();
+            drop(writer);
+            thread::sleep(pause);
+            // By two, of whom the first empties it.
+            fs::write(&file, "").unwrap();
+            thread::sleep(pause);
+            fs::write(&file, first.clone() + &second.text()).unwrap();
+            thread::sleep(pause);
+        }
+        daemon.wait_for_log(&["a file of policies holds nothing any more"]);
+        daemon.wait_for_log(&["policies in force", "\"policies\":2"]);
+        probe.goes_on(100);
+    }
+    probe.all_worked();
+}
+
+#[test]
+fn a_file_that_stays_empty_takes_its_policies_away() {
+    let (pair, one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    assert!(answers(&pair.client, to));
+    fs::write(one.policies().join("0.yaml"), "# nothing\n").unwrap();
+    eventually("it is denied", || !answers(&pair.client, to));
+    is_denied(&pair.client, to);
+    one.wait_for_log(&["still nothing"]);
+}
+
+#[test]
+fn a_file_that_is_deleted_takes_its_policies_away_at_once() {
+    let (pair, one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    assert!(answers(&pair.client, to));
+    fs::remove_file(one.policies().join("0.yaml")).unwrap();
+    eventually("it is denied", || !answers(&pair.client, to));
+    assert!(one.logged(&["a file of policies holds nothing"]).is_empty());
+}
+
+#[test]
+fn who_asks_for_a_reload_in_between_waits_for_the_rest() {
+    let (pair, one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &["--mode", "answer"]);
+    let to = pair.server.addresses().port4(PORT);
+    let probe = Probe::start(&pair.client, to, &[]);
+    let file = one.policies().join("0.yaml");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, "").unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(PAUSE);
+            fs::write(&file, &text).unwrap();
+        });
+        let said = one.command(["reload"]).ok();
+        assert!(said.contains("1 policies"), "{said}");
+    });
+    probe.goes_on(100);
+    probe.all_worked();
+}
