@@ -57,7 +57,7 @@ pub mod protocol {
 mod user {
     use crate::{
         Arriving, Event, FlowEntry, FlowKey, NamespaceEntry, Origin, OriginKey, PeerEntry,
-        PeerPortKey, Settings, VerdictEntry, VerdictKey, WorkloadEntry,
+        PeerPortKey, Settings, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
     };
 
     macro_rules! pod {
@@ -81,6 +81,7 @@ mod user {
         PeerEntry,
         PeerPortKey,
         Settings,
+        ToldKey,
         VerdictEntry,
         VerdictKey,
         WorkloadEntry,

@@ -119,6 +119,9 @@ pub const PEER_TUNNEL: u32 = 1 << 0;
 /// Several peers share the address: `PEER_PORTS` is asked with the port first, and only a port
 /// that it does not hold is judged by this entry.
 pub const PEER_BY_PORT: u32 = 1 << 1;
+/// Some of the addresses or ports below have no room in the map. Which ones is not known here, so
+/// whatever this entry is found for is refused ([`crate::Reason::MapFailure`]).
+pub const PEER_NO_ROOM: u32 = 1 << 2;
 
 /// `PEER_PORTS`: hash from this to [`PeerEntry`], for peers that share an address.
 #[repr(C)]
@@ -219,6 +222,9 @@ pub enum Action {
     /// Ingress to a permissive workload that nothing else allows without a tunnel: let in, with
     /// the reason [`crate::Reason::Permissive`].
     Permissive = 3,
+    /// Refuse: what the policy says of this workload and direction has no room in the map
+    /// ([`crate::Reason::MapFailure`]).
+    NoRoom = 4,
 }
 
 /// `ORIGINAL_DESTINATIONS`: LRU hash. Key: where an accepted connection of the outbound listener
@@ -363,6 +369,19 @@ pub struct Arriving {
     pub reserved: [u8; 2],
 }
 
+/// `TOLD`: LRU hash. Whoever files a socket here first tells that its connection is refused: the
+/// programs at a packet, or the daemon that looks through all sockets.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ToldKey {
+    /// Cookie of the socket.
+    pub cookie: u64,
+    /// [`Settings::generation`] of the refusal.
+    pub generation: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
 /// A flow without packets for longer than this is forgotten: its next packet is judged anew.
 pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
 
@@ -381,5 +400,6 @@ const _: () = {
     assert!(size_of::<FlowEntry>() == 16);
     assert!(size_of::<SocketTag>() == 48);
     assert!(size_of::<Arriving>() == 68);
+    assert!(size_of::<ToldKey>() == 16);
     assert!(size_of::<crate::Event>() == 96);
 };

@@ -9,9 +9,9 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id},
 };
 use reeve_common::{
-    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
-    PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE,
-    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_TUNNEL,
+    PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
+    WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
 };
 
 use crate::{
@@ -167,6 +167,9 @@ pub fn judge(connection: &mut Connection) -> Outcome {
     connection.rule = verdict.rule;
     connection.dry_run = verdict.dry_run as u8;
     connection.dry_run_rule = verdict.dry_run_rule;
+    if verdict.action == Action::NoRoom as u32 || peer.flags & PEER_NO_ROOM != 0 {
+        return Outcome::deny(Reason::MapFailure);
+    }
     let egress = connection.direction == Direction::Egress as u8;
     let tcp = connection.protocol == protocol::TCP;
     if verdict.action == Action::Allow as u32 {

@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Arriving, COUNTER_SLOTS, Event, FlowEntry, FlowKey, LocalAddressEntry, NamespaceEntry,
-    Origin, OriginKey, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag, VerdictEntry,
+    Origin, OriginKey, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag, ToldKey, VerdictEntry,
     VerdictKey, WorkloadEntry,
 };
 
@@ -65,6 +65,12 @@ pub static SOCKETS: SkStorage<SocketTag> = SkStorage::new();
 
 #[btf_map]
 pub static ARRIVING: PerCpuArray<Arriving, 1> = PerCpuArray::new();
+
+/// More than are refused in the moment between a look at a socket and its end.
+const TOLD_SOCKETS: usize = 1024;
+
+#[btf_map]
+pub static TOLD: LruHashMap<ToldKey, u32, TOLD_SOCKETS> = LruHashMap::new();
 
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { COUNTER_SLOTS as usize }> = PerCpuArray::new();

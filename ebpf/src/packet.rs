@@ -335,7 +335,14 @@ fn judge_packet(
             if subject.raw {
                 return segment::raw(&connection, &packet, settings, subject);
             }
-            segment::tcp(arrives, settings, subject, &mut connection, &packet)
+            segment::tcp(
+                ctx.skb.skb,
+                arrives,
+                settings,
+                subject,
+                &mut connection,
+                &packet,
+            )
         }
         protocol::UDP if subject.raw => segment::raw(&connection, &packet, settings, subject),
         // The other family's number is a protocol like any other.

@@ -1,13 +1,17 @@
 //! TCP segments of sockets that remember no verdict of this generation.
 
-use reeve_common::{Arriving, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, protocol};
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_NOEXIST},
+    helpers::generated::bpf_get_socket_cookie,
+};
+use reeve_common::{Arriving, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, ToldKey, protocol};
 
 use crate::{
     event::{Connection, Outcome, report},
     flow,
     judge::{is_unknown, judge},
     lookup::onward_key,
-    maps::{ARRIVING, ONWARD, tag},
+    maps::{ARRIVING, ONWARD, TOLD, tag},
     packet::{Subject, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
 };
@@ -43,6 +47,7 @@ pub fn raw(
 /// TCP, of a socket that remembers nothing of this generation.
 #[inline(always)]
 pub fn tcp(
+    skb: *mut __sk_buff,
     arrives: bool,
     settings: &Settings,
     subject: &Subject,
@@ -60,23 +65,24 @@ pub fn tcp(
         // The packet that asks was judged when it arrived.
         return !arrives || tcp_arriving(settings, subject, connection);
     }
-    let before = tag(subject.socket)
-        .as_deref()
-        .copied()
-        .filter(|tag| tag.protocol == protocol::TCP && tag.flags & TAG_DIRECTION != 0);
+    let (flags_before, direction_before, generation_before) = match tag(subject.socket) {
+        Some(tag) if tag.protocol == protocol::TCP => (tag.flags, tag.direction, tag.generation),
+        _ => (0, 0, 0),
+    };
+    let is_known = flags_before & TAG_DIRECTION != 0;
+    // Nobody has to be told again, whatever has changed since.
+    let was_refused = generation_before != 0 && flags_before & TAG_ALLOWED == 0;
     let opening = packet.tcp_flags & (SYN | ACK) == SYN;
     let observed = connection.direction;
     let outcome = if is_unknown(&subject.entry) {
         Outcome::deny(Reason::UnknownWorkload)
+    } else if is_known {
+        connection.direction = direction_before;
+        plaintext(connection)
+    } else if opening {
+        plaintext(connection)
     } else {
-        match before {
-            Some(before) => {
-                connection.direction = before.direction;
-                plaintext(connection)
-            }
-            None if opening => plaintext(connection),
-            None => either(connection, observed),
-        }
+        either(connection, observed)
     };
     let allowed = outcome.allowed();
     let mut flags = if allowed {
@@ -84,15 +90,17 @@ pub fn tcp(
     } else {
         0
     };
-    let was_allowed = before.is_some_and(|before| before.flags & TAG_ALLOWED != 0);
-    if before.is_some() {
+    let was_allowed = is_known && flags_before & TAG_ALLOWED != 0;
+    if is_known {
         flags |= TAG_DIRECTION;
     }
     if !remember(subject.socket, connection, settings.generation, flags) {
         report(connection, Outcome::deny(Reason::MapFailure));
         return false;
     }
-    if before.is_none() || was_allowed != allowed {
+    let is_news = !is_known || was_allowed != allowed;
+    let is_told = !allowed && (was_refused || (!opening && !tells(skb, settings.generation)));
+    if is_news && !is_told {
         let revoked = was_allowed && !allowed;
         report(
             connection,
@@ -104,6 +112,21 @@ pub fn tcp(
         );
     }
     allowed
+}
+
+/// Whether it is for this program to tell that a packet's socket is refused: the daemon, which may
+/// be about to end it, has not.
+#[inline(never)]
+fn tells(skb: *mut __sk_buff, generation: u32) -> bool {
+    /// `EEXIST` of `asm-generic/errno-base.h`.
+    const FILED: i32 = -17;
+    let key = ToldKey {
+        // SAFETY: `skb` is the program's context.
+        cookie: unsafe { bpf_get_socket_cookie(skb.cast()) },
+        generation,
+        reserved: 0,
+    };
+    TOLD.insert(key, 0, u64::from(BPF_NOEXIST)) != Err(FILED)
 }
 
 /// A packet for a listening socket: an opening, or the last of a handshake.

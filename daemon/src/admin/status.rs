@@ -187,6 +187,9 @@ pub struct MapUsage {
     pub entries: u64,
     /// Entries that fit.
     pub capacity: u64,
+    /// Entries that have no room.
+    #[serde(default)]
+    pub missing: u64,
 }
 
 // === impl WorkloadState ===
@@ -211,6 +214,7 @@ impl From<datapath::MapUsage> for MapUsage {
             map: usage.name.to_owned(),
             entries: usage.entries,
             capacity: usage.capacity,
+            missing: usage.missing,
         }
     }
 }

@@ -376,6 +376,7 @@ impl Explainer<'_> {
             action if action == Action::Allow as u32 => "allow",
             action if action == Action::Permissive as u32 => "allow, permissive",
             action if action == Action::TunnelOnly as u32 => "only through a tunnel",
+            action if action == Action::NoRoom as u32 => "deny, since the map has no room",
             _ => "deny",
         };
         let rule = self.snapshot.rule_name(rule);

@@ -167,7 +167,7 @@ fn kernel(page: &mut String, status: &Status) -> fmt::Result {
         "Kernel: generation {}, {} events lost",
         status.generation, status.lost_events
     )?;
-    let mut table = Table::new(["MAP", "ENTRIES", "CAPACITY", "USED"]);
+    let mut table = Table::new(["MAP", "ENTRIES", "CAPACITY", "USED", "NO ROOM FOR"]);
     for map in &status.maps {
         let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
         table.push([
@@ -175,6 +175,7 @@ fn kernel(page: &mut String, status: &Status) -> fmt::Result {
             map.entries.to_string(),
             map.capacity.to_string(),
             format!("{percent} %"),
+            map.missing.to_string(),
         ]);
     }
     write!(page, "{table}")
@@ -237,6 +238,7 @@ mod tests {
                 map: "VERDICTS".into(),
                 entries: 512,
                 capacity: 1024,
+                missing: 0,
             }],
             ..Status::default()
         });

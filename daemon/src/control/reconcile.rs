@@ -15,6 +15,7 @@ use super::{
 use crate::{
     datapath::{Datapath, KernelState, Order, netns::Netns},
     policy::{Inputs, PolicySet, Snapshot},
+    telemetry::direction_name,
     workload::Discovery,
 };
 
@@ -189,9 +190,25 @@ impl Control {
         let state = kernel_state(&own, discovery, listening, tables);
         match block_in_place(|| self.daemon.datapath.apply_in(&state, order)) {
             Ok(()) => self.is_enforced = true,
-            Err(error) => problems.push(describe(&error)),
+            Err(error) => {
+                problems.push(describe(&error));
+                problems.extend(self.closed(snapshot));
+            }
         }
         state
+    }
+
+    /// Whom the kernel refuses everything, since it has no room for their policy.
+    fn closed(&self, snapshot: &Snapshot) -> impl Iterator<Item = String> {
+        let closed = self.daemon.datapath.closed().into_iter();
+        closed.filter_map(|(id, direction)| {
+            let name = &snapshot.workload(id)?.workload.name;
+            let direction = direction_name(direction);
+            Some(format!(
+                "workload {name}: {direction} is refused everything (map_failure), since its policy has no \
+                 room in the kernel's map VERDICTS"
+            ))
+        })
     }
 }
 

@@ -99,8 +99,10 @@ impl Control {
             match ended {
                 Ok(sockets) => {
                     number += sockets.len();
-                    for socket in sockets.iter().filter(|socket| !judge.is_told(socket)) {
-                        if let Some(over) = judge.of_socket(socket, netns.cookie) {
+                    for socket in sockets.iter().filter(|socket| !Judge::is_told(socket)) {
+                        if datapath.tells(socket, judge.generation)
+                            && let Some(over) = judge.of_socket(socket, netns.cookie)
+                        {
                             self.tell(judge, &over);
                         }
                     }
@@ -177,11 +179,10 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// Whether the programs have told already that a connection is refused.
-    fn is_told(&self, socket: &LiveSocket) -> bool {
-        socket.remembered.is_some_and(|remembered| {
-            remembered.generation == self.generation && !remembered.allowed
-        })
+    /// Whether the programs have told already that a connection is refused, now or before.
+    fn is_told(socket: &LiveSocket) -> bool {
+        let remembered = socket.remembered;
+        remembered.is_some_and(|remembered| remembered.generation != 0 && !remembered.allowed)
     }
 
     /// What becomes of a socket's connection: none where it may go on, or is none of a workload's.

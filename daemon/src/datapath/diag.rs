@@ -37,6 +37,8 @@ const ALIGNMENT: usize = 4;
 /// Where an answer names its socket, and how long such a name is.
 const IDENTITY: usize = 4;
 const IDENTITY_LENGTH: usize = 48;
+/// Where in it the socket's number is.
+const COOKIE: usize = 40;
 
 /// Attributes: what is asked of the sockets' storage, and what is answered.
 const ASK_STORAGES: u16 = 2;
@@ -86,6 +88,8 @@ pub struct LiveSocket {
     pub cgroup: u64,
     /// What the programs know of it.
     pub remembered: Option<Remembered>,
+    /// The kernel's number for it, never used again.
+    pub cookie: u64,
     family: u8,
     /// The kernel's name for it: ports, addresses, device and cookie.
     identity: [u8; IDENTITY_LENGTH],
@@ -240,6 +244,8 @@ fn decode(answer: &[u8], protocol: u8) -> Option<LiveSocket> {
             .and_then(|id| id.try_into().ok())
             .map_or(0, u64::from_ne_bytes),
         remembered: storage.and_then(remembered),
+        // Two words, the low one first.
+        cookie: u64::from(word(&identity, COOKIE)?) | u64::from(word(&identity, COOKIE + 4)?) << 32,
         family,
         identity,
     })

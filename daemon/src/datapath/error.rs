@@ -116,10 +116,11 @@ pub enum Error {
         /// From the kernel.
         source: Box<MapError>,
     },
-    /// A map has no room left. What did not fit is not allowed.
+    /// A map has no room left. Whatever could be about what did not fit is refused.
     #[error(
-        "the map {map} is full ({capacity} entries), and what does not fit is refused: raise its \
-         capacity under maps in the configuration, remove the pinned maps and start reeve again"
+        "the map {map} is full ({capacity} entries), and whatever could be about what does not fit \
+         is refused as map_failure: raise its capacity under maps in the configuration, remove the \
+         pinned maps (`reeve detach`) and start reeve again"
     )]
     Full {
         /// The map.

@@ -7,6 +7,7 @@
 //! The next one adopts it, see [`Datapath::load`].
 
 mod bpffs;
+mod desired;
 mod diag;
 mod error;
 mod events;
@@ -25,7 +26,7 @@ mod usage;
 
 use std::{
     collections::HashMap,
-    fmt,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -34,11 +35,11 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{self, MapData, PerCpuArray, RingBuf},
+    maps::{self, MapData, MapError, PerCpuArray, RingBuf},
 };
 use reeve_common::{
     Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey,
-    VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
+    ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
 };
 
 use self::{
@@ -122,6 +123,8 @@ pub struct Datapath {
     revoked: OwnedFd,
     /// `SOCKETS`, to be read socket by socket.
     tags: OwnedFd,
+    /// `TOLD`.
+    told: Mutex<maps::HashMap<MapData, ToldKey, u32>>,
     /// Maps that only the programs fill, and their capacities.
     origins: (maps::HashMap<MapData, OriginKey, Origin>, u32),
     flows: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
@@ -196,6 +199,7 @@ impl Datapath {
             claims: pinned_map(pins.folder(), "ORIGINAL_DESTINATIONS")?,
             revoked: pinned_map(pins.folder(), "FLOWS")?,
             tags: pinned_map(pins.folder(), "SOCKETS")?,
+            told: Mutex::new(take(&mut ebpf, "TOLD", |map| map.try_into())?.0),
             pins: Mutex::new(pins),
             ebpf: Mutex::new(ebpf),
             settings,
@@ -208,7 +212,8 @@ impl Datapath {
     /// # Errors
     ///
     /// [`Error::Full`] names the first map that had no room; everything that fits is in force
-    /// then, and what does not fit is refused. [`Error::Map`] is the kernel's.
+    /// then, and whatever could be about what does not fit is refused, see [`Datapath::closed`].
+    /// [`Error::Map`] is the kernel's.
     pub fn apply(&self, state: &KernelState) -> Result<(), Error> {
         self.apply_in(state, Order::Shrinks)
     }
@@ -323,6 +328,21 @@ impl Datapath {
         lock(&self.state).verdict(workload, direction, remote, protocol, port)
     }
 
+    /// The workloads and directions that are refused everything, since the maps have no room for
+    /// what the policy says of them.
+    #[must_use]
+    pub fn closed(&self) -> Vec<(WorkloadId, Direction)> {
+        let state = lock(&self.state);
+        let direction = |number| match number {
+            number if number == Direction::Egress as u8 => Direction::Egress,
+            _ => Direction::Ingress,
+        };
+        let closed = state.closed().iter();
+        closed
+            .map(|(id, number)| (*id, direction(*number)))
+            .collect()
+    }
+
     /// The workload that the maps have a cgroup enrolled as.
     ///
     /// # Errors
@@ -387,6 +407,25 @@ impl Datapath {
             }
         }
         Ok(ended)
+    }
+
+    /// Whether it is for the caller to tell that a socket's connection is refused in a generation:
+    /// no program has. True once for each socket and generation.
+    #[must_use]
+    pub fn tells(&self, socket: &LiveSocket, generation: u32) -> bool {
+        /// `BPF_NOEXIST` of `linux/bpf.h`.
+        const NEW_ONLY: u64 = 1;
+        let key = ToldKey {
+            cookie: socket.cookie,
+            generation,
+            reserved: 0,
+        };
+        match lock(&self.told).insert(key, 0, NEW_ONLY) {
+            Err(MapError::SyscallError(error)) => {
+                error.io_error.kind() != io::ErrorKind::AlreadyExists
+            }
+            _ => true,
+        }
     }
 
     /// Forgets the flows, connections without a handshake, that `is_over` says are no longer

@@ -7,11 +7,11 @@ use aya::{
     maps::{self, MapData, MapError, lpm_trie},
 };
 use reeve_common::{
-    Direction, PEER_BY_PORT, PeerEntry, PeerPortKey, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
-    WorkloadId, protocol,
+    Direction, PEER_BY_PORT, PEER_NO_ROOM, PeerEntry, PeerPortKey, VERDICT_PREFIX_FULL,
+    VerdictEntry, VerdictKey, WorkloadId, protocol,
 };
 
-use super::{Error, address, load::map_error, state::State};
+use super::{Error, address, desired::NO_ROOM, load::map_error, state::State};
 
 /// Bits of an address.
 const ADDRESS_BITS: u32 = 128;
@@ -26,7 +26,11 @@ impl State {
         protocol: u8,
         port: u16,
     ) -> Result<VerdictEntry, Error> {
-        let class = self.peer(direction, remote, protocol, port)?.class;
+        let peer = self.peer(direction, remote, protocol, port)?;
+        if peer.flags & PEER_NO_ROOM != 0 {
+            return Ok(NO_ROOM);
+        }
+        let class = peer.class;
         let (protocol, port) = match protocol {
             protocol::ICMP | protocol::ICMPV6 => (protocol::ICMP, 0),
             other => (other, port),

@@ -4,10 +4,14 @@
 //! verdict in between is one that the old or the new state gives. Verdicts come before the peers
 //! that point to them, and both before the workloads that they are about: a workload that is
 //! enrolled finds its policy there. A workload that gets another number is refused everything
-//! until all of that is done, since its old number may be another's new one. Where a map is full, the rest is applied all the same, since a
-//! workload must be enrolled even when its policy does not fit; what does not fit is not allowed.
+//! until all of that is done, since its old number may be another's new one.
+//!
+//! What has no room is known before ([`Desired::fit`]), and refused. Where the kernel takes less than
+//! that, or has no room for the old and the new at once, the rest is applied all the same, since a
+//! workload must be enrolled even when its policy does not fit; a workload of which a refusal is missing
+//! then loses all its allowances.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use aya::{
     Ebpf,
@@ -15,12 +19,13 @@ use aya::{
 };
 use reeve_common::{
     Action, Address, LAYOUT_VERSION, NO_WORKLOAD, NamespaceEntry, PeerEntry, PeerKey, PeerPortKey,
-    Settings as KernelSettings, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN,
-    WorkloadEntry, WorkloadId,
+    Settings as KernelSettings, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN, WorkloadEntry,
+    WorkloadId,
 };
 
 use super::{
     Error, KernelState, MapUsage, Numbers,
+    desired::{Desired, NO_ROOM, Room, Shortage, Side, no_room, side},
     load::map_error,
     sys,
     table::{Table, Tracked},
@@ -51,17 +56,8 @@ pub(super) struct State {
     pub(super) peers: Tracked<Trie<PeerKey, PeerEntry>>,
     pub(super) peer_ports: Tracked<Hash<PeerPortKey, PeerEntry>>,
     pub(super) verdicts: Tracked<Trie<VerdictKey, VerdictEntry>>,
-}
-
-/// A desired state, by key.
-struct Desired {
-    depths: u32,
-    workloads: HashMap<u64, WorkloadEntry>,
-    namespaces: HashMap<u64, NamespaceEntry>,
-    local_addresses: HashMap<Address, WorkloadId>,
-    peers: HashMap<(u32, PeerKey), PeerEntry>,
-    peer_ports: HashMap<PeerPortKey, PeerEntry>,
-    verdicts: HashMap<(u32, VerdictKey), VerdictEntry>,
+    /// What of the newest desired state has no room.
+    shortage: Shortage,
 }
 
 // === impl State ===
@@ -90,6 +86,7 @@ impl State {
             peers: tracked(ebpf, "PEERS", Trie::try_from)?,
             peer_ports: tracked(ebpf, "PEER_PORTS", Hash::try_from)?,
             verdicts: tracked(ebpf, "VERDICTS", Trie::try_from)?,
+            shortage: Shortage::default(),
         })
     }
 
@@ -138,10 +135,19 @@ impl State {
     /// Makes the maps hold `desired`. The first thing that did not fit is the error; everything
     /// else is in force.
     pub(super) fn apply(&mut self, desired: &KernelState, order: Order) -> Result<(), Error> {
-        let desired = Desired::new(desired);
+        let mut desired = Desired::new(desired);
+        self.shortage = desired.fit(Room {
+            peers: self.peers.capacity(),
+            peer_ports: self.peer_ports.capacity(),
+            verdicts: self.verdicts.capacity(),
+        });
         let mut changed = false;
         self.suspend(&desired)?;
         let fits = self.put(&desired, order, &mut changed);
+        if fits.is_err() {
+            // What is surplus holds back what is not there yet.
+            self.close(&desired, true)?;
+        }
 
         // From here on the new workloads are enforced.
         let depths = self.current.cgroup_depths | desired.depths;
@@ -155,6 +161,15 @@ impl State {
         changed |= self.prune(&desired)?;
         // What was removed may have made room.
         let fits = fits.or_else(|_| self.put(&desired, order, &mut changed));
+        if fits.is_err() {
+            let all_known =
+                self.peers.holds(&desired.peers) && self.peer_ports.holds(&desired.peer_ports);
+            let closed = self.close(&desired, all_known)?;
+            // Without room for it they are refused all the same, as what no policy allows.
+            let said: Vec<_> = closed.iter().map(|side| no_room(*side)).collect();
+            let _ = self.verdicts.put(said.iter().map(|key| (key, &NO_ROOM)));
+            self.shortage.closed.extend(closed);
+        }
         if changed || desired.depths != self.current.cgroup_depths {
             self.write(KernelSettings {
                 cgroup_depths: desired.depths,
@@ -163,18 +178,54 @@ impl State {
                 ..self.current
             })?;
         }
-        fits
+        fits.and_then(|()| self.roomy())
+    }
+
+    /// The first map that has no room for what is desired.
+    fn roomy(&self) -> Result<(), Error> {
+        let full = |missing: usize, map, capacity| match missing {
+            0 => Ok(()),
+            _ => Err(Error::Full { map, capacity }),
+        };
+        let missing = &self.shortage;
+        full(missing.peers, self.peers.name(), self.peers.capacity())?;
+        let (name, capacity) = (self.peer_ports.name(), self.peer_ports.capacity());
+        full(missing.peer_ports, name, capacity)?;
+        let (name, capacity) = (self.verdicts.name(), self.verdicts.capacity());
+        full(missing.verdicts, name, capacity)
+    }
+
+    /// Takes all allowances from workloads of which a refusal is not in the map, and, where not
+    /// all far ends are known, from those that tell any apart. Gives those workloads.
+    fn close(&mut self, desired: &Desired, all_known: bool) -> Result<BTreeSet<Side>, Error> {
+        let content = self.verdicts.content();
+        let missing = desired.verdicts.iter().filter(|(key, value)| {
+            refuses(value) && content.get(key) != Some(value) || !all_known && key.1.class != 0
+        });
+        let closed: BTreeSet<Side> = missing.map(|((_, key), _)| side(key)).collect();
+        let mut keys: Vec<_> = content.keys().copied().collect();
+        keys.retain(|(_, key)| closed.contains(&side(key)));
+        keys.sort_unstable_by_key(|key| std::cmp::Reverse(breadth(key)));
+        settled(self.verdicts.remove(&keys))?;
+        Ok(closed)
+    }
+
+    /// The workloads and directions that are refused everything, since there is no room for what
+    /// the policy says of them.
+    pub(super) fn closed(&self) -> &BTreeSet<Side> {
+        &self.shortage.closed
     }
 
     /// Entries and capacity of each map.
     pub(super) fn usage(&self) -> Vec<MapUsage> {
+        let missing = &self.shortage;
         vec![
-            usage(&self.workloads),
-            usage(&self.namespaces),
-            usage(&self.local_addresses),
-            usage(&self.peers),
-            usage(&self.peer_ports),
-            usage(&self.verdicts),
+            usage(&self.workloads, 0),
+            usage(&self.namespaces, 0),
+            usage(&self.local_addresses, 0),
+            usage(&self.peers, missing.peers),
+            usage(&self.peer_ports, missing.peer_ports),
+            usage(&self.verdicts, missing.verdicts),
         ]
     }
 
@@ -274,9 +325,6 @@ impl State {
         let first = settled(self.verdicts.put(of_classes));
         let both = first.and_then(|first| Ok(first | settled(self.verdicts.put(of_all))?));
         both.or_else(|error| {
-            let refuses = |value: &VerdictEntry| {
-                value.action == Action::Deny as u32 || value.action == Action::TunnelOnly as u32
-            };
             let refusing = desired.verdicts.iter().filter(|(_, value)| refuses(value));
             self.verdicts.put(refusing)?;
             Err(error)
@@ -356,64 +404,15 @@ fn settled(changed: Result<bool, Error>) -> Result<bool, Error> {
     changed
 }
 
-// === impl Desired ===
-
-impl Desired {
-    fn new(state: &KernelState) -> Self {
-        Self {
-            depths: state.workloads.iter().fold(0, |depths, (_, depth, _)| {
-                depths | 1_u32.wrapping_shl(*depth)
-            }),
-            workloads: state
-                .workloads
-                .iter()
-                .map(|(id, _, entry)| (*id, *entry))
-                .collect(),
-            namespaces: state.namespaces.iter().copied().collect(),
-            local_addresses: state.local_addresses.iter().copied().collect(),
-            peers: state
-                .tables
-                .peers
-                .iter()
-                .map(|(bits, address, entry)| ((*bits, masked(*address, *bits)), *entry))
-                .collect(),
-            peer_ports: state.tables.peer_ports.iter().copied().collect(),
-            verdicts: state
-                .tables
-                .verdicts
-                .iter()
-                .map(|(bits, key, entry)| ((*bits, masked_verdict(*key, *bits)), *entry))
-                .collect(),
-        }
-    }
+/// Whether a verdict refuses a connection that a wider one may allow.
+fn refuses(value: &VerdictEntry) -> bool {
+    ![Action::Allow as u32, Action::Permissive as u32].contains(&value.action)
 }
 
 /// How wide a verdict is: those for everybody after those of a class, which are asked first, and
 /// short prefixes after long ones.
 fn breadth((bits, key): &(u32, VerdictKey)) -> (bool, std::cmp::Reverse<u32>) {
     (key.class == 0, std::cmp::Reverse(*bits))
-}
-
-/// Clears what lies behind a prefix: the kernel takes such keys for the same, and so must we.
-fn masked(mut address: Address, bits: u32) -> Address {
-    for (byte, first) in address.iter_mut().zip((0_u32..).step_by(8)) {
-        let kept = bits.saturating_sub(first).min(8);
-        *byte &= !(0xff_u8.checked_shr(kept).unwrap_or(0));
-    }
-    address
-}
-
-/// The same for a verdict's key. Only what stands behind the class is ever left out.
-fn masked_verdict(mut key: VerdictKey, bits: u32) -> VerdictKey {
-    let [high, low] = key.port;
-    let tail = u32::from_be_bytes([key.direction, key.protocol, high, low]);
-    let left_out = VERDICT_PREFIX_FULL.saturating_sub(bits);
-    let kept = u32::MAX.checked_shl(left_out).unwrap_or(0);
-    let [direction, protocol, high, low] = (tail & kept).to_be_bytes();
-    key.direction = direction;
-    key.protocol = protocol;
-    key.port = [high, low];
-    key
 }
 
 /// The cgroups whose workload has a number that means another workload before or after.
@@ -435,11 +434,12 @@ fn renumbered(
         .collect()
 }
 
-fn usage<T: Table>(tracked: &Tracked<T>) -> MapUsage {
+fn usage<T: Table>(tracked: &Tracked<T>, missing: usize) -> MapUsage {
     MapUsage {
         name: tracked.name(),
         entries: tracked.content().len() as u64,
         capacity: u64::from(tracked.capacity()),
+        missing: missing as u64,
     }
 }
 
@@ -493,34 +493,5 @@ mod tests {
         assert_eq!(suspended(&before, &after), [10, 20, 30]);
         // A restart is no change of numbers.
         assert!(suspended(&before, &[(11, 1), (20, 2), (30, 3)]).is_empty());
-    }
-
-    #[test]
-    fn what_lies_behind_a_prefix_is_cleared() {
-        let ones = [0xff; 16];
-        assert_eq!(masked(ones, 128), ones);
-        assert_eq!(masked(ones, 0), [0; 16]);
-        let mut expected = [0; 16];
-        expected[0] = 0xff;
-        expected[1] = 0b1110_0000;
-        assert_eq!(masked(ones, 11), expected);
-    }
-
-    #[test]
-    fn a_port_range_is_the_beginning_of_a_verdicts_key() {
-        let key = VerdictKey {
-            workload: 7,
-            class: 9,
-            direction: 1,
-            protocol: 6,
-            port: [0x1f, 0x91],
-        };
-        assert_eq!(masked_verdict(key, VERDICT_PREFIX_FULL), key);
-        let range = masked_verdict(key, VERDICT_PREFIX_FULL - 4);
-        assert_eq!(range.port, [0x1f, 0x90]);
-        let any_port = masked_verdict(key, reeve_common::VERDICT_PREFIX_ANY_PORT);
-        assert_eq!((any_port.protocol, any_port.port), (6, [0, 0]));
-        let any = masked_verdict(key, reeve_common::VERDICT_PREFIX_ANY_PROTOCOL);
-        assert_eq!((any.direction, any.protocol, any.port), (1, 0, [0, 0]));
     }
 }

@@ -145,6 +145,11 @@ impl<T: Table> Tracked<T> {
             .filter(move |(key, value)| content.get(key) != Some(value))
     }
 
+    /// Whether the map holds everything that is in `desired`.
+    pub(super) fn holds(&self, desired: &HashMap<T::Key, T::Value>) -> bool {
+        self.different(desired).next().is_none()
+    }
+
     /// The entries that are in the map and not in `desired`.
     pub(super) fn surplus(&self, desired: &HashMap<T::Key, T::Value>) -> Vec<T::Key> {
         let keys = self.content.keys();

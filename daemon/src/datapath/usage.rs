@@ -18,6 +18,8 @@ pub struct MapUsage {
     /// Entries that it has room for. Those that hold connections push the oldest out instead of
     /// being full.
     pub capacity: u64,
+    /// Entries that it has no room for: whatever they could be about is refused.
+    pub missing: u64,
 }
 
 /// What the programs have counted since the maps were made, which outlives the daemon.
@@ -109,5 +111,6 @@ pub(super) fn count<K: aya::Pod, V: aya::Pod>(
         // One that is removed meanwhile may end the walk early: an estimate is enough.
         entries: map.keys().take_while(Result::is_ok).count() as u64,
         capacity: u64::from(capacity),
+        missing: 0,
     }
 }

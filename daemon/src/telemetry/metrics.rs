@@ -469,6 +469,7 @@ mod tests {
                 name: "VERDICTS",
                 entries: 3,
                 capacity: 65536,
+                missing: 2,
             }],
             identities: vec![identity(at)],
             bundles: vec![bundle(2000, None), bundle(3000, Some(2500))],
@@ -488,6 +489,7 @@ mod tests {
         for line in [
             r#"reeve_map_entries{map="VERDICTS"} 3"#,
             r#"reeve_map_capacity{map="VERDICTS"} 65536"#,
+            r#"reeve_map_missing_entries{map="VERDICTS"} 2"#,
             r#"reeve_certificate_not_before_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1000"#,
             r#"reeve_certificate_not_after_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 4600"#,
             r#"reeve_certificate_renewal_due_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 2800"#,

@@ -59,6 +59,7 @@ struct Families {
     lost_events: IntCounterVec,
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
+    map_missing: IntGaugeVec,
     certificates: CertificateFamilies,
     workloads: IntGaugeVec,
     ready: IntGaugeVec,
@@ -172,6 +173,10 @@ impl ReadingsCollector {
                 .map_capacity
                 .with_label_values(&map)
                 .set(saturating(usage.capacity));
+            families
+                .map_missing
+                .with_label_values(&map)
+                .set(saturating(usage.missing));
         }
         families.certificates.set(&readings);
         for (state, count) in &readings.workloads {
@@ -252,6 +257,13 @@ impl Families {
                 Opts::new("reeve_map_capacity", "Entries that fit into a kernel map."),
                 &["map"],
             )?,
+            map_missing: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_map_missing_entries",
+                    "Entries that a kernel map has no room for: what they could be about is refused.",
+                ),
+                &["map"],
+            )?,
             certificates: CertificateFamilies::new()?,
             workloads: IntGaugeVec::new(
                 Opts::new("reeve_workloads", "Declared workloads by state."),
@@ -283,6 +295,7 @@ impl Families {
             &self.lost_events,
             &self.map_entries,
             &self.map_capacity,
+            &self.map_missing,
             &self.workloads,
             &self.ready,
             &self.open_files,

@@ -24,5 +24,6 @@ mod packet;
 mod pins;
 mod place;
 mod ring;
+mod room;
 mod rules;
 mod world;

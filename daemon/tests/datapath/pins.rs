@@ -286,39 +286,6 @@ fn a_map_that_is_not_reeves_is_refused() {
 }
 
 #[test]
-fn a_full_map_is_said_and_what_does_not_fit_is_refused() {
-    let mut world = World::new();
-    world.stop();
-    fs::remove_dir_all(&world.settings.pins).unwrap();
-    world.settings.maps.verdicts = 2;
-    world.start().unwrap();
-    world.enrol();
-    world.peer(0);
-    for port in [80, 81, 82] {
-        world.allow(Direction::Egress, Scope::Port(TCP, port));
-    }
-    match world.datapath().apply(&world.state) {
-        Err(Error::Full { map, capacity }) => assert_eq!((map, capacity), ("VERDICTS", 2)),
-        other => panic!("{other:?}"),
-    }
-    let connect = |port| {
-        let to = world.there.port4(port);
-        world.as_workload(|| TcpStream::connect(to)).unwrap_err()
-    };
-    let refused = [80, 81, 82]
-        .into_iter()
-        .filter(|port| connect(*port).raw_os_error() == Some(libc::EPERM))
-        .count();
-    assert_eq!(refused, 1);
-    // Room is made before it is missed again.
-    world.state.tables.verdicts.clear();
-    for port in [90, 91] {
-        world.allow(Direction::Egress, Scope::Port(TCP, port));
-    }
-    world.apply();
-}
-
-#[test]
 fn the_cgroup_may_be_another_one_the_next_time() {
     let mut world = World::enrolled();
     world.stop();

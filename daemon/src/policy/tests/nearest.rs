@@ -185,7 +185,9 @@ fn what_is_said_of_a_rule_never_contradicts_the_verdict() {
                         assert_eq!(decision.reason, Reason::NoPolicy);
                         assert!(fits.is_empty(), "{question:?}: {fits:?}");
                     }
-                    Action::Permissive => unreachable!("no workload here is permissive"),
+                    Action::Permissive | Action::NoRoom => {
+                        unreachable!("no workload is permissive, and no map full")
+                    }
                     Action::TunnelOnly => {
                         let near = measured.iter().find(|near| near.rule == named).unwrap();
                         assert_eq!(near.misfits[0].part, Part::Proof, "{question:?}");

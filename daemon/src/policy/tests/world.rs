@@ -108,7 +108,7 @@ impl World {
             reeve_common::Action::Allow | reeve_common::Action::Permissive => {
                 self.snapshot.rule_name(decision.rule)
             }
-            reeve_common::Action::Deny => "no",
+            reeve_common::Action::Deny | reeve_common::Action::NoRoom => "no",
             reeve_common::Action::TunnelOnly => "tunnel only",
         }
     }

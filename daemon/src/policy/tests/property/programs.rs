@@ -109,7 +109,7 @@ impl Programs {
         let expected = match decision.action {
             Action::Allow => !(egress && tunnelled),
             Action::Permissive => true,
-            Action::Deny | Action::TunnelOnly => false,
+            Action::Deny | Action::TunnelOnly | Action::NoRoom => false,
         };
         let program = if egress {
             "reeve_egress"

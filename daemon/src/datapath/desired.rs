@@ -1,0 +1,383 @@
+//! What the maps shall hold, by key, and what of it they have room for.
+//!
+//! A refusal that finds no room would leave a wider allowance alone. So what fits is decided before
+//! anything is written: a workload whose verdicts have no room is refused everything in that
+//! direction, and whatever could be an address or a port without room is refused too. Both have
+//! [`reeve_common::Reason::MapFailure`] for their reason.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeSet, HashMap, HashSet},
+};
+
+use reeve_common::{
+    Action, Address, DryRun, NamespaceEntry, PEER_NO_ROOM, PeerEntry, PeerKey, PeerPortKey,
+    VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WorkloadEntry,
+    WorkloadId, protocol,
+};
+
+use super::KernelState;
+
+/// Bits of an address.
+const ADDRESS_BITS: u32 = 128;
+
+/// Entries of a trie that are left free: older kernels want room even to change an entry.
+const SPARE: usize = 1;
+
+/// What is said of a workload and direction without room.
+pub(super) const NO_ROOM: VerdictEntry = VerdictEntry {
+    action: Action::NoRoom as u32,
+    rule: 0,
+    dry_run: DryRun::Same as u32,
+    dry_run_rule: 0,
+};
+
+/// A workload and a [`reeve_common::Direction`] as a number.
+pub(super) type Side = (WorkloadId, u8);
+
+/// Capacities of the maps that policies and peers fill.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) peers: u32,
+    pub(super) peer_ports: u32,
+    pub(super) verdicts: u32,
+}
+
+/// Entries that have no room.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Shortage {
+    pub(super) peers: usize,
+    pub(super) peer_ports: usize,
+    pub(super) verdicts: usize,
+    /// Whose verdicts they are.
+    pub(super) closed: BTreeSet<Side>,
+}
+
+/// A desired state.
+pub(super) struct Desired {
+    pub(super) depths: u32,
+    pub(super) workloads: HashMap<u64, WorkloadEntry>,
+    pub(super) namespaces: HashMap<u64, NamespaceEntry>,
+    pub(super) local_addresses: HashMap<Address, WorkloadId>,
+    pub(super) peers: HashMap<(u32, PeerKey), PeerEntry>,
+    pub(super) peer_ports: HashMap<PeerPortKey, PeerEntry>,
+    pub(super) verdicts: HashMap<(u32, VerdictKey), VerdictEntry>,
+}
+
+// === impl Desired ===
+
+impl Desired {
+    pub(super) fn new(state: &KernelState) -> Self {
+        Self {
+            depths: state.workloads.iter().fold(0, |depths, (_, depth, _)| {
+                depths | 1_u32.wrapping_shl(*depth)
+            }),
+            workloads: state
+                .workloads
+                .iter()
+                .map(|(id, _, entry)| (*id, *entry))
+                .collect(),
+            namespaces: state.namespaces.iter().copied().collect(),
+            local_addresses: state.local_addresses.iter().copied().collect(),
+            peers: state
+                .tables
+                .peers
+                .iter()
+                .map(|(bits, address, entry)| ((*bits, masked(*address, *bits)), *entry))
+                .collect(),
+            peer_ports: state.tables.peer_ports.iter().copied().collect(),
+            verdicts: state
+                .tables
+                .verdicts
+                .iter()
+                .map(|(bits, key, entry)| ((*bits, masked_verdict(*key, *bits)), *entry))
+                .collect(),
+        }
+    }
+
+    /// Leaves out what has no room, and has refused whatever that could have been about.
+    pub(super) fn fit(&mut self, room: Room) -> Shortage {
+        let peer_ports = self.fit_peer_ports(room.peer_ports as usize);
+        let peers = self.fit_peers((room.peers as usize).saturating_sub(SPARE));
+        let (verdicts, closed) = self.fit_verdicts((room.verdicts as usize).saturating_sub(SPARE));
+        Shortage {
+            peers,
+            peer_ports,
+            verdicts,
+            closed,
+        }
+    }
+
+    /// The workloads with the most verdicts go first, so that few do.
+    fn fit_verdicts(&mut self, room: usize) -> (usize, BTreeSet<Side>) {
+        let mut number = self.verdicts.len();
+        if number <= room {
+            return (0, BTreeSet::new());
+        }
+        let mut sides: HashMap<Side, usize> = HashMap::new();
+        for (_, key) in self.verdicts.keys() {
+            *sides.entry(side(key)).or_default() += 1;
+        }
+        let mut sides: Vec<_> = sides.into_iter().collect();
+        sides.sort_unstable_by_key(|(side, count)| (Reverse(*count), *side));
+        let mut closed = BTreeSet::new();
+        for (side, count) in sides {
+            if number <= room {
+                break;
+            }
+            // One entry says that there is no room.
+            number = number + 1 - count;
+            closed.insert(side);
+        }
+        let before = self.verdicts.len();
+        self.verdicts
+            .retain(|(_, key), _| !closed.contains(&side(key)));
+        let missing = before - self.verdicts.len();
+        let left = room.saturating_sub(self.verdicts.len());
+        let said = closed
+            .iter()
+            .take(left)
+            .map(|side| (no_room(*side), NO_ROOM));
+        self.verdicts.extend(said);
+        (missing, closed)
+    }
+
+    /// Leaves out the narrowest prefixes; what is around them is refused.
+    fn fit_peers(&mut self, room: usize) -> usize {
+        if self.peers.len() <= room {
+            return 0;
+        }
+        let mut keys: Vec<_> = self.peers.keys().copied().collect();
+        keys.sort_unstable_by_key(|(bits, address)| (Reverse(*bits), *address));
+        // One entry, around everything, says that there is no room.
+        keys.truncate(keys.len() + 1 - room);
+        for key in &keys {
+            self.peers.remove(key);
+        }
+        let lengths: BTreeSet<u32> = self.peers.keys().map(|(bits, _)| *bits).collect();
+        for (bits, address) in &keys {
+            let wider = lengths.range(..bits).rev();
+            let mut wider = wider.map(|bits| (*bits, masked(*address, *bits)));
+            let around = wider.find(|key| self.peers.contains_key(key));
+            self.mark(around.unwrap_or_default());
+        }
+        keys.len()
+    }
+
+    /// Leaves out all ports of some addresses; those addresses are refused.
+    fn fit_peer_ports(&mut self, room: usize) -> usize {
+        let number = self.peer_ports.len();
+        if number <= room {
+            return 0;
+        }
+        let mut ports: HashMap<Address, usize> = HashMap::new();
+        for key in self.peer_ports.keys() {
+            *ports.entry(key.address).or_default() += 1;
+        }
+        let mut ports: Vec<_> = ports.into_iter().collect();
+        ports.sort_unstable_by_key(|(address, count)| (Reverse(*count), *address));
+        let mut missing = 0;
+        let mut refused = HashSet::new();
+        for (address, count) in ports {
+            if number - missing <= room {
+                break;
+            }
+            missing += count;
+            refused.insert(address);
+        }
+        self.peer_ports
+            .retain(|key, _| !refused.contains(&key.address));
+        for address in refused {
+            self.mark((ADDRESS_BITS, address));
+        }
+        missing
+    }
+
+    fn mark(&mut self, key: (u32, PeerKey)) {
+        self.peers.entry(key).or_default().flags |= PEER_NO_ROOM;
+    }
+}
+
+/// The entry of a workload and direction without room.
+pub(super) fn no_room((workload, direction): Side) -> (u32, VerdictKey) {
+    let key = VerdictKey {
+        workload,
+        class: 0,
+        direction,
+        protocol: protocol::ANY,
+        port: [0; 2],
+    };
+    (VERDICT_PREFIX_ANY_PROTOCOL, key)
+}
+
+/// Whose verdict it is.
+pub(super) fn side(key: &VerdictKey) -> Side {
+    (key.workload, key.direction)
+}
+
+/// Clears what lies behind a prefix: the kernel takes such keys for the same, and so must we.
+fn masked(mut address: Address, bits: u32) -> Address {
+    for (byte, first) in address.iter_mut().zip((0_u32..).step_by(8)) {
+        let kept = bits.saturating_sub(first).min(8);
+        *byte &= !(0xff_u8.checked_shr(kept).unwrap_or(0));
+    }
+    address
+}
+
+/// The same for a verdict's key. Only what stands behind the class is ever left out.
+fn masked_verdict(mut key: VerdictKey, bits: u32) -> VerdictKey {
+    let [high, low] = key.port;
+    let tail = u32::from_be_bytes([key.direction, key.protocol, high, low]);
+    let left_out = VERDICT_PREFIX_FULL.saturating_sub(bits);
+    let kept = u32::MAX.checked_shl(left_out).unwrap_or(0);
+    let [direction, protocol, high, low] = (tail & kept).to_be_bytes();
+    key.direction = direction;
+    key.protocol = protocol;
+    key.port = [high, low];
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use reeve_common::ipv4_mapped;
+
+    use super::*;
+    use crate::policy::KernelTables;
+
+    const PLENTY: Room = Room {
+        peers: 100,
+        peer_ports: 100,
+        verdicts: 100,
+    };
+
+    fn desired(tables: KernelTables) -> Desired {
+        Desired::new(&KernelState {
+            tables,
+            ..KernelState::default()
+        })
+    }
+
+    fn verdict(workload: WorkloadId, port: u8) -> (u32, VerdictKey, VerdictEntry) {
+        let key = VerdictKey {
+            workload,
+            protocol: protocol::TCP,
+            port: [0, port],
+            ..VerdictKey::default()
+        };
+        (VERDICT_PREFIX_FULL, key, VerdictEntry::default())
+    }
+
+    fn block(bits: u32, address: [u8; 4]) -> (u32, Address, PeerEntry) {
+        (96 + bits, ipv4_mapped(address), PeerEntry::default())
+    }
+
+    #[test]
+    fn the_workload_with_the_most_verdicts_is_closed_as_a_whole() {
+        let verdicts = [(1, 1), (2, 1), (2, 2), (2, 3), (3, 1)];
+        let tables = KernelTables {
+            verdicts: verdicts.map(|(one, port)| verdict(one, port)).into(),
+            ..KernelTables::default()
+        };
+        let mut fits = desired(tables.clone());
+        assert_eq!(fits.fit(PLENTY), Shortage::default());
+        assert_eq!(fits.verdicts.len(), 5);
+
+        let mut fits = desired(tables);
+        // One of five is left free.
+        let shortage = fits.fit(Room {
+            verdicts: 5,
+            ..PLENTY
+        });
+        assert_eq!(shortage.closed, BTreeSet::from([(2, 0)]));
+        assert_eq!(shortage.verdicts, 3);
+        assert_eq!(fits.verdicts.len(), 3);
+        assert_eq!(fits.verdicts[&no_room((2, 0))], NO_ROOM);
+    }
+
+    #[test]
+    fn what_is_around_an_address_without_room_is_refused() {
+        let mut fits = desired(KernelTables {
+            peers: vec![
+                block(8, [10, 0, 0, 0]),
+                block(16, [10, 1, 0, 0]),
+                block(32, [10, 1, 0, 1]),
+                block(32, [10, 1, 0, 2]),
+                block(32, [192, 0, 2, 1]),
+            ],
+            ..KernelTables::default()
+        });
+        let shortage = fits.fit(Room { peers: 5, ..PLENTY });
+        assert_eq!(shortage.peers, 2);
+        let flags = |bits: u32, address| fits.peers.get(&(96 + bits, ipv4_mapped(address)));
+        let marked = |bits, address| flags(bits, address).map(|entry| entry.flags);
+        assert_eq!(marked(16, [10, 1, 0, 0]), Some(PEER_NO_ROOM));
+        assert_eq!(marked(8, [10, 0, 0, 0]), Some(0));
+        assert_eq!(marked(32, [192, 0, 2, 1]), Some(0));
+        assert_eq!(marked(32, [10, 1, 0, 2]), None);
+        assert!(fits.peers.len() < 5);
+    }
+
+    #[test]
+    fn an_address_in_no_block_has_everything_unknown_refused() {
+        let mut fits = desired(KernelTables {
+            peers: vec![block(32, [10, 1, 0, 1]), block(32, [10, 1, 0, 2])],
+            ..KernelTables::default()
+        });
+        fits.fit(Room { peers: 2, ..PLENTY });
+        assert_eq!(fits.peers.len(), 1);
+        assert_eq!(fits.peers[&(0, [0; 16])].flags, PEER_NO_ROOM);
+    }
+
+    #[test]
+    fn an_address_whose_ports_have_no_room_is_refused() {
+        let port = |last, port| {
+            let key = PeerPortKey {
+                address: ipv4_mapped([10, 0, 0, last]),
+                port,
+                ..PeerPortKey::default()
+            };
+            (key, PeerEntry::default())
+        };
+        let mut fits = desired(KernelTables {
+            peers: vec![block(32, [10, 0, 0, 1]), block(32, [10, 0, 0, 2])],
+            peer_ports: vec![port(1, 80), port(2, 80), port(2, 81)],
+            ..KernelTables::default()
+        });
+        let shortage = fits.fit(Room {
+            peer_ports: 2,
+            ..PLENTY
+        });
+        assert_eq!((shortage.peer_ports, fits.peer_ports.len()), (2, 1));
+        let flags = |last| fits.peers[&(128, ipv4_mapped([10, 0, 0, last]))].flags;
+        assert_eq!((flags(1), flags(2)), (0, PEER_NO_ROOM));
+    }
+
+    #[test]
+    fn what_lies_behind_a_prefix_is_cleared() {
+        let ones = [0xff; 16];
+        assert_eq!(masked(ones, 128), ones);
+        assert_eq!(masked(ones, 0), [0; 16]);
+        let mut expected = [0; 16];
+        expected[0] = 0xff;
+        expected[1] = 0b1110_0000;
+        assert_eq!(masked(ones, 11), expected);
+    }
+
+    #[test]
+    fn a_port_range_is_the_beginning_of_a_verdicts_key() {
+        let key = VerdictKey {
+            workload: 7,
+            class: 9,
+            direction: 1,
+            protocol: 6,
+            port: [0x1f, 0x91],
+        };
+        assert_eq!(masked_verdict(key, VERDICT_PREFIX_FULL), key);
+        let range = masked_verdict(key, VERDICT_PREFIX_FULL - 4);
+        assert_eq!(range.port, [0x1f, 0x90]);
+        let any_port = masked_verdict(key, reeve_common::VERDICT_PREFIX_ANY_PORT);
+        assert_eq!((any_port.protocol, any_port.port), (6, [0, 0]));
+        let any = masked_verdict(key, VERDICT_PREFIX_ANY_PROTOCOL);
+        assert_eq!((any.direction, any.protocol, any.port), (1, 0, [0, 0]));
+    }
+}

@@ -1,0 +1,163 @@
+//! Maps without room: whatever could be about what does not fit is refused, and it is said.
+
+use std::{
+    fs, io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+};
+
+use reeve::{
+    config::Maps,
+    datapath::{Error, address},
+};
+use reeve_common::{
+    Action, Direction, Hook, PeerEntry, PeerPortKey, Reason,
+    protocol::{TCP, UDP},
+};
+
+use crate::world::{CLASS, PEER, Scope, WORKLOAD, World, assert_refused};
+
+/// A workload, and maps with other capacities than usual. One entry of `PEERS` and of `VERDICTS` is
+/// left free.
+fn with(capacities: impl FnOnce(&mut Maps)) -> World {
+    let mut world = World::new();
+    world.stop();
+    fs::remove_dir_all(&world.settings.pins).unwrap();
+    capacities(&mut world.settings.maps);
+    world.start().unwrap();
+    world.enrol();
+    world.peer(0);
+    world
+}
+
+fn connect(world: &World, to: SocketAddr) -> io::Result<()> {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    world.as_workload(|| UdpSocket::bind(any)?.connect(to))
+}
+
+/// Applies what does not fit, and gives the map that is said to be full.
+fn full_map(world: &World) -> &'static str {
+    match world.datapath().apply(&world.state) {
+        Err(Error::Full { map, .. }) => map,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn missing(world: &World, map: &str) -> u64 {
+    let usage = world.datapath().map_usage();
+    usage
+        .iter()
+        .find(|usage| usage.name == map)
+        .unwrap()
+        .missing
+}
+
+#[test]
+fn a_new_refusal_without_room_leaves_no_wider_allowance() {
+    let mut world = with(|maps| maps.verdicts = 3);
+    let denied = world.there.port4(81);
+    world.allow(Direction::Egress, Scope::Anything);
+    world.verdict(
+        Direction::Ingress,
+        CLASS,
+        Scope::Protocol(TCP),
+        Action::Allow,
+    );
+    world.apply();
+    connect(&world, denied).unwrap();
+
+    let before = world.state.tables.verdicts.clone();
+    world.verdict(Direction::Egress, CLASS, Scope::Port(UDP, 81), Action::Deny);
+    assert_eq!(full_map(&world), "VERDICTS");
+    assert_refused(connect(&world, denied));
+    world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+    // The whole direction is closed, and the other is not.
+    assert_refused(connect(&world, world.there.port6(80)));
+    assert_eq!(world.datapath().closed(), [(WORKLOAD, Direction::Egress)]);
+    let ingress = world
+        .datapath()
+        .verdict(WORKLOAD, Direction::Ingress, world.there.v4, TCP, 80);
+    assert_eq!(ingress.unwrap().action, Action::Allow as u32);
+    assert_eq!(missing(&world, "VERDICTS"), 2);
+    // Asked again it changes nothing.
+    let generation = world.datapath().generation();
+    assert_eq!(full_map(&world), "VERDICTS");
+    assert_eq!(world.datapath().generation(), generation);
+
+    world.state.tables.verdicts = before;
+    world.apply();
+    connect(&world, denied).unwrap();
+    assert_eq!(world.datapath().closed(), []);
+    assert_eq!(missing(&world, "VERDICTS"), 0);
+}
+
+#[test]
+fn room_is_made_before_it_is_missed() {
+    let mut world = with(|maps| maps.verdicts = 4);
+    for port in [80, 81, 82] {
+        world.allow(Direction::Egress, Scope::Port(UDP, port));
+    }
+    world.apply();
+    world.state.tables.verdicts.clear();
+    world.verdict(Direction::Egress, CLASS, Scope::Anything, Action::Allow);
+    for port in [90, 91] {
+        world.verdict(
+            Direction::Egress,
+            CLASS,
+            Scope::Port(UDP, port),
+            Action::Deny,
+        );
+    }
+    world.apply();
+    connect(&world, world.there.port4(80)).unwrap();
+    for port in [90, 91] {
+        assert_refused(connect(&world, world.there.port4(port)));
+    }
+}
+
+#[test]
+fn an_address_without_room_is_not_taken_for_its_neighbours() {
+    let mut world = with(|maps| maps.peers = 2);
+    let stranger = [IpAddr::from([10, 0, 0, 9])];
+    world.verdict(Direction::Egress, 0, Scope::Anything, Action::Allow);
+    world.verdict(Direction::Egress, CLASS, Scope::Anything, Action::Deny);
+    assert_eq!(full_map(&world), "PEERS");
+    for ip in [world.there.v4, world.there.v6].iter().chain(&stranger) {
+        assert_refused(connect(&world, SocketAddr::new(*ip, 80)));
+    }
+    world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+    assert!(missing(&world, "PEERS") > 0);
+    // What is left has room.
+    world.state.tables.peers.truncate(1);
+    world.apply();
+    assert_refused(connect(&world, world.there.port4(80)));
+    connect(&world, SocketAddr::new(stranger[0], 80)).unwrap();
+}
+
+#[test]
+fn a_port_without_room_is_not_taken_for_the_rest_of_its_address() {
+    let mut world = with(|maps| maps.peer_ports = 1);
+    world.verdict(Direction::Egress, CLASS, Scope::Anything, Action::Allow);
+    for (_, _, entry) in &mut world.state.tables.peers {
+        entry.flags |= reeve_common::PEER_BY_PORT;
+    }
+    let entry = PeerEntry {
+        class: CLASS + 1,
+        peer: PEER + 1,
+        flags: 0,
+    };
+    for port in [81, 82] {
+        let key = PeerPortKey {
+            address: address(world.there.v4),
+            port,
+            protocol: UDP,
+            reserved: 0,
+        };
+        world.state.tables.peer_ports.push((key, entry));
+    }
+    assert_eq!(full_map(&world), "PEER_PORTS");
+    for port in [80, 81, 82] {
+        assert_refused(connect(&world, world.there.port4(port)));
+    }
+    world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+    connect(&world, world.there.port6(80)).unwrap();
+}
