@@ -92,6 +92,11 @@ fn build() -> Result<(), String> {
     }
     flags.push(separator);
     flags.push(linker_flag);
+    for (folder, name) in places(root)? {
+        flags.push(format!("{separator}--remap-path-prefix="));
+        flags.push(folder);
+        flags.push(format!("={name}"));
+    }
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags);
     // The stable compiler then takes `-Z build-std`, so that no nightly is needed.
     cargo.env("RUSTC_BOOTSTRAP", "1");
@@ -154,14 +159,23 @@ fn find_linker(root: &Path, out: &Path) -> Result<PathBuf, String> {
         })
 }
 
+/// The folders that sources are in, and what the programs' debug information calls them: the same
+/// wherever they are built.
+fn places(root: &Path) -> Result<Vec<(PathBuf, &'static str)>, String> {
+    let cargo_home = match env::var_os("CARGO_HOME") {
+        Some(folder) => PathBuf::from(folder),
+        None => PathBuf::from(variable("HOME")?).join(".cargo"),
+    };
+    Ok(vec![
+        (cargo_home, "/cargo"),
+        (library_sources()?, "/rustc/library"),
+        (root.to_owned(), "/reeve"),
+    ])
+}
+
 /// The sources of `core`, which is compiled for the kernel's machine.
 fn require_rust_src() -> Result<(), String> {
-    let output = Command::new(variable("RUSTC")?)
-        .args(["--print", "sysroot"])
-        .output()
-        .map_err(|error| format!("could not ask rustc for its folder: {error}"))?;
-    let sysroot = String::from_utf8_lossy(&output.stdout);
-    let sources = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core");
+    let sources = library_sources()?.join("core");
     if sources.is_dir() {
         return Ok(());
     }
@@ -170,4 +184,13 @@ fn require_rust_src() -> Result<(), String> {
          Run `cargo xtask setup`, which installs them",
         sources.display()
     ))
+}
+
+fn library_sources() -> Result<PathBuf, String> {
+    let output = Command::new(variable("RUSTC")?)
+        .args(["--print", "sysroot"])
+        .output()
+        .map_err(|error| format!("could not ask rustc for its folder: {error}"))?;
+    let sysroot = String::from_utf8_lossy(&output.stdout);
+    Ok(Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library"))
 }

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         Command::Policy { command } => cli::policy(&command),
         Command::Detach { config } => cli::detach(&config),
         Command::Completions { shell } => cli::completions(shell),
+        Command::Man { command, folder } => cli::man(&command, folder.as_deref()),
     }
 }
 

@@ -278,6 +278,7 @@ fn help_teaches() {
         "policy",
         "detach",
         "completions",
+        "man",
     ];
     for text in commands
         .iter()
@@ -309,6 +310,7 @@ fn a_wrong_command_line_says_what_would_be_right() {
         (&["statsu"], "status"),
         (&["run", "--confg", "x"], "--config"),
         (&["completions", "cmd"], "bash"),
+        (&["man", "ca", "isue"], "`reeve ca --help`"),
         (&["status", "--json", "extra"], "extra"),
     ] {
         let wrong = reeve(words);

@@ -104,7 +104,7 @@ fn deploy() -> PathBuf {
 }
 
 /// A tool that `cargo xtask setup` keeps in cargo's target folder.
-fn beside_target(tool: &str) -> PathBuf {
+pub(crate) fn beside_target(tool: &str) -> PathBuf {
     let program = std::env::current_exe().unwrap();
     let found = program
         .ancestors()

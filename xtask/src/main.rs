@@ -1,8 +1,14 @@
 //! What plain cargo cannot do. `cargo xtask help` lists it; one module per subcommand.
 
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, reason = "a test that fails shall say where")
+)]
+
 mod bench;
 mod build;
 mod demo;
+mod dist;
 mod fuzz;
 mod licences;
 mod lint;
@@ -40,6 +46,8 @@ enum Command {
     Storm(storm::Options),
     /// Fuzz the parsers that meet others' bytes
     Fuzz(fuzz::Options),
+    /// Make what is released: a tarball with the static binary, and the container image
+    Dist(dist::Options),
     /// Run clippy on the workspace and on the kernel programs, warnings being errors
     Lint,
     /// Check the dependencies' licences and the banned crates against deny.toml
@@ -65,6 +73,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(&options),
         Command::Storm(options) => storm::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Dist(options) => dist::run(&options),
         Command::Lint => lint::run(),
         Command::Licences => licences::check(),
     }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::{build, run, setup, workspace::Workspace};
+use crate::{build, dist, run, setup, workspace::Workspace};
 
 /// What to test.
 #[derive(clap::Args, Debug)]
@@ -20,13 +20,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     setup::for_running(&workspace)?;
     let started = Instant::now();
     let built = build::build(&workspace, &build::Options::default())?;
+    // What is released is linked in another way; the tests of a release run that.
+    let released = dist::build_static(&workspace, dist::Profile::Tests)?;
     let mut cargo = workspace.cargo()?;
     cargo
         // One run tells of all that is wrong.
         .args(["test", "--locked", "--workspace", "--no-fail-fast", "--"])
         .args(&options.filter)
         .env("REEVE", &built.daemon)
-        .env("REEVE_PEER", &built.peer);
+        .env("REEVE_PEER", &built.peer)
+        .env("REEVE_STATIC", &released);
     run::run(&mut cargo)?;
     println!(
         "all tests passed in {} s, building included",

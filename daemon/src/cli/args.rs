@@ -291,6 +291,21 @@ Examples:
         /// The shell
         shell: clap_complete::Shell,
     },
+
+    /// Print the manual page of a command, or write those of all commands
+    #[command(after_help = "\
+Examples:
+  reeve man run | man -l -
+  reeve man ca issue > reeve-ca-issue.1
+  reeve man --folder /usr/local/share/man/man1")]
+    Man {
+        /// The command, as in `ca issue`; reeve itself if not given
+        #[arg(value_name = "COMMAND")]
+        command: Vec<String>,
+        /// Write the pages of all commands into this folder, which is there
+        #[arg(long, value_name = "FOLDER", conflicts_with = "command")]
+        folder: Option<PathBuf>,
+    },
 }
 
 #[cfg(test)]

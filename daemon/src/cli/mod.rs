@@ -8,6 +8,7 @@ mod certs;
 mod detach;
 mod explain;
 mod inspect;
+mod man;
 mod observe;
 mod policy;
 mod reload;
@@ -26,6 +27,7 @@ pub use args::{Cli, Command};
 pub use ca::{CaCommand, ca};
 pub use certs::{Certs, certs};
 pub use explain::{Explain, explain};
+pub use man::man;
 pub use observe::{Observe, observe};
 pub use policy::{PolicyCommand, policy};
 

@@ -28,12 +28,19 @@ pub(crate) fn for_building(workspace: &Workspace) -> Result<()> {
     tools::ensure(workspace)
 }
 
+/// What making container images lacks.
+pub(crate) fn for_images() -> Result<()> {
+    packages::ensure(&packages::IMAGES)
+}
+
 /// What building and running lack. The host is looked at first: nobody should wait for a build
 /// to learn that the kernel is too old.
 pub(crate) fn for_running(workspace: &Workspace) -> Result<()> {
     host::ensure()?;
     packages::ensure(&packages::TESTS)?;
+    for_images()?;
     tools::ensure_kubernetes_validate(workspace)?;
+    tools::ensure_cyclonedx(workspace)?;
     machine::ensure(workspace)?;
     for_building(workspace)
 }

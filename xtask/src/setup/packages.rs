@@ -11,7 +11,7 @@ use crate::run;
 type Programs = [(&'static str, &'static str)];
 
 /// What tests, demo and bench run.
-pub(super) const TESTS: [(&str, &str); 13] = [
+pub(super) const TESTS: [(&str, &str); 16] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
@@ -26,7 +26,14 @@ pub(super) const TESTS: [(&str, &str); 13] = [
     ("debootstrap", "debootstrap"),
     ("systemd-nspawn", "systemd-container"),
     ("pip3", "python3-pip"),
+    // What a release brings: its image as a cluster would run it, its manual as people read it.
+    ("podman", "podman"),
+    ("runc", "runc"),
+    ("man", "man-db"),
 ];
+
+/// What makes container images.
+pub(super) const IMAGES: [(&str, &str); 1] = [("buildah", "buildah")];
 
 /// Asked by Debian's maintainer scripts before they start a service.
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";

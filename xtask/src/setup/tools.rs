@@ -46,12 +46,25 @@ pub(super) fn ensure(workspace: &Workspace) -> Result<()> {
 const KUBERNETES_VALIDATE: &str = "1.37.0";
 
 pub(super) fn ensure_kubernetes_validate(workspace: &Workspace) -> Result<()> {
-    let folder = workspace.tools().join("kubernetes-validate");
+    ensure_python(workspace, "kubernetes-validate", KUBERNETES_VALIDATE, "")
+}
+
+/// CycloneDX's schemas, and what checks a bill of materials against them.
+const CYCLONEDX: &str = "11.12.0";
+
+pub(super) fn ensure_cyclonedx(workspace: &Workspace) -> Result<()> {
+    let extra = "[json-validation]";
+    ensure_python(workspace, "cyclonedx-python-lib", CYCLONEDX, extra)
+}
+
+/// A package of Python, in a folder of its own.
+fn ensure_python(workspace: &Workspace, name: &str, version: &str, extra: &str) -> Result<()> {
+    let folder = workspace.tools().join(name);
     if folder.is_dir() {
         return Ok(());
     }
     say(&format!(
-        "installing kubernetes-validate {KUBERNETES_VALIDATE} into {}",
+        "installing {name} {version} into {}",
         folder.display()
     ));
     // Renamed when it is whole. What an earlier attempt left may be half of something.
@@ -63,8 +76,8 @@ pub(super) fn ensure_kubernetes_validate(workspace: &Workspace) -> Result<()> {
         Command::new("pip3")
             .args(["install", "--quiet", "--target"])
             .arg(&unfinished)
-            .arg(format!("kubernetes-validate=={KUBERNETES_VALIDATE}")),
+            .arg(format!("{name}{extra}=={version}")),
     )
-    .context("installing what checks Kubernetes manifests; pip needs its registry for this")?;
+    .with_context(|| format!("installing {name}; pip needs its registry for this"))?;
     fs::rename(&unfinished, &folder).with_context(|| format!("placing {}", folder.display()))
 }
