@@ -1,8 +1,12 @@
 //! Least privilege: what the threads of a running daemon may still do, as the kernel tells it.
 
-use std::fs;
+use std::os::unix::process::ExitStatusExt;
 
-use harness::{Daemon, Network, Node, Thread};
+use harness::{Daemon, Network, Node, Thread, eventually};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::Signal,
+};
 use serde_json::json;
 
 use crate::arrange::{PORT, Pair, say, serve};
@@ -76,16 +80,57 @@ fn who_reads_what_strangers_send_has_no_privilege_and_the_others_only_what_they_
 }
 
 #[test]
-fn nobody_finds_a_key_in_a_core_dump() {
+fn a_daemon_that_crashes_leaves_no_core_dump() {
+    // Whoever is started from here on may leave one.
+    let (_, most) = getrlimit(Resource::RLIMIT_CORE).unwrap();
+    setrlimit(Resource::RLIMIT_CORE, most, most).unwrap();
+    let node = Node::new(&Network::new(), "one");
+    let folder = node.folder().to_str().unwrap();
+    let crash = format!("cd {folder}; kill -ABRT $$");
+    let other = node.host().exec(["sh", "-c", &crash]);
+    assert!(
+        other.status.core_dumped(),
+        "here nobody leaves any: {:?}",
+        other.status
+    );
+    // A thread may abort, and a signal of the processor's ends all of them.
+    for signal in [Signal::SIGABRT, Signal::SIGSEGV] {
+        let mut daemon = node.reeve().start();
+        let mut ended = None;
+        eventually(&format!("{signal} ends it"), || {
+            // The runtime takes the first for an overflow of a stack, and looks again.
+            daemon.signal(signal);
+            ended = daemon.ended();
+            ended.is_some()
+        });
+        let ended = ended.unwrap();
+        assert_eq!(ended.signal(), Some(signal as i32));
+        assert!(!ended.core_dumped(), "{ended}");
+    }
+}
+
+#[test]
+fn nobody_looks_into_the_daemons_memory() {
     let node = Node::new(&Network::new(), "one");
     let daemon = node.reeve().start();
-    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.id())).unwrap();
-    let core = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max core file size"))
-        .unwrap();
-    let values: Vec<_> = core.split_whitespace().take(2).collect();
-    assert_eq!(values, ["0", "0"]);
+    let threads = daemon.threads();
+    let exposed = threads.iter().find(|thread| thread.name == "tunnel-0");
+    let exposed = exposed.unwrap().id;
+    // The same user, without the capabilities to look into whatever it likes: it is let into what has
+    // none either, unless that does not want it.
+    let look = |process: u32, thread: u32| {
+        let file = format!("/proc/{process}/task/{thread}/environ");
+        let without = ["setpriv", "--bounding-set=-all", "cat", &file];
+        node.host().exec(without)
+    };
+    let other = node
+        .host()
+        .spawn(["setpriv", "--bounding-set=-all", "sleep", "60"]);
+    eventually("others are looked into", || {
+        look(other.id(), other.id()).status.success()
+    });
+    let refused = look(daemon.id(), exposed).fails();
+    assert!(refused.contains("Permission denied"), "{refused}");
 }
 
 #[test]
