@@ -6,14 +6,14 @@ use arc_swap::ArcSwap;
 use clap::Parser;
 use reeve::{
     cli::{self, Cli, Command},
-    config::Config,
+    config::{Config, Declared},
     control::{self, Control, Daemon, Endpoints, Parts, RunError},
     datapath::Datapath,
     handover::{self, Inherited},
     policy::Snapshot,
     telemetry::{self, ConnectionLog, Events, Health, Metrics, Observers, Readiness, Told},
     tunnel::{Shared, Tunnels},
-    workload::{Registry, cgroup::CgroupTree},
+    workload::{Registry, RosterSource, cgroup::CgroupTree},
 };
 use tokio::{runtime::Builder, sync::watch};
 
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
 fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
     let kept = handover::from_service_manager();
     let config = Arc::new(Config::load(file)?);
-    let policies = control::policies(&config)?;
+    let policies = control::policies(&config, &config.roster())?;
     telemetry::start_logging(&config.log)?;
     control::prepare_process();
     // Before there is a second thread.
@@ -90,7 +90,10 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
             &config, &cgroups,
         ))?);
         let config = Arc::new(control::keep_numbers(&config, &cgroups, &datapath));
-        let registry = Registry::start(cgroups.clone(), control::declaration(&config))?;
+        let declared = Declared::new(&config);
+        let rosters = declared.rosters();
+        let declaration = control::declaration(&config, &rosters.borrow());
+        let registry = Registry::start(cgroups.clone(), declaration)?;
 
         // Identities and tunnels: nothing listens before control says where.
         let identities = Arc::new(control::identity_store(&config)?);
@@ -141,6 +144,8 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
             snapshot,
             cgroups,
             own_cgroups,
+            declared,
+            rosters,
             registry,
             policies,
             readiness,

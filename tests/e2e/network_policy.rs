@@ -1,12 +1,13 @@
 //! Kubernetes' NetworkPolicy between pods on two nodes, with real sockets: for each policy, who
 //! reaches whom. Every case is in the daemon's own tests of policies; here is a part of each kind.
 
-use std::{cell::RefCell, fs, net::SocketAddr};
+use std::{cell::RefCell, fs, net::SocketAddr, sync::Arc};
 
-use harness::{Daemon, Network, Node, Place, Process, Workload, eventually};
+use harness::{Cgroup, Daemon, Network, Node, Place, Process, Workload, eventually};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::arrange::{say, send, serve};
+use crate::arrange::{is_denied, say, send, serve};
 
 /// Ports of TCP, and of UDP.
 const TCP_PORTS: [u16; 2] = [80, 81];
@@ -220,6 +221,134 @@ fn who_reaches_whom_is_what_the_policies_say() {
 }
 
 #[test]
+fn established_connections_are_judged_again() {
+    let cluster = Cluster::start();
+    // In a tunnel from node to node, and within one node; silent and busy.
+    let calls = [(2, 1), (0, 3)];
+    let connect = |(from, to): (usize, usize)| {
+        let to = cluster.pods[to].addresses().port4(80).to_string();
+        ["heartbeat", "hold"].map(|how| {
+            let mut connection = cluster.pods[from].spawn_peer([how, &to]);
+            connection.wait_for(if how == "hold" { "holding" } else { "beat 2" });
+            connection
+        })
+    };
+    let mut standing = calls.map(connect);
+    cluster.expect(
+        "ingress of one pod is closed",
+        &["x {podSelector: {matchLabels: {pod: b}}}"],
+        |(_, to, _)| to != 1,
+    );
+    for connection in &mut standing[0] {
+        eventually("what is no longer allowed ends", || {
+            connection.ended().is_some() || connection.stdout().contains("ended at")
+        });
+    }
+    for connection in &mut standing[1] {
+        assert!(connection.ended().is_none());
+        assert!(!connection.stdout().contains("ended at"));
+    }
+    cluster.expect(
+        "egress of another is closed",
+        &["x {podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress]}"],
+        |(from, ..)| from != 0,
+    );
+    for connection in &mut standing[1] {
+        eventually("what is no longer allowed ends", || {
+            connection.ended().is_some() || connection.stdout().contains("ended at")
+        });
+    }
+}
+
+#[test]
+fn a_pod_in_the_hosts_network_is_isolated_alone_and_known_by_its_certificate() {
+    let network = Network::new();
+    let [one, two] = ["one", "two"].map(|name| Node::new(&network, name));
+    let (agent, proxy) = (one.service("agent"), one.service("proxy"));
+    let pod = two.pod("pod");
+    let from_agent = document((
+        0,
+        &"default {podSelector: {matchLabels: {app: pod}}, ingress: [{from: [{podSelector: {matchLabels: {app: agent}}}]}]}",
+    ));
+    let isolated = document((1, &"default {podSelector: {matchLabels: {app: agent}}}"));
+    let policies = from_agent + &isolated;
+    let open = json!("allow");
+    let at_one = one
+        .reeve()
+        .set("/policies/unselected", open.clone())
+        .enrol_with(&agent, json!({"ports": [80]}))
+        .enrol_with(&proxy, json!({"ports": [81]}))
+        .peer(&pod)
+        .policy(&policies)
+        .start();
+    let _at_two = two
+        .reeve()
+        .set("/policies/unselected", open)
+        .enrol(&pod)
+        .peer_with(&agent, json!({"ports": [80], "tunnel": true}))
+        .peer_with(&proxy, json!({"ports": [81], "tunnel": true}))
+        .policy(&policies)
+        .start();
+    let _servers = [
+        serve(&pod, 80, &[]),
+        serve(&agent, 80, &[]),
+        serve(&proxy, 81, &[]),
+    ];
+    // By the same address, and each with its own certificate.
+    let there = pod.addresses();
+    say(&agent, there.port4(80), "the one that is meant");
+    for to in [there.port4(80), there.port6(80)] {
+        assert!(!answers(&proxy, to), "another of the same address");
+        assert!(!answers(one.host(), to), "the host itself");
+    }
+    let here = one.addresses();
+    assert!(!answers(&pod, here.port4(80)), "its own ingress is closed");
+    say(&pod, here.port4(81), "and nobody else's");
+    drop(at_one);
+}
+
+#[test]
+fn a_pod_is_isolated_from_its_first_container_on_before_anybody_has_seen_it() {
+    let network = Network::new();
+    let node = Node::new(&network, "one");
+    // The pod's network is there before the first of its processes.
+    let (other, sandbox) = (node.pod("other"), node.pod("sandbox"));
+    let pods = node.cgroup().child("pods");
+    let place = format!("{}/web", pods.below_mount());
+    let allow = format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: web}}\nspec: {{podSelector: {{matchLabels: {{app: web}}}}, policyTypes: [Egress], egress: [{{to: [{{ipBlock: {{cidr: {}/32}}}}], ports: [{{port: 80}}]}}]}}\n",
+        other.addresses().v4
+    );
+    let _servers = [serve(&other, 80, &[])];
+    let daemon = node
+        .reeve()
+        .set("/policies/unselected", json!("allow"))
+        .set("/enforcedParents", json!([pods.below_mount()]))
+        .set(
+            "/workloads/0",
+            json!({"name": "web", "namespace": "default", "labels": {"app": "web"}, "cgroup": place}),
+        )
+        .policy(&allow)
+        .start();
+    // Its first process is an init container's, and the daemon cannot have seen it.
+    daemon.signal(Signal::SIGSTOP);
+    let pod = Cgroup::at(&pods.path().join("web"));
+    let init = sandbox.with_cgroup(Arc::new(pod.child("init")));
+    let there = other.addresses();
+    for to in [there.port4(80), there.port6(80), there.port4(81)] {
+        is_denied(&init, to);
+    }
+    daemon.signal(Signal::SIGCONT);
+    eventually("it may do what its policy says", || {
+        answers(&init, there.port4(80))
+    });
+    for to in [there.port6(80), there.port4(81)] {
+        is_denied(&init, to);
+    }
+    drop(daemon);
+}
+
+#[test]
 fn a_pod_that_no_policy_selects_is_closed_unless_that_is_set() {
     let network = Network::new();
     let node = Node::new(&network, "one");
@@ -232,7 +361,7 @@ fn a_pod_that_no_policy_selects_is_closed_unless_that_is_set() {
     let mut settings: serde_json::Value = serde_json::from_str(&text).unwrap();
     settings["policies"]["unselected"] = json!("allow");
     fs::write(daemon.config(), settings.to_string()).unwrap();
-    daemon.signal(nix::sys::signal::Signal::SIGHUP);
+    daemon.signal(Signal::SIGHUP);
     eventually("egress is open", || {
         answers(&pod, other.addresses().port4(80))
     });

@@ -7,6 +7,7 @@ use std::{
 };
 
 use harness::{Daemon, Node, Process, Programs, SOON, eventually};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::arrange::{PORT, Pair, TRUST_DOMAIN, is_denied, say, send, serve};
@@ -172,6 +173,51 @@ fn who_does_not_read_keeps_nobody_waiting_and_learns_what_was_lost() {
 }
 
 #[test]
+fn what_the_kernel_had_no_room_for_is_told_with_its_number() {
+    let pair = Pair::new();
+    let one = pair.at_one().set("/maps/events", json!("64KiB")).start();
+    let (observer, page) = (watch(&pair.one, &one, &[]), follow(&pair.one, &one));
+    for seen in [&observer, &page] {
+        until_seen(seen, || {
+            is_denied(&pair.client, pair.server.addresses().port4(8081));
+        });
+    }
+    let lost = || one.metrics().sum("reeve_events_lost_total", &[]);
+    assert_eq!(lost(), 0.0);
+    let labels = [("verdict", "deny"), ("direction", "egress")];
+    let verdicts = || one.metrics().sum("reeve_verdicts_total", &labels);
+    let told = || {
+        let events = events(&observer.stdout()).into_iter();
+        events.filter(|event| event["event"] == "refused").count() as f64
+    };
+    let (verdicts_before, told_before) = (verdicts(), told());
+    // Nobody reads while it is stopped: far more than there is room for.
+    one.signal(Signal::SIGSTOP);
+    let refused = pair.server.addresses().port4(8082).to_string();
+    pair.client
+        .peer(["connect-rate", &refused, "--seconds", "1"])
+        .fails();
+    one.signal(Signal::SIGCONT);
+    one.wait_for_metric("reeve_events_lost_total", &[], 1000.0);
+
+    let in_kernel = || {
+        let events = events(&observer.stdout()).into_iter();
+        let lost = events.filter(|event| event["event"] == "lost" && event["where"] == "kernel");
+        lost.map(|event| event["events"].as_u64().unwrap())
+            .sum::<u64>() as f64
+    };
+    eventually("it is told how many were lost", || in_kernel() >= lost());
+    assert_eq!(in_kernel(), lost());
+    eventually("and to people", || page.stdout().contains("`maps.events`"));
+    // Each verdict was told or lost.
+    let all = verdicts() - verdicts_before;
+    eventually("the rest is told", || told() - told_before + lost() >= all);
+    assert_eq!(told() - told_before + lost(), all);
+    assert!(told() - told_before > 100.0, "what had room is told");
+    assert!(one.is_ready());
+}
+
+#[test]
 fn a_daemon_that_keeps_few_events_says_that_others_are_gone() {
     let pair = Pair::new();
     let one = pair.at_one().set("/admin/recentEvents", json!(2)).start();
@@ -230,6 +276,14 @@ fn watch(node: &Node, daemon: &Daemon, filter: &[&str]) -> Process {
     let socket = daemon.socket().to_str().unwrap();
     let words = [reeve, "observe", "--follow", "--json", "--socket", socket];
     node.host().spawn(words.iter().chain(filter))
+}
+
+/// As [`watch`], for people.
+fn follow(node: &Node, daemon: &Daemon) -> Process {
+    let reeve = Programs::get().reeve.to_str().unwrap();
+    let socket = daemon.socket().to_str().unwrap();
+    node.host()
+        .spawn([reeve, "observe", "--follow", "--socket", socket])
 }
 
 /// Does something until the observer, who may not have begun yet, sees anything.

@@ -111,6 +111,88 @@ fn a_dry_run_is_counted_and_logged_at_both_ends_and_refuses_nothing() {
 }
 
 #[test]
+fn a_dry_run_that_comes_later_tells_once_of_each_connection_that_stands() {
+    let pair = Pair::new();
+    let all = policy(
+        "all",
+        &json!({"workloads": {}, "egress": [{}], "ingress": [{}]}),
+    );
+    let one = pair.at_one().policy(&all).start();
+    let two = pair.at_two().policy(&all).start();
+    let stranger = pair.two.pod("stranger");
+    let _servers = [&*pair.server, &*stranger].map(|place| serve(place, PORT, &[]));
+    let mut datagrams = stranger.spawn_peer(["udp-serve", &format!("[::]:{PORT}")]);
+    datagrams.wait_for("listening");
+    // Through a tunnel, as plaintext out of one and into the other, and without a handshake.
+    let (there, outside) = (pair.server.addresses(), stranger.addresses());
+    let mut standing = [
+        (&*pair.client, there.port4(PORT)),
+        (&*pair.client, outside.port6(PORT)),
+        (&*stranger, there.port6(PORT)),
+    ]
+    .map(|(from, to)| {
+        let mut beating = from.spawn_peer(["heartbeat", &to.to_string()]);
+        beating.wait_for("beat 2");
+        beating
+    });
+    let to = outside.port4(PORT).to_string();
+    pair.client.peer(["udp-send", &to]).ok();
+
+    let tell = |name: &str, protocol: &str| {
+        let ports = json!([{"protocol": protocol, "port": PORT}]);
+        let rules = json!([{"ports": ports}]);
+        let spec = json!({
+            "mode": "DryRun", "action": "Deny", "workloads": {}, "egress": rules, "ingress": rules,
+        });
+        for daemon in [&one, &two] {
+            fs::write(daemon.policies().join("try.yaml"), policy(name, &spec)).unwrap();
+        }
+    };
+    let told = |expected: [f64; 2]| {
+        for ((daemon, direction), expected) in [(&one, "egress"), (&two, "ingress")]
+            .into_iter()
+            .zip(expected)
+        {
+            let labels = [("direction", direction), ("verdict", "deny")];
+            let metric = "reeve_dry_run_verdicts_total";
+            daemon.wait_for_metric(metric, &labels, expected);
+            // A change of something else tells nothing again.
+            let generation = daemon.status()["generation"].as_u64();
+            let other = policy(
+                "other",
+                &json!({"workloads": {}, "egress": [{"to": [{"cidr": "192.0.2.0/24"}]}]}),
+            );
+            fs::write(daemon.policies().join("other.yaml"), other).unwrap();
+            eventually("the change is in force", || {
+                daemon.status()["generation"].as_u64() > generation
+            });
+            fs::remove_file(daemon.policies().join("other.yaml")).unwrap();
+            eventually("and gone again", || {
+                daemon.status()["generation"].as_u64() > generation.map(|number| number + 1)
+            });
+            assert_eq!(daemon.metrics().sum(metric, &labels), expected);
+        }
+    };
+    tell("try", "TCP");
+    told([2.0, 2.0]);
+    for (daemon, rule) in [(&one, "try/egress[0]"), (&two, "try/ingress[0]")] {
+        for transport in ["tunnel", "plaintext"] {
+            let lines = daemon.logged(&["dry run of a policy", rule, transport]);
+            assert_eq!(lines.len(), 1, "{transport}: {lines:?}");
+        }
+    }
+    // By another rule; then of another protocol.
+    tell("again", "TCP");
+    told([4.0, 4.0]);
+    tell("again", "UDP");
+    told([5.0, 4.0]);
+    one.wait_for_log(&["dry run of a policy", "again/egress[0]", "udp"]);
+    for beating in &mut standing {
+        assert!(beating.ended().is_none(), "nothing is refused");
+    }
+}
+
+#[test]
 fn what_a_dry_run_would_allow_is_still_refused() {
     let pair = Pair::new();
     let allow = json!({"mode": "DryRun", "workloads": {}, "egress": [{"ports": [{"port": PORT}]}]});

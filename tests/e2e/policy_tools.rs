@@ -154,6 +154,19 @@ fn the_policies_in_force_are_listed_from_files_and_by_the_daemon() {
             .ends_with("policies/web.yaml:7"),
         "{rule}"
     );
+    // A policy without rules is for somebody all the same: it closes.
+    files.write(
+        "policies/closed.yaml",
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: closed}\n\
+         spec: {podSelector: {}}\n",
+    );
+    let both = reeve(&["policy", "list", "--config", &config, "--json"]);
+    let both: Value = serde_json::from_slice(&both.stdout).unwrap();
+    assert_eq!(both[0]["name"], "default/closed");
+    assert_eq!(both[0]["workloads"], serde_json::json!(["web"]));
+    assert_eq!(both[0]["rules"], serde_json::json!([]));
+    fs::remove_file(files.0.folder().join("policies/closed.yaml")).unwrap();
+
     let page = said(&reeve(&["policy", "list", "--config", &config]));
     for text in [
         "web (ConnectionPolicy, ",
@@ -207,16 +220,16 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
         ),
         (
             "    - to: [{cidr: 10.0.0.53}]",
-            "    - to: [{cidr: 10.0.0.0/24}]\n      ports: [{protocol: UDP}]\n    - to: [{cidr: 10.0.0.53}]",
+            "    - to: [{cidr: 10.0.0.0/24}]\n      ports: [{port: 53}, {protocol: UDP}]\n    - to: [{cidr: 10.0.0.53}]",
             "shadowed",
             "all.yaml:11:",
             "shop/web/egress[2] allows nothing",
         ),
         (
-            "port: 53}]\n---\n",
-            "port: 53}]\n---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\n\
+            "{protocol: TCP, port: 53}]\n---\n",
+            "{protocol: TCP, port: 53}]\n---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\n\
              metadata: {name: no-dns, namespace: shop}\nspec:\n  action: Deny\n  \
-             workloads: {names: [web]}\n  egress: [{to: [{any: {}}], ports: [{protocol: UDP}]}]\n---\n",
+             workloads: {names: [web]}\n  egress: [{to: [{any: {}}], ports: [{port: 53}, {protocol: UDP}]}]\n---\n",
             "shadowed",
             "all.yaml:9:",
             "shop/web/egress[1] allows nothing: shop/no-dns/egress[0]",
@@ -226,7 +239,21 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
             "{protocol: UDP, port: 54}",
             "blocks_dns",
             "all.yaml:7:",
-            "web may call others",
+            "no rule lets it out to UDP port 53",
+        ),
+        (
+            "{protocol: TCP, port: 53}",
+            "{protocol: TCP, port: 54}",
+            "blocks_dns",
+            "all.yaml:7:",
+            "no rule lets it out to TCP port 53",
+        ),
+        (
+            "{protocol: UDP, port: 53}, {protocol: TCP, port: 53}",
+            "{protocol: UDP, port: 54}",
+            "blocks_dns",
+            "all.yaml:7:",
+            "no rule lets it out to UDP or TCP port 53",
         ),
         (
             "{serviceAccount: web}",
@@ -358,7 +385,7 @@ spec:
     - to: [{labels: {tier: data}}]
       ports: [{port: 5432}]
     - to: [{cidr: 10.0.0.53}]
-      ports: [{protocol: UDP, port: 53}]
+      ports: [{protocol: UDP, port: 53}, {protocol: TCP, port: 53}]
 ---
 apiVersion: reeve.dev/v1alpha1
 kind: ConnectionPolicy

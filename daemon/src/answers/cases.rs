@@ -267,3 +267,38 @@ impl TryFrom<String> for ReasonText {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::yaml::reference;
+
+    const REFERENCE: &str = include_str!("../../../docs/answers.md");
+
+    #[test]
+    fn every_field_is_described_and_every_description_has_a_field() {
+        // What a configuration says is described with it.
+        reference::compare_part::<PolicyTest>(REFERENCE, |field| !field.starts_with("config."));
+    }
+
+    #[test]
+    fn the_example_with_every_field_is_valid() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("test.yaml");
+        let text = reference::example(REFERENCE);
+        std::fs::write(&file, text).unwrap();
+        std::fs::write(folder.path().join("reeve.yaml"), CONFIGURATION).unwrap();
+        let outcomes = run(&file).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        assert_eq!(outcomes.len(), text.matches("expect:").count());
+        for outcome in outcomes {
+            assert!(outcome.passed, "{outcome:?}");
+        }
+    }
+
+    /// What the example takes `reeve.yaml` to be.
+    const CONFIGURATION: &str = "\
+trustDomain: example.org
+workloads: [{name: web, cgroup: /web}]
+peers: [{name: db, addresses: [192.0.2.1], serviceAccount: db}]
+";
+}

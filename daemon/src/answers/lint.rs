@@ -125,33 +125,40 @@ fn overruled(scopes: &[Scope<'_>], denials: &[Scope<'_>]) -> Vec<Finding> {
         .collect()
 }
 
+/// Names are asked for over UDP, and over TCP where the answer is long (RFC 7766).
 fn blocks_dns(snapshot: &Snapshot, scopes: &[Scope<'_>]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for running in snapshot.workloads() {
         let workload = &running.workload;
-        let mut egress = scopes
+        let egress: Vec<_> = scopes
             .iter()
             .filter(|scope| scope.is_for(workload.id, Direction::Egress))
-            .peekable();
-        let Some(first) = egress.peek() else {
-            continue;
+            .collect();
+        let resolves = |protocol| {
+            let mut ports = egress.iter().flat_map(|scope| &scope.rule.ports);
+            ports.any(|ports| ports.matches(protocol, DNS))
         };
-        let finding = first.finding(
+        let (first, missing) = match (
+            egress.first(),
+            resolves(protocol::UDP),
+            resolves(protocol::TCP),
+        ) {
+            (Some(first), false, false) => (first, "no names: no rule lets it out to UDP or TCP"),
+            (Some(first), false, true) => (first, "no names: no rule lets it out to UDP"),
+            (Some(first), true, false) => (
+                first,
+                "no names with long answers: no rule lets it out to TCP",
+            ),
+            _ => continue,
+        };
+        findings.push(first.finding(
             FindingKind::BlocksDns,
             format!(
-                "{} may call others, and resolve no names: no rule lets it out to UDP port {DNS}; \
-                 allow UDP and TCP port {DNS} to the resolver, or ignore this where addresses are \
-                 all that it uses",
+                "{} may call others, and resolve {missing} port {DNS}; allow UDP and TCP port \
+                 {DNS} to the resolver, or ignore this where addresses are all that it uses",
                 workload.name
             ),
-        );
-        let resolves = |scope: &Scope<'_>| {
-            let mut ports = scope.rule.ports.iter();
-            ports.any(|ports| ports.matches(protocol::UDP, DNS))
-        };
-        if !egress.any(resolves) {
-            findings.push(finding);
-        }
+        ));
     }
     findings
 }
@@ -247,7 +254,7 @@ impl<'a> Scope<'a> {
     fn new(rule: &'a Rule, snapshot: &Snapshot) -> Self {
         let workloads = snapshot
             .workloads()
-            .filter(|running| snapshot.is_for(rule, &running.workload))
+            .filter(|running| snapshot.is_for(&rule.subjects, &running.workload))
             .map(|running| running.workload.id)
             .collect();
         Self { rule, workloads }

@@ -53,7 +53,11 @@ pub fn list(snapshot: &Snapshot) -> Vec<PolicyRow> {
             name: policy.name.clone(),
             kind: policy.kind.to_owned(),
             at: format!("{}:{}", policy.file.display(), policy.line),
-            workloads: Vec::new(),
+            workloads: snapshot
+                .workloads()
+                .filter(|running| snapshot.is_for(&policy.subjects, &running.workload))
+                .map(|running| running.workload.name.clone())
+                .collect(),
             rules: Vec::new(),
         })
         .collect();
@@ -63,13 +67,6 @@ pub fn list(snapshot: &Snapshot) -> Vec<PolicyRow> {
         let Some(row) = rows.iter_mut().find(|row| row.name == policy) else {
             continue;
         };
-        if row.workloads.is_empty() {
-            row.workloads = snapshot
-                .workloads()
-                .filter(|running| snapshot.is_for(rule, &running.workload))
-                .map(|running| running.workload.name.clone())
-                .collect();
-        }
         // What the compiler made several of is one to people.
         if row.rules.iter().any(|other| other.name == *name) {
             continue;

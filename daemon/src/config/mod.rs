@@ -6,6 +6,7 @@
 //! Every field is described in `docs/configuration.md`; a test compares the two.
 
 mod check;
+mod declared;
 mod file;
 mod settings;
 mod settle;
@@ -23,6 +24,7 @@ use std::{
 };
 
 pub use check::{Summary, check};
+pub use declared::Declared;
 pub use settings::{
     Admin, Broker, Certificates, DelegatedIdentity, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel,
     Maps, Metrics, Node, Source, WorkloadApi,
@@ -34,7 +36,7 @@ use crate::{
     identity::{CryptoRules, TrustDomain},
     policy::{PolicySources, Unselected},
     privileges::Confinement,
-    workload::{Namespaces, Peer, Workload},
+    workload::{Namespaces, Peer, Roster, Workload},
     yaml,
 };
 
@@ -132,6 +134,16 @@ impl Config {
             mistakes.file(path, "could not be read as a configuration");
             mistakes
         })
+    }
+
+    /// Whom it declares.
+    #[must_use]
+    pub fn roster(&self) -> Roster {
+        Roster {
+            workloads: self.workloads.clone(),
+            peers: self.peers.clone(),
+            namespaces: self.namespaces.clone(),
+        }
     }
 
     /// What could be read, and the mistakes. Beside mistakes, the configuration is good for

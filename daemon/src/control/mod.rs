@@ -36,13 +36,13 @@ use tokio::{
 
 use crate::{
     admin::{PolicyStatus, ReloadReport},
-    config::Config,
+    config::{Config, Declared},
     datapath::{self, Datapath},
     handover::{Request, Takeover},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Health, Readiness},
     watch::Files,
-    workload::{Discovery, Registry, cgroup::CgroupTree},
+    workload::{Discovery, Registry, Roster, cgroup::CgroupTree},
 };
 
 pub use certificates::{CertificatesError, identity_store};
@@ -74,6 +74,10 @@ pub struct Control {
     snapshot: Arc<ArcSwap<Snapshot>>,
     cgroups: CgroupTree,
     own_cgroups: Vec<(u64, u32)>,
+    /// Told when the configuration is read again.
+    declared: Declared,
+    /// Whom policies select.
+    rosters: watch::Receiver<Arc<Roster>>,
     registry: Registry,
     discovery: watch::Receiver<Arc<Discovery>>,
     policies: PolicySet,
@@ -94,6 +98,8 @@ pub struct Control {
     kernel_events: Events,
     /// Generation by which live connections were last judged again.
     judged: Option<u32>,
+    /// By which it was last told what policies in dry run would change of them.
+    told: Arc<Snapshot>,
     endpoints: Endpoints,
     succession: Succession,
     /// The kernel has held all that is declared at least once.
@@ -108,6 +114,10 @@ pub struct Parts {
     pub cgroups: CgroupTree,
     /// The daemon's own cgroups, from [`settle_in`].
     pub own_cgroups: Vec<(u64, u32)>,
+    /// Whom the configuration declares; told when it is read again.
+    pub declared: Declared,
+    /// Whom policies select, from wherever that is known.
+    pub rosters: watch::Receiver<Arc<Roster>>,
     /// Who runs here.
     pub registry: Registry,
     /// The policies to begin with.
@@ -128,6 +138,7 @@ pub struct Parts {
 
 /// What happened.
 enum Change {
+    Roster,
     Workloads,
     Policies,
     Bundles,
@@ -177,6 +188,8 @@ impl Control {
             own_cgroups: parts.own_cgroups,
             discovery: parts.registry.discovery(),
             registry: parts.registry,
+            declared: parts.declared,
+            rosters: parts.rosters,
             policy_status: reload::policy_status(&config, &parts.policies),
             policies: parts.policies,
             enforced: None,
@@ -190,6 +203,7 @@ impl Control {
             events: Some(parts.events.0),
             kernel_events: parts.events.1,
             judged: None,
+            told: Arc::default(),
             is_enforced: false,
             daemon,
         }
@@ -228,6 +242,7 @@ impl Control {
             }
             let again = *retry_at.get_or_insert_with(|| Instant::now() + retry);
             let change = tokio::select! {
+                Ok(()) = self.rosters.changed() => Change::Roster,
                 changed = self.discovery.changed() => match changed {
                     Ok(()) => Change::Workloads,
                     Err(_) => Change::RegistryEnded,
@@ -245,6 +260,13 @@ impl Control {
                 Some(answer) = asked.recv() => Change::Asked(answer),
             };
             match change {
+                Change::Roster => {
+                    let config = self.daemon.config.load_full();
+                    self.follow_roster(&config);
+                    // What policies say depends on whom they can select.
+                    let _ = self.reload_policies();
+                    self.reconcile().await;
+                }
                 Change::Workloads => self.reconcile().await,
                 Change::Policies => {
                     let _ = self.reload_policies();

@@ -59,14 +59,15 @@ impl Control {
     pub(super) async fn reconcile(&mut self) {
         let discovery = self.discovery.borrow_and_update().clone();
         let config = self.daemon.config.load_full();
+        let roster = self.rosters.borrow().clone();
         let mut problems = discovery.problems.clone();
 
         let compile = |policies: &PolicySet| {
             block_in_place(|| {
                 Snapshot::compile(&Inputs {
                     workloads: &discovery.workloads,
-                    peers: &config.peers,
-                    namespaces: &config.namespaces,
+                    peers: &roster.peers,
+                    namespaces: &roster.namespaces,
                     policies,
                     unselected: config.unselected,
                     node_addresses: &config.node.addresses,

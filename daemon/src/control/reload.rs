@@ -13,7 +13,7 @@ use crate::{
     config::{Certificates, Config, ConfigErrors},
     policy::{Known, PolicySet, PolicySources},
     watch::Files,
-    workload::Declaration,
+    workload::{Declaration, Roster},
 };
 
 /// How long the sources of certificates may take to answer when everything is read again: whoever
@@ -34,24 +34,19 @@ pub(super) struct Doubt {
 
 /// Whom the registry shall look for.
 #[must_use]
-pub fn declaration(config: &Config) -> Declaration {
+pub fn declaration(config: &Config, roster: &Roster) -> Declaration {
     Declaration {
-        workloads: config.workloads.clone(),
+        workloads: roster.workloads.clone(),
         enforced_parents: config.enforced_parents.clone(),
     }
 }
 
-/// Reads the policies that the configuration names.
+/// Reads the policies that the configuration names, about those on the roster.
 ///
 /// # Errors
 /// Every mistake in any of them.
-pub fn policies(config: &Config) -> Result<PolicySet, ConfigErrors> {
-    let known = Known {
-        workloads: &config.workloads,
-        peers: &config.peers,
-        namespaces: &config.namespaces,
-    };
-    let policies = PolicySet::load(&config.policies, &known)?;
+pub fn policies(config: &Config, roster: &Roster) -> Result<PolicySet, ConfigErrors> {
+    let policies = PolicySet::load(&config.policies, &Known::from(roster))?;
     for warning in policies.warnings() {
         tracing::warn!("{warning}");
     }
@@ -109,7 +104,8 @@ impl Control {
     /// Reads the policies again. Mistakes leave the old ones in force.
     pub(super) fn reload_policies(&mut self) -> Result<String, Vec<String>> {
         let config = self.daemon.config.load_full();
-        match block_in_place(|| policies(&config)) {
+        let roster = self.rosters.borrow().clone();
+        match block_in_place(|| policies(&config, &roster)) {
             // Looked at again when the time is over, or the file has changed.
             Ok(policies) if self.doubt.is_about(&policies, &self.policies) => {
                 Ok(self.numbers(&config))
@@ -130,7 +126,7 @@ impl Control {
         let before = self.daemon.config.load_full();
         let read = || {
             let config = Config::load(file)?.keep_numbers(&before);
-            let policies = policies(&config)?;
+            let policies = policies(&config, &config.roster())?;
             Ok::<_, ConfigErrors>((config, policies))
         };
         let mut both = block_in_place(read);
@@ -200,7 +196,8 @@ impl Control {
                 return Err(vec![error]);
             }
         }
-        block_in_place(|| self.registry.declare(declaration(&config)));
+        self.declared.replace(&config);
+        self.follow_roster(&config);
         self.policy_files = watch_policies(&config.policies);
         self.bundle_files = watch_bundles(&config);
         self.daemon.config.store(config.clone());
@@ -217,6 +214,12 @@ impl Control {
             numbers.push_str(&fixed.join(", "));
         }
         Ok(numbers)
+    }
+
+    /// Looks for the workloads of the newest roster from now on.
+    pub(super) fn follow_roster(&mut self, config: &Config) {
+        let roster = self.rosters.borrow_and_update().clone();
+        block_in_place(|| self.registry.declare(declaration(config, &roster)));
     }
 
     fn numbers(&self, config: &Config) -> String {

@@ -2,7 +2,10 @@
 //!
 //! The programs judge every packet by what is in force now, so nothing passes that is not allowed
 //! any more. Here silent connections are ended too, so that both applications learn of it at
-//! once, and whatever was ended is counted and logged. Tunnels look after their own.
+//! once, and whatever was ended is counted and logged. Of what goes on it is told what policies in
+//! dry run would change. Tunnels look after their own.
+
+mod dry_runs;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,15 +15,16 @@ use std::{
 };
 
 use reeve_common::{
-    Direction, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook, NO_WORKLOAD,
-    Reason, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+    Direction, DryRun, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
+    NO_WORKLOAD, Reason, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
 };
 use tokio::task::block_in_place;
 
+use self::dry_runs::Standing;
 use super::{Control, reconcile::describe};
 use crate::{
     datapath::{self, KernelState, LiveSocket, Remembered, netns::Netns},
-    policy::Snapshot,
+    policy::{Decision, Snapshot},
     workload::cgroup::CgroupTree,
 };
 
@@ -36,13 +40,19 @@ struct Judge<'a> {
     local: HashSet<(IpAddr, WorkloadId)>,
 }
 
-/// A connection that is over.
-struct Over {
+/// A connection without a tunnel.
+#[derive(Clone, Copy)]
+struct Plain {
     workload: WorkloadId,
     protocol: u8,
     direction: Direction,
     local: SocketAddr,
     remote: SocketAddr,
+}
+
+/// A connection that is over.
+struct Over {
+    connection: Plain,
     /// The rule that denies it.
     rule: u32,
 }
@@ -52,7 +62,7 @@ impl Control {
     /// it was last done.
     pub(super) fn revoke(
         &mut self,
-        snapshot: &Snapshot,
+        snapshot: &Arc<Snapshot>,
         namespaces: &[Arc<Netns>],
         state: &KernelState,
     ) {
@@ -65,6 +75,7 @@ impl Control {
             let judge = Judge::new(snapshot, generation, state, &self.cgroups);
             self.end_connections(&judge, namespaces)
         });
+        self.told = Arc::clone(snapshot);
         match over {
             Ok(0) => {}
             Ok(ended) => tracing::info!(
@@ -90,11 +101,16 @@ impl Control {
         namespaces: &[Arc<Netns>],
     ) -> Result<usize, datapath::Error> {
         let datapath = &self.daemon.datapath;
+        let mut standing = Standing::new(judge, &self.told);
         let mut number = 0;
         let mut result = Ok(());
         for netns in namespaces {
             let ended = datapath.end_connections(netns, |socket| {
-                judge.of_socket(socket, netns.cookie).is_some()
+                let over = judge.of_socket(socket, netns.cookie).is_some();
+                if !over {
+                    standing.socket(socket, netns.cookie);
+                }
+                over
             });
             match ended {
                 Ok(sockets) => {
@@ -111,7 +127,15 @@ impl Control {
             }
         }
         let now = monotonic_nanoseconds();
-        let flows = datapath.end_flows(|key, entry| judge.of_flow(key, entry, now).is_some())?;
+        let flows = datapath.end_flows(|key, entry| {
+            let over = judge.of_flow(key, entry, now).is_some();
+            if !over {
+                standing.flow(key, entry, now);
+            }
+            over
+        });
+        standing.tell(&self.kernel_events, &self.daemon.metrics);
+        let flows = flows?;
         number += flows.len();
         for (key, entry) in flows {
             if let Some(over) = judge.of_flow(&key, &entry, now) {
@@ -123,31 +147,15 @@ impl Control {
 
     /// Counts and logs that a connection was revoked, as the programs do where it sends something.
     fn tell(&self, judge: &Judge<'_>, over: &Over) {
+        let connection = &over.connection;
         let event = Event {
-            timestamp: monotonic_nanoseconds(),
-            bytes_sent: 0,
-            bytes_received: 0,
-            duration: 0,
-            local: datapath::address(over.local.ip()),
-            remote: datapath::address(over.remote.ip()),
-            workload: over.workload,
-            peer: judge.snapshot.destination(over.remote, over.protocol).0,
             rule: over.rule,
-            dry_run_rule: 0,
-            local_port: over.local.port(),
-            remote_port: over.remote.port(),
-            protocol: over.protocol,
-            direction: over.direction as u8,
-            kind: EventKind::Verdict as u8,
-            hook: Hook::SocketState as u8,
-            allowed: 0,
             reason: Reason::Revoked as u8,
-            dry_run: 0,
-            reserved: [0; 5],
+            ..connection.event(judge.snapshot)
         };
         self.kernel_events.record(&event, judge.snapshot);
         let metrics = &self.daemon.metrics;
-        metrics.verdict(over.direction, false, Reason::Revoked);
+        metrics.verdict(connection.direction, false, Reason::Revoked);
     }
 }
 
@@ -194,12 +202,37 @@ impl<'a> Judge<'a> {
         if remembered.is_some_and(goes_on) {
             return None;
         }
+        let mut connection = self.connection(socket, netns, Direction::Egress)?;
+        let over = |connection, rule| Over { connection, rule };
+        if connection.workload == NO_WORKLOAD {
+            return Some(over(connection, 0));
+        }
+        let rule = match socket.direction() {
+            Some(direction) => {
+                connection.direction = direction;
+                self.refusal(&connection)?
+            }
+            // Nobody has seen its beginning: either direction will do.
+            None => {
+                self.refusal(&Plain {
+                    direction: Direction::Ingress,
+                    ..connection
+                })?;
+                self.refusal(&connection)?
+            }
+        };
+        Some(over(connection, rule))
+    }
+
+    /// A socket's connection, in a direction; none where it is none of a workload's, or stays in
+    /// it.
+    fn connection(&self, socket: &LiveSocket, netns: u64, direction: Direction) -> Option<Plain> {
         let workload = match self.owners.get(&socket.cgroup) {
             Some(entry) if entry.flags & WORKLOAD_IS_REEVE != 0 => return None,
             Some(entry) if entry.flags & WORKLOAD_UNKNOWN != 0 => NO_WORKLOAD,
             Some(entry) => entry.workload,
             None => {
-                let of_socket = remembered.map(|remembered| remembered.workload);
+                let of_socket = socket.remembered.map(|remembered| remembered.workload);
                 let of_namespace = self.namespaces.get(&netns).copied();
                 let known = |workload: &WorkloadId| *workload != NO_WORKLOAD;
                 of_socket
@@ -211,34 +244,13 @@ impl<'a> Judge<'a> {
         let stays = local.ip().is_loopback()
             || remote.ip().is_loopback()
             || self.local.contains(&(remote.ip(), workload));
-        if stays {
-            return None;
-        }
-        let over = |direction, rule| Over {
+        (!stays).then_some(Plain {
             workload,
             protocol: socket.protocol,
             direction,
             local,
             remote,
-            rule,
-        };
-        if workload == NO_WORKLOAD {
-            return Some(over(Direction::Egress, 0));
-        }
-        let direction = remembered.and_then(|remembered| {
-            // A datagram socket may have been connected to whoever had called it.
-            (socket.protocol == protocol::TCP).then_some(remembered.direction)?
-        });
-        let judge = |direction| self.refusal(workload, direction, socket.protocol, local, remote);
-        let rule = match direction {
-            Some(direction) => judge(direction)?,
-            // Nobody has seen its beginning: either direction will do.
-            None => {
-                judge(Direction::Ingress)?;
-                judge(Direction::Egress)?
-            }
-        };
-        Some(over(direction.unwrap_or(Direction::Egress), rule))
+        })
     }
 
     /// The same for a flow.
@@ -247,45 +259,83 @@ impl<'a> Judge<'a> {
         if entry.generation == self.generation || idle >= FLOW_IDLE_NANOSECONDS {
             return None;
         }
-        let direction = if entry.direction == Direction::Egress as u32 {
-            Direction::Egress
-        } else {
-            Direction::Ingress
-        };
-        let local = SocketAddr::new(ip(&key.local), key.local_port);
-        let remote = SocketAddr::new(ip(&key.remote), key.remote_port);
-        Some(Over {
-            workload: key.workload,
-            protocol: key.protocol,
-            direction,
-            local,
-            remote,
-            rule: self.refusal(key.workload, direction, key.protocol, local, remote)?,
-        })
+        let connection = Plain::of_flow(key, entry);
+        let rule = self.refusal(&connection)?;
+        Some(Over { connection, rule })
     }
 
-    /// The rule that refuses a connection without a tunnel; none where it is allowed.
-    fn refusal(
-        &self,
-        workload: WorkloadId,
-        direction: Direction,
-        protocol: u8,
-        local: SocketAddr,
-        remote: SocketAddr,
-    ) -> Option<u32> {
-        let snapshot = self.snapshot;
-        let (decision, bypasses) = match direction {
-            Direction::Egress => (
-                snapshot.judge_egress(workload, remote, protocol),
-                protocol == protocol::TCP && snapshot.destination(remote, protocol).1,
-            ),
-            Direction::Ingress => (
-                snapshot.judge_plaintext(workload, remote.ip(), protocol, local.port()),
-                false,
-            ),
-        };
+    /// The rule that refuses a connection; none where it is allowed.
+    fn refusal(&self, connection: &Plain) -> Option<u32> {
+        let decision = connection.judge(self.snapshot);
+        // What a tunnel is to carry does not go without.
+        let Plain {
+            protocol, remote, ..
+        } = *connection;
+        let bypasses = connection.direction == Direction::Egress
+            && protocol == protocol::TCP
+            && self.snapshot.destination(remote, protocol).1;
         let allowed = decision.allows() && !bypasses;
         (!allowed).then_some(decision.rule)
+    }
+}
+
+// === impl Plain ===
+
+impl Plain {
+    fn of_flow(key: &FlowKey, entry: &FlowEntry) -> Self {
+        Self {
+            workload: key.workload,
+            protocol: key.protocol,
+            direction: if entry.direction == Direction::Egress as u32 {
+                Direction::Egress
+            } else {
+                Direction::Ingress
+            },
+            local: SocketAddr::new(ip(&key.local), key.local_port),
+            remote: SocketAddr::new(ip(&key.remote), key.remote_port),
+        }
+    }
+
+    fn judge(&self, snapshot: &Snapshot) -> Decision {
+        let Self {
+            workload,
+            protocol,
+            local,
+            remote,
+            ..
+        } = *self;
+        match self.direction {
+            Direction::Egress => snapshot.judge_egress(workload, remote, protocol),
+            Direction::Ingress => {
+                snapshot.judge_plaintext(workload, remote.ip(), protocol, local.port())
+            }
+        }
+    }
+
+    /// The event of a verdict, as of the programs: for no reason yet, and a denial.
+    fn event(&self, snapshot: &Snapshot) -> Event {
+        Event {
+            timestamp: monotonic_nanoseconds(),
+            bytes_sent: 0,
+            bytes_received: 0,
+            duration: 0,
+            local: datapath::address(self.local.ip()),
+            remote: datapath::address(self.remote.ip()),
+            workload: self.workload,
+            peer: snapshot.destination(self.remote, self.protocol).0,
+            rule: 0,
+            dry_run_rule: 0,
+            local_port: self.local.port(),
+            remote_port: self.remote.port(),
+            protocol: self.protocol,
+            direction: self.direction as u8,
+            kind: EventKind::Verdict as u8,
+            hook: Hook::SocketState as u8,
+            allowed: 0,
+            reason: Reason::NoPolicy as u8,
+            dry_run: DryRun::Same as u8,
+            reserved: [0; 5],
+        }
     }
 }
 

@@ -95,6 +95,16 @@ pub struct LiveSocket {
     identity: [u8; IDENTITY_LENGTH],
 }
 
+impl LiveSocket {
+    /// The direction in which its connection was opened, where the programs have seen that. A
+    /// datagram socket may have been connected to whoever had called it.
+    #[must_use]
+    pub fn direction(&self) -> Option<Direction> {
+        let remembered = self.remembered?;
+        (self.protocol == protocol::TCP).then_some(remembered.direction)?
+    }
+}
+
 /// A conversation with the kernel about the sockets of one namespace.
 pub(super) struct Diagnosis {
     socket: Socket,

@@ -11,10 +11,10 @@ use super::{
     document::{ConnectionPolicy, IdentityGroup, network::NetworkPolicy},
     lower::{self, Context, Groups, Lowered},
     population::{Member, Population},
-    rule::{FarEnd, Isolation, Rule},
+    rule::{FarEnd, Isolation, Rule, Subjects},
 };
 use crate::{
-    workload::{Namespaces, Peer, Workload},
+    workload::{Namespaces, Peer, Roster, Workload},
     yaml::{self, Document, Mistake, Mistakes, NodeId, nearest, shown},
 };
 
@@ -61,6 +61,8 @@ pub struct Head {
     pub file: Arc<Path>,
     /// Line in the file, from 1.
     pub line: usize,
+    /// Whom it is for.
+    pub(crate) subjects: Arc<Subjects>,
 }
 
 /// Policies without a mistake, in the order of their files' names.
@@ -224,6 +226,16 @@ impl<'a> Known<'a> {
     }
 }
 
+impl<'a> From<&'a Roster> for Known<'a> {
+    fn from(roster: &'a Roster) -> Self {
+        Self {
+            workloads: &roster.workloads,
+            peers: &roster.peers,
+            namespaces: &roster.namespaces,
+        }
+    }
+}
+
 // === impl PolicySources ===
 
 impl PolicySources {
@@ -376,6 +388,7 @@ impl<'a> Loader<'a> {
                 kind: written.map_or("", |(_, written, _)| written),
                 file: Arc::clone(&place.0),
                 line: place.1,
+                subjects: lowered.subjects,
             });
             self.names.entry(name).or_insert(place);
         }

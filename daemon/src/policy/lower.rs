@@ -29,6 +29,8 @@ pub(super) use network::network_policy;
 pub(super) struct Lowered {
     /// `namespace/name` or `name`, and where it stands. None where it has no name.
     pub(super) name: Option<(String, NodeId)>,
+    /// Whom it is for.
+    pub(super) subjects: Arc<Subjects>,
     pub(super) rules: Vec<Rule>,
     /// What it closes.
     pub(super) isolation: Option<Isolation>,

@@ -2,7 +2,7 @@
 //! the names. What resolves to nothing matches nothing.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -61,6 +61,29 @@ pub(super) fn resolve_egress(
     resolved
 }
 
+/// The rules as they are written: without those that [`Resolved::at`] has made of others.
+pub(super) fn as_written(rules: &[Rule]) -> impl Iterator<Item = &Rule> {
+    let named: HashSet<&str> = rules
+        .iter()
+        .filter(|rule| rule.ports.iter().any(is_named))
+        .map(|rule| rule.origin.name.as_str())
+        .collect();
+    rules.iter().filter(move |rule| {
+        rule.ports.iter().any(is_named) || !named.contains(rule.origin.name.as_str())
+    })
+}
+
+/// A port as it is for a workload whose ports have these names; none for a name that it has not.
+pub(super) fn at(matched: &PortMatch, ports: &NamedPorts) -> Option<PortMatch> {
+    match matched {
+        PortMatch::Named(protocol, name) => {
+            let port = ports.get(name).filter(|port| port.protocol == *protocol)?;
+            Some(PortMatch::Ports(*protocol, port.port..=port.port))
+        }
+        other => Some(other.clone()),
+    }
+}
+
 fn is_named(ports: &PortMatch) -> bool {
     matches!(ports, PortMatch::Named(..))
 }
@@ -109,13 +132,7 @@ impl Resolved {
         if !rule.ports.iter().any(is_named) {
             return index;
         }
-        let number = |matched: &PortMatch| match matched {
-            PortMatch::Named(protocol, name) => {
-                let port = ports.get(name).filter(|port| port.protocol == *protocol)?;
-                Some(PortMatch::Ports(*protocol, port.port..=port.port))
-            }
-            other => Some(other.clone()),
-        };
+        let number = |matched| at(matched, ports);
         let numbers: Vec<_> = rule.ports.iter().filter_map(number).collect();
         let resolved = Rule {
             ports: numbers.clone(),

@@ -2,12 +2,12 @@
 //!
 //! For people only. The verdict itself never comes from here; a test holds the two together.
 
-use std::{fmt, net::IpAddr};
+use std::{collections::HashSet, fmt, net::IpAddr};
 
 use reeve_common::{Direction, WorkloadId, protocol};
 
 use super::{
-    Decision, RulePlace, Snapshot,
+    Decision, RulePlace, Snapshot, named_ports,
     rule::{FarEnd, PortMatch, Rule, Subjects},
     selector::NamespaceSelector,
 };
@@ -126,6 +126,9 @@ impl Snapshot {
                 .collect();
             (near.misfits.len(), parts)
         });
+        // What named ports made several of is one to people.
+        let mut seen = HashSet::new();
+        near.retain(|near| seen.insert(near.rule));
         near.truncate(most);
         near
     }
@@ -178,7 +181,12 @@ impl Snapshot {
             Some(_) => {}
         }
         let (number, port) = super::snapshot::judged(question.protocol, question.port);
-        if !rule.ports.iter().any(|ports| ports.matches(number, port)) {
+        let ports: Vec<_> = rule
+            .ports
+            .iter()
+            .map(|ports| PortHere::new(ports, workload))
+            .collect();
+        if !ports.iter().any(|ports| ports.matches(number, port)) {
             let same_protocol = rule.ports.iter().any(|ports| protocol_of(ports) == number);
             let part = if same_protocol {
                 Part::Port
@@ -189,13 +197,13 @@ impl Snapshot {
                 part,
                 format!(
                     "is about {}; this is {} {}",
-                    list(rule.ports.iter().map(Ports)),
+                    list(ports.iter()),
                     ProtocolName(number),
                     question.port
                 ),
             );
         }
-        if !self.is_for(rule, workload) {
+        if !self.is_for(&rule.subjects, workload) {
             misfit(
                 Part::Subject,
                 format!(
@@ -297,8 +305,8 @@ impl Snapshot {
     }
 
     /// Whether a policy is for a workload.
-    pub(crate) fn is_for(&self, rule: &Rule, workload: &Workload) -> bool {
-        rule.subjects.matches(workload, self.namespaces())
+    pub(crate) fn is_for(&self, subjects: &Subjects, workload: &Workload) -> bool {
+        subjects.matches(workload, self.namespaces())
     }
 }
 
@@ -337,6 +345,42 @@ impl fmt::Display for Ports<'_> {
                 let name = ProtocolName(*number);
                 write!(f, "{name} {}-{}", range.start(), range.end())
             }
+        }
+    }
+}
+
+/// A port of a rule, with what its name stands for at the workload. For egress the compiler has put
+/// numbers in place of the names.
+struct PortHere<'a> {
+    written: &'a PortMatch,
+    here: Option<PortMatch>,
+    workload: &'a str,
+}
+
+impl<'a> PortHere<'a> {
+    fn new(written: &'a PortMatch, workload: &'a Workload) -> Self {
+        Self {
+            written,
+            here: named_ports::at(written, &workload.named_ports),
+            workload: &workload.name,
+        }
+    }
+
+    fn matches(&self, protocol: u8, port: u16) -> bool {
+        let here = self.here.as_ref();
+        here.is_some_and(|here| here.matches(protocol, port))
+    }
+}
+
+impl fmt::Display for PortHere<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", Ports(self.written))?;
+        match (self.written, &self.here) {
+            (PortMatch::Named(..), Some(PortMatch::Ports(_, range))) => {
+                write!(f, " ({} at {})", range.start(), self.workload)
+            }
+            (PortMatch::Named(..), _) => write!(f, " (no port of {})", self.workload),
+            _ => Ok(()),
         }
     }
 }

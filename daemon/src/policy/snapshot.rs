@@ -18,7 +18,8 @@ use super::{
     compile::{Rules, compile},
     far_ends::{FarEnd, FarEnds, common},
     identities::Identities,
-    rule::{Rule, Unselected, judged_protocol},
+    named_ports::as_written,
+    rule::{Mode, Rule, Unselected, judged_protocol},
     sets::{SelectorId, SetId, Sets},
     verdicts::{Answer, Proof, RuleIndex, RuleList, Told},
 };
@@ -349,9 +350,17 @@ impl Snapshot {
         &self.heads
     }
 
-    /// The rules of all policies, in the order in which they are written, and what is implied.
+    /// The rules of all policies, in the order in which they are written, and what is implied. Ingress
+    /// rules name their ports as they are written.
     pub(crate) fn rules_of_policies(&self) -> impl Iterator<Item = &Rule> {
-        self.compiled.rules.iter()
+        as_written(&self.compiled.rules)
+    }
+
+    /// Whether a policy is in dry run.
+    #[must_use]
+    pub fn has_dry_runs(&self) -> bool {
+        let mut rules = self.compiled.rules.iter();
+        rules.any(|rule| rule.mode != Mode::Enforce)
     }
 
     /// Labels of the namespaces.

@@ -36,6 +36,20 @@ impl Events {
         self.log.lost(events);
     }
 
+    /// Logs what policies in dry run would change of what an event is about, if anything.
+    pub fn dry_run(&self, event: &Event, snapshot: &Snapshot) {
+        let would = DryRun::from_number(event.dry_run.into());
+        if would == DryRun::Same {
+            return;
+        }
+        let reason = Reason::from_number(event.reason).unwrap_or(Reason::Malformed);
+        let connection = Connection {
+            rule: snapshot.rule_name(event.dry_run_rule),
+            ..describe(event, reason, snapshot)
+        };
+        self.log.dry_run(event.workload, &connection, would);
+    }
+
     /// Counts and logs one event; the names are those of `snapshot`.
     pub fn record(&self, event: &Event, snapshot: &Snapshot) {
         let reason = Reason::from_number(event.reason).unwrap_or(Reason::Malformed);
@@ -45,12 +59,7 @@ impl Events {
             self.metrics
                 .rule_verdict(direction, event.allowed != 0, connection.rule);
         }
-        let dry_run = DryRun::from_number(event.dry_run.into());
-        if dry_run != DryRun::Same {
-            let rule = snapshot.rule_name(event.dry_run_rule);
-            let connection = Connection { rule, ..connection };
-            self.log.dry_run(event.workload, &connection, dry_run);
-        }
+        self.dry_run(event, snapshot);
         if event.kind == EventKind::Closed as u8 {
             self.metrics.connection_closed(
                 connection.labels,

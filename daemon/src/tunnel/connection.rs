@@ -51,7 +51,12 @@ pub(super) struct Call {
     pub(super) netns: u64,
     /// The rule that allowed it, or 0.
     pub(super) rule: u32,
+    /// What policies in dry run would change of that.
+    pub(super) would: Would,
 }
+
+/// What policies in dry run would change of a verdict, and the rule that would say so.
+pub(super) type Would = (DryRun, u32);
 
 /// A connection that stands.
 #[derive(Debug)]
@@ -60,6 +65,8 @@ pub(super) struct Connection {
     link: Rc<Link>,
     opened: Instant,
     _place: Place,
+    /// What policies in dry run would change, as it was told last.
+    would: Cell<Would>,
     sent: Cell<u64>,
     received: Cell<u64>,
     /// What of `sent` and `received` the metrics have been told.
@@ -199,14 +206,26 @@ impl Call {
             .refused(self.workload_id(), &described, reason, Some(error));
     }
 
-    /// Counts and logs what policies in dry run would change of a verdict. Of what goes out the
-    /// kernel has told already.
+    /// Notes the verdict that allowed it.
+    pub(super) fn allowed_by(&mut self, decision: &Decision) {
+        self.rule = decision.rule;
+        self.would = (decision.dry_run, decision.dry_run_rule);
+    }
+
+    /// Counts and logs what policies in dry run would change of the verdict on a new connection. Of
+    /// what goes out the kernel has told already.
     pub(super) fn dry_run(&self, worker: &Worker, decision: &Decision) {
+        if self.direction() == Direction::Ingress {
+            self.tell_dry_run(worker, decision);
+        }
+    }
+
+    fn tell_dry_run(&self, worker: &Worker, decision: &Decision) {
         let shared = &worker.shared;
-        if decision.dry_run == DryRun::Same || self.direction() == Direction::Egress {
+        if decision.dry_run == DryRun::Same {
             return;
         }
-        shared.metrics.dry_run(Direction::Ingress, decision.dry_run);
+        shared.metrics.dry_run(self.direction(), decision.dry_run);
         let snapshot = shared.snapshot.load();
         let mut described = self.describe(&snapshot);
         described.rule = snapshot.rule_name(decision.dry_run_rule);
@@ -225,6 +244,7 @@ impl Call {
         worker.shared.log.opened(&described);
         drop(snapshot);
         let connection = worker.connections.insert(Connection {
+            would: Cell::new(self.would),
             call: self,
             link: link.clone(),
             opened: now,
@@ -322,10 +342,17 @@ impl Connection {
         Poll::Pending
     }
 
-    /// Ends the connection if the policy or the ends' identities no longer allow it.
-    pub(super) fn judge_again(&self, snapshot: &Snapshot) {
-        if self.call.judge(snapshot).is_err() {
-            self.stop(Reason::Revoked);
+    /// Ends the connection if the policy or the ends' identities no longer allow it. Where it goes
+    /// on, tells what policies in dry run would change, if that is another than before.
+    pub(super) fn judge_again(&self, worker: &Worker, snapshot: &Snapshot) {
+        match self.call.judge(snapshot) {
+            Ok(decision) => {
+                let would = (decision.dry_run, decision.dry_run_rule);
+                if self.would.replace(would) != would {
+                    self.call.tell_dry_run(worker, &decision);
+                }
+            }
+            Err(_) => self.stop(Reason::Revoked),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::datapath::{netns::Netns, speak_as};
 use super::{
     TunnelError, authority,
     bounds::Place,
-    connection::{Call, Live, Parties},
+    connection::{Call, Live, Parties, Would},
     copy::copy,
     driver::Incoming,
     link::Link,
@@ -41,6 +41,7 @@ pub(super) async fn serve(
         destination: destination.unwrap_or(link.ends.local),
         netns: netns.cookie,
         rule: 0,
+        would: Would::default(),
     };
     let connected = match destination {
         Some(_) => connect(&worker, &netns, &link, &mut call, &mut respond).await,
@@ -71,7 +72,7 @@ async fn carry(
 ) {
     let connection = live.connection().clone();
     // What changed while the application was connected to has not been judged yet.
-    connection.judge_again(&worker.shared.snapshot.load());
+    connection.judge_again(&worker, &worker.shared.snapshot.load());
     let reason = copy(app, send, recv, connection).await;
     live.ended(reason);
 }
@@ -136,7 +137,7 @@ fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<WorkloadId, Tu
         return Err(TunnelError::ReservedPort);
     }
     let decision = call.judge(&snapshot)?;
-    call.rule = decision.rule;
+    call.allowed_by(&decision);
     let metrics = &worker.shared.metrics;
     metrics.verdict(Direction::Ingress, true, decision.reason);
     metrics.rule_verdict(Direction::Ingress, true, snapshot.rule_name(decision.rule));

@@ -14,7 +14,7 @@ use crate::{
 use super::{
     TunnelError, authority,
     bounds::Place,
-    connection::{Call, Parties},
+    connection::{Call, Parties, Would},
     copy::copy,
     pool::Stream,
     socket,
@@ -38,6 +38,7 @@ pub(super) async fn serve(
         destination: source,
         netns: netns.cookie,
         rule: 0,
+        would: Would::default(),
     };
     let connected = match origin {
         Some(origin) => connect(&worker, &netns, &mut call, &origin).await,
@@ -54,7 +55,7 @@ pub(super) async fn serve(
     let live = call.open(&worker, stream.slot.link(), place);
     let connection = live.connection().clone();
     // What changed while the tunnel was opened has not been judged yet.
-    connection.judge_again(&worker.shared.snapshot.load());
+    connection.judge_again(&worker, &worker.shared.snapshot.load());
     let reason = copy(app, stream.send, stream.recv, connection).await;
     live.ended(reason);
 }
@@ -69,7 +70,7 @@ async fn connect(
     call.destination = SocketAddr::new(authority::from_map(origin.address), origin.port);
     call.rule = origin.rule;
     let (to, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
-    call.rule = decision.rule;
+    call.allowed_by(&decision);
     let place = worker.bounds.place(origin.workload)?;
     let Parties::Outbound {
         workload: Some(workload),

@@ -168,7 +168,7 @@ impl Worker {
     pub(super) fn judge_again(&self) {
         let snapshot = self.shared.snapshot.load_full();
         self.connections
-            .for_each(|connection| connection.judge_again(&snapshot));
+            .for_each(|connection| connection.judge_again(self, &snapshot));
     }
 
     /// Ends the connections of all tunnels that are told to end.

@@ -1,13 +1,16 @@
 //! Who runs here: workloads, found by cgroup, with their network namespace and addresses; and
 //! peers, who run elsewhere.
 //!
-//! In: the configuration's selectors and the node's cgroup tree. Out: [`Registry`]'s snapshots.
+//! In: a [`RosterSource`], which says whom there is, and the node's cgroup tree. Out: [`Registry`]'s
+//! snapshots.
 
 pub mod cgroup;
 mod namespace;
 mod registry;
+mod roster;
 
 pub use registry::{Declaration, Discovery, Registry, RegistryError};
+pub use roster::{Roster, RosterSource};
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 

@@ -52,6 +52,7 @@ impl Lowering<'_> {
         };
         let subjects = self.require(spec.node, "workloads", raw.workloads.as_ref());
         let subjects = Arc::new(subjects.map_or_else(Subjects::default, |s| self.subjects(s)));
+        self.lowered.subjects = Arc::clone(&subjects);
         if raw.ingress.is_empty() && raw.egress.is_empty() {
             self.warn(spec.node, "has no rule, so it allows and denies nothing");
         }

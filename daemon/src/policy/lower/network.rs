@@ -79,6 +79,7 @@ impl Lowering<'_> {
             },
             ..Subjects::default()
         });
+        self.lowered.subjects = Arc::clone(&subjects);
         if self
             .known
             .is_some_and(|known| !known.has_subject(&subjects))

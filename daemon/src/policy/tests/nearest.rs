@@ -127,12 +127,92 @@ fn what_does_not_fit_is_said_with_what_there_is() {
     }
 }
 
+/// Two pods whose ports of the same name are others, and one without.
+const NAMED_NODE: &str = "
+trustDomain: example.org
+workloads:
+- {name: a, namespace: x, cgroup: /a, addresses: [10.1.0.1], namedPorts: {http: 80, dns: 53/UDP}}
+- {name: b, namespace: x, cgroup: /b, addresses: [10.1.0.2], namedPorts: {http: 8080}}
+- {name: c, namespace: x, cgroup: /c, addresses: [10.2.0.1]}
+peers:
+- {name: front, namespace: y, addresses: [10.1.0.9]}
+";
+
+const NAMED_POLICY: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: named, namespace: x}
+spec:
+  podSelector: {}
+  policyTypes: [Ingress, Egress]
+  ingress:
+  - from: [{namespaceSelector: {}}]
+    ports: [{port: http}, {port: 9100}, {protocol: UDP, port: dns}]
+  egress:
+  - to: [{podSelector: {}}]
+    ports: [{port: http}]
+";
+
+#[test]
+fn a_named_port_of_an_ingress_rule_is_what_it_is_at_the_workload() {
+    let world = World::new(NAMED_NODE, NAMED_POLICY);
+    let front = SpiffeId::parse("spiffe://example.org/ns/y/sa/front").unwrap();
+    let stranger = SpiffeId::parse("spiffe://other.org/ns/y/sa/x").unwrap();
+    let near = |workload: &str, client: &SpiffeId, port| {
+        let running = world.workloads.iter();
+        let mut running = running.filter(|running| running.workload.name == workload);
+        let question = Question {
+            workload: running.next().unwrap().workload.id,
+            direction: Direction::Ingress,
+            client: Some(client),
+            ..egress("10.1.0.9", TCP, port)
+        };
+        let near = world.snapshot.nearest(&question, 9).into_iter();
+        near.flat_map(|near| near.misfits)
+            .map(|misfit| (misfit.part, misfit.why))
+            .collect::<Vec<_>>()
+    };
+    // The port that `http` is elsewhere.
+    for (workload, port, there) in [("a", 8080, "80 at a"), ("b", 80, "8080 at b")] {
+        let why = format!(
+            "is about tcp http ({there}), or tcp 9100, or udp dns ({}); this is tcp {port}",
+            if workload == "a" {
+                "53 at a"
+            } else {
+                "no port of b"
+            }
+        );
+        assert_eq!(near(workload, &front, port), [(Part::Port, why)]);
+    }
+    let without = near("c", &front, 80);
+    assert!(
+        without[0].1.contains("tcp http (no port of c)"),
+        "{without:?}"
+    );
+    // The right port is no misfit of one who may not come.
+    let parts = |found: Vec<(Part, String)>| -> Vec<_> {
+        found.into_iter().map(|(part, _)| part).collect()
+    };
+    assert_eq!(parts(near("a", &stranger, 80)), [Part::FarEnd]);
+    assert_eq!(parts(near("b", &stranger, 9100)), [Part::FarEnd]);
+}
+
 #[test]
 fn what_is_said_of_a_rule_never_contradicts_the_verdict() {
-    let world = World::new(NODE, POLICIES);
+    never_contradicts(NODE, POLICIES);
+}
+
+#[test]
+fn nor_does_what_is_said_of_named_ports() {
+    never_contradicts(NAMED_NODE, NAMED_POLICY);
+}
+
+fn never_contradicts(node: &str, policies: &str) {
+    let world = World::new(node, policies);
     let clients = [
         None,
         Some("spiffe://example.org/ns/shop/sa/db"),
+        Some("spiffe://example.org/ns/x/sa/a"),
         Some("spiffe://example.org/ns/ops/sa/log"),
         Some("spiffe://example.org/ns/ops/sa/undeclared"),
         Some("spiffe://other.org/ns/ops/sa/log"),
@@ -144,13 +224,14 @@ fn what_is_said_of_a_rule_never_contradicts_the_verdict() {
         "10.1.0.2",
         "10.1.0.9",
         "10.2.0.1",
+        "10.9.0.1",
         "2001:db8::1",
         "10.0.0.2",
     ] {
         let address: IpAddr = address.parse().unwrap();
         for (workload, protocol, port) in [(1, TCP), (1, UDP), (1, 1), (2, TCP)]
             .into_iter()
-            .flat_map(|(w, p)| [80, 500, 600, 601, 5432, 9100].map(|port| (w, p, port)))
+            .flat_map(|(w, p)| [53, 80, 500, 600, 601, 5432, 8080, 9100].map(|port| (w, p, port)))
         {
             let ingress = clients
                 .iter()

@@ -2,10 +2,10 @@
 //! reaches whom, by protocol and port. A connection needs the egress of its source and the ingress
 //! of its destination.
 
-use std::{collections::BTreeSet, fmt, path::Path};
+use std::{collections::BTreeSet, fmt, path::Path, sync::Arc};
 
-use super::world::{TCP, UDP, World, config, policies};
-use crate::policy::PolicySet;
+use super::world::{TCP, UDP, World, config, netns, policies, running};
+use crate::{policy::PolicySet, workload::RunningWorkload};
 
 const SCTP: u8 = reeve_common::protocol::SCTP;
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -453,6 +453,58 @@ fn the_node_reaches_its_pods_whatever_the_policies_say() {
 }
 
 // === ports ===
+
+#[test]
+fn pods_in_a_hosts_network_are_told_apart_by_proof_and_those_of_the_node_are_the_nodes_address() {
+    const ELSEWHERE: &str = "192.168.0.2";
+    let hosted = ["agent", "proxy"].map(|name| {
+        format!(
+            "- {{name: {name}, namespace: z, labels: {{pod: {name}}}, unit: {name}.service, addresses: [{NODE}]}}\n"
+        )
+    });
+    let elsewhere = [("agent", 9000), ("proxy", 9001)].map(|(name, port)| {
+        format!(
+            "- {{name: {name}-2, namespace: z, labels: {{pod: {name}}}, addresses: [{ELSEWHERE}], ports: [{port}]}}\n"
+        )
+    });
+    let settings = format!(
+        "{}peers:\n{}policies: {{unselected: allow}}",
+        hosted.concat(),
+        elsewhere.concat()
+    );
+    let from_agent = policy(
+        "p",
+        "podSelector: {}, ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {pod: agent}}}]}]",
+    );
+    let own = policy_of("z", "q", "podSelector: {matchLabels: {pod: agent}}");
+    let config = config(&configuration(&settings));
+    let shared = netns(99);
+    let workloads = running(&config).into_iter().map(|running| {
+        if !["agent", "proxy"].contains(&running.workload.name.as_str()) {
+            return running;
+        }
+        Arc::new(RunningWorkload {
+            netns: Some(Arc::clone(&shared)),
+            owns_netns: false,
+            ..RunningWorkload::clone(&running)
+        })
+    });
+    let world = World::with(config, workloads.collect(), &format!("{from_agent}{own}"));
+    let id = |name: &str| format!("spiffe://example.org/ns/z/sa/{name}");
+    let tunnel = |name: &str, from: &str| world.tunnel("x-a", &id(name), from, 80);
+    assert_eq!(tunnel("agent-2", ELSEWHERE), "x/p/ingress[0]");
+    assert_eq!(tunnel("proxy-2", ELSEWHERE), "no");
+    // Without proof nobody of those who share the address is the one that is meant.
+    assert_eq!(world.plaintext("x-a", UDP, ELSEWHERE, 80), "no");
+    // The pod's own node reaches it, and so does whoever has the node's address.
+    for name in ["agent", "proxy"] {
+        assert_eq!(tunnel(name, NODE), "node");
+    }
+    assert_eq!(world.plaintext("x-a", UDP, NODE, 80), "node");
+    // What isolates one of them isolates none of the others.
+    assert_eq!(world.plaintext("agent", UDP, "10.0.1.1", 80), "no");
+    assert_eq!(world.plaintext("proxy", UDP, "10.0.1.1", 80), "unselected");
+}
 
 #[test]
 fn ports_are_of_a_protocol_which_is_tcp_where_none_is_said() {

@@ -38,7 +38,7 @@ use crate::{
     tunnel::{
         Origins, Shared,
         bounds::Bounds,
-        connection::{Call, Connection, Parties},
+        connection::{Call, Connection, Parties, Would},
         copy::copy,
         driver::{Driver, sending},
         link::{Ends, Link},
@@ -325,6 +325,7 @@ impl Pair {
             destination: "10.0.0.7:80".parse().unwrap(),
             netns: 0,
             rule: 0,
+            would: Would::default(),
         };
         let live = call.open(&self.worker, link, self.worker.bounds.place(1).unwrap());
         let connection = live.connection().clone();
