@@ -56,7 +56,7 @@ pub use self::{
     error::Error,
     events::Events,
     socket::speak_as,
-    sockets::{Purpose, Sockets},
+    sockets::Sockets,
     state::Order,
     usage::{Counters, MapUsage},
 };
@@ -550,7 +550,7 @@ impl Datapath {
         links::remove_link(&links::of_namespace(lock(&self.pins).folder(), inode))
     }
 
-    /// Has a namespace route the replies of local applications to [`Netns::onward_socket`]s back
+    /// Has a namespace route the replies of local applications to [`Netns::onward_sockets`] back
     /// to the daemon: a firewall mark that replies inherit, a rule for the mark, and a table
     /// behind it that sends everything to the loopback device. What is there already stays.
     ///

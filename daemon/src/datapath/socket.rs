@@ -23,22 +23,27 @@ impl Netns {
         self.run(|| tcp(domain))
     }
 
-    /// A non-blocking TCP socket in this namespace for connections to local applications:
+    /// Non-blocking TCP sockets in this namespace for connections to local applications:
     /// `IP_TRANSPARENT`, and marked with `ONWARD_MARK`. [`speak_as`] says with whose address.
+    /// `count` of them, or none: the namespace is entered once for all.
     ///
     /// # Errors
     /// From the kernel.
-    pub fn onward_socket(&self, domain: Domain) -> io::Result<Socket> {
-        let socket = self.run(|| tcp(domain))?;
-        if domain == Domain::IPV4 {
-            socket.set_ip_transparent_v4(true)?;
-        } else {
-            socket.set_ip_transparent_v6(true)?;
+    pub fn onward_sockets(&self, domain: Domain, count: usize) -> io::Result<Vec<Socket>> {
+        let open = || (0..count).map(|_| tcp(domain)).collect();
+        let sockets: Vec<Socket> = self.run(open)?;
+        for socket in &sockets {
+            if domain == Domain::IPV4 {
+                socket.set_ip_transparent_v4(true)?;
+            } else {
+                socket.set_ip_transparent_v6(true)?;
+            }
+            socket.set_mark(ONWARD_MARK)?;
+            // A port is taken for each pair of addresses, rather than for the client's address
+            // alone.
+            setsockopt(socket, IpBindAddressNoPort, &true)?;
         }
-        socket.set_mark(ONWARD_MARK)?;
-        // A port is taken for each pair of addresses, rather than for the client's address alone.
-        setsockopt(&socket, IpBindAddressNoPort, &true)?;
-        Ok(socket)
+        Ok(sockets)
     }
 
     /// Listening, non-blocking sockets for redirected connections: `127.0.0.1` and `::1`
@@ -77,7 +82,7 @@ impl Netns {
     }
 }
 
-/// Has a [`Netns::onward_socket`] speak to `to` with the address of `client`. Its port is chosen
+/// Has one of [`Netns::onward_sockets`] speak to `to` with the address of `client`. Its port is chosen
 /// when it connects. Needs no privilege: making the socket did.
 ///
 /// # Errors

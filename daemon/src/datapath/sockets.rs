@@ -16,27 +16,26 @@ use tokio::sync::oneshot;
 use super::netns::Netns;
 use crate::privileges::Confinement;
 
-/// What a socket is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Purpose {
-    /// [`Netns::tunnel_socket`].
-    Tunnel,
-    /// [`Netns::onward_socket`].
-    Onward,
-}
-
 /// The thread that opens sockets. It ends with the last clone.
 #[derive(Clone, Debug)]
 pub struct Sockets {
     requests: mpsc::Sender<Request>,
 }
 
+/// What to open in a namespace, and whom to give it to.
 #[derive(Debug)]
 struct Request {
     netns: Arc<Netns>,
-    purpose: Purpose,
     domain: Domain,
-    answer: oneshot::Sender<io::Result<Socket>>,
+    wanted: Wanted,
+}
+
+#[derive(Debug)]
+enum Wanted {
+    /// [`Netns::tunnel_socket`].
+    Tunnel(oneshot::Sender<io::Result<Socket>>),
+    /// So many of [`Netns::onward_sockets`].
+    Onward(usize, oneshot::Sender<io::Result<Vec<Socket>>>),
 }
 
 // === impl Sockets ===
@@ -54,32 +53,45 @@ impl Sockets {
                 if let Err(error) = confinement.enter_sockets() {
                     tracing::warn!(%error, "the thread that opens sockets keeps its privileges");
                 }
-                for request in inbox {
-                    let opened = request.purpose.open(&request.netns, request.domain);
-                    // Whoever asked may have given up.
-                    let _ = request.answer.send(opened);
-                }
+                inbox.into_iter().for_each(Request::serve);
             })?;
         Ok(Self { requests })
     }
 
-    /// A non-blocking TCP socket in `netns` that can be connected to addresses of the family of
-    /// `to`.
+    /// A [`Netns::tunnel_socket`] that can be connected to `to`.
     ///
     /// # Errors
     /// From the kernel.
-    pub async fn open(
+    pub async fn tunnel(&self, netns: &Arc<Netns>, to: SocketAddr) -> io::Result<Socket> {
+        self.ask(netns, to, Wanted::Tunnel).await
+    }
+
+    /// [`Netns::onward_sockets`] that can be connected to `to`: `count` of them, or none. Asking
+    /// for several costs little more than asking for one.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub async fn onward(
         &self,
         netns: &Arc<Netns>,
-        purpose: Purpose,
         to: SocketAddr,
-    ) -> io::Result<Socket> {
+        count: usize,
+    ) -> io::Result<Vec<Socket>> {
+        self.ask(netns, to, |answer| Wanted::Onward(count, answer))
+            .await
+    }
+
+    async fn ask<T>(
+        &self,
+        netns: &Arc<Netns>,
+        to: SocketAddr,
+        wanted: impl FnOnce(oneshot::Sender<io::Result<T>>) -> Wanted,
+    ) -> io::Result<T> {
         let (answer, answered) = oneshot::channel();
         let request = Request {
             netns: netns.clone(),
-            purpose,
             domain: Domain::for_address(to),
-            answer,
+            wanted: wanted(answer),
         };
         let gone = || io::Error::other("the thread that opens sockets has ended");
         self.requests.send(request).map_err(|_| gone())?;
@@ -87,13 +99,18 @@ impl Sockets {
     }
 }
 
-// === impl Purpose ===
+// === impl Request ===
 
-impl Purpose {
-    fn open(self, netns: &Netns, domain: Domain) -> io::Result<Socket> {
-        match self {
-            Self::Tunnel => netns.tunnel_socket(domain),
-            Self::Onward => netns.onward_socket(domain),
+impl Request {
+    /// Whoever asked may have given up: what is opened is closed then.
+    fn serve(self) {
+        match self.wanted {
+            Wanted::Tunnel(answer) => {
+                let _ = answer.send(self.netns.tunnel_socket(self.domain));
+            }
+            Wanted::Onward(count, answer) => {
+                let _ = answer.send(self.netns.onward_sockets(self.domain, count));
+            }
         }
     }
 }

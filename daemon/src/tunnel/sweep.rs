@@ -65,6 +65,7 @@ fn sweep(worker: &Worker) {
     worker.pool.sweep(worker, now);
     worker.stop_closed();
     sweep_connections(worker, now);
+    worker.stash.tidy();
 }
 
 /// Whether a tunnel whose certificates have this much left is to take no more streams, so that

@@ -43,7 +43,8 @@ fn connect(world: &World, client: IpAddr, to: SocketAddr) -> std::io::Result<Tcp
 }
 
 fn onward(netns: &Netns, client: IpAddr, to: SocketAddr) -> std::io::Result<Socket> {
-    let socket = netns.onward_socket(Domain::for_address(to))?;
+    let mut sockets = netns.onward_sockets(Domain::for_address(to), 1)?;
+    let socket = sockets.remove(0);
     speak_as(&socket, client, to)?;
     Ok(socket)
 }
