@@ -106,4 +106,6 @@ reasons! {
     CertificateExpired = 34 => "certificate_expired",
     /// Plaintext that no policy allows, let in since the workload is declared permissive.
     Permissive = 35 => "permissive",
+    /// The peer sent more frames, headers or resets than a tunnel puts up with.
+    Flood = 36 => "flood",
 }

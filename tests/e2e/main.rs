@@ -7,12 +7,14 @@
     reason = "these are tests"
 )]
 
+mod abuse;
 mod agents;
 mod arrange;
 mod ca;
 mod certificate_files;
 mod certificates;
 mod certs;
+mod clock;
 mod command_line;
 mod concurrency;
 mod connect_requests;
@@ -42,8 +44,10 @@ mod prometheus;
 mod release;
 mod restart;
 mod revocation;
+mod soak;
 mod sockets;
 mod stalls;
+mod storage;
 mod storm;
 mod systemd;
 mod tcp;

@@ -27,7 +27,7 @@ pub(crate) struct Guarded {
     pub(crate) stranger: Workload,
     pub(crate) root: Authority,
     _echo: Process,
-    _elsewhere: Node,
+    elsewhere: Node,
     _node: Node,
     network: Network,
 }
@@ -90,10 +90,15 @@ impl Guarded {
             stranger,
             root: root_of(&network),
             _echo: echo,
-            _elsewhere: elsewhere,
+            elsewhere,
             _node: node,
             network,
         }
+    }
+
+    /// A pod elsewhere, with an address of its own.
+    pub(crate) fn another(&self, name: &str) -> Workload {
+        self.elsewhere.pod(name)
     }
 
     /// The folder of the daemon's CA.

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{Daemon, Output, Process, Reeve, SOON, eventually, hbone::Conduct, holds_for};
+use harness::{Output, Process, Reeve, SOON, eventually, hbone::Conduct, holds_for};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
@@ -151,7 +151,7 @@ fn a_client_that_reads_nothing_holds_up_only_itself() {
         "1000000000",
     ]);
     source.wait_for("listening");
-    let before = resident(&guarded.daemon);
+    let before = guarded.daemon.resident();
     // Its window for the tunnel is wide: it is for the stream that it reads nothing.
     let mut settings = h2::client::Builder::new();
     settings.initial_connection_window_size(16 << 20);
@@ -169,7 +169,7 @@ fn a_client_that_reads_nothing_holds_up_only_itself() {
     guarded
         .daemon
         .wait_for_log(&["connection closed", "timeout", &endless.to_string()]);
-    let held = resident(&guarded.daemon).saturating_sub(before);
+    let held = guarded.daemon.resident().saturating_sub(before);
     assert!(held < 32 << 20, "{held} bytes are held");
     drop((stalled, tunnel));
     guarded.holds_nothing();
@@ -293,7 +293,7 @@ fn a_server_that_answers_no_ping_is_given_up() {
 fn a_server_that_reads_nothing_holds_up_only_its_client() {
     let calling = Calling::with(|reeve| short(reeve).set("/timeouts/idle", json!("2s")));
     let server = calling.right_server(Conduct::NoReading);
-    let before = resident(&calling.daemon);
+    let before = calling.daemon.resident();
     let to = calling.impostor.addresses().port4(APP).to_string();
     let call = calling
         .client
@@ -302,7 +302,7 @@ fn a_server_that_reads_nothing_holds_up_only_its_client() {
     calling
         .daemon
         .wait_for_log(&["connection closed", "timeout"]);
-    let held = resident(&calling.daemon).saturating_sub(before);
+    let held = calling.daemon.resident().saturating_sub(before);
     assert!(held < 32 << 20, "{held} bytes are held");
     // The tunnel is still there, and was good in all else.
     drop(server);
@@ -402,14 +402,6 @@ fn ended_badly(call: Process) -> Output {
         output.stdout
     );
     output
-}
-
-/// Bytes of memory of the daemon.
-fn resident(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kilobytes = line.unwrap().trim().trim_end_matches(" kB");
-    kilobytes.parse::<u64>().unwrap() << 10
 }
 
 impl Guarded {

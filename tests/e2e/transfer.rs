@@ -1,7 +1,7 @@
 //! Bytes: they arrive whole, in order and only at the pace of whoever reads them; each direction
 //! ends on its own, and a reset at one end is a reset at the other.
 
-use harness::{Daemon, SOON, eventually};
+use harness::{SOON, eventually};
 use serde_json::Value;
 
 use crate::arrange::{PORT, Pair, send, serve, start_sending};
@@ -76,7 +76,7 @@ fn slow_ends_get_everything_and_hold_up_nobody() {
     let _server = serve(&pair.server, PORT, &[]);
     let to = pair.server.addresses().port4(PORT);
     let bytes = (8 * MIB).to_string();
-    let before = [resident(&one), resident(&two)];
+    let before = [one.resident(), two.resident()];
     // All at once, through the same tunnel: one reads slowly, one writes slowly, one does neither.
     let reads_slowly = start_sending(&pair.client, to, &["--slow", "20", "--bytes", &bytes]);
     let writes_slowly = start_sending(&pair.client, to, &["--trickle", "20", "--bytes", &bytes]);
@@ -86,7 +86,7 @@ fn slow_ends_get_everything_and_hold_up_nobody() {
         came_back_whole(&slow.wait(SOON * 3).json(), 8 * MIB);
     }
     for (daemon, before) in [(&one, before[0]), (&two, before[1])] {
-        let grown = resident(daemon).saturating_sub(before);
+        let grown = daemon.resident().saturating_sub(before);
         assert!(
             grown < 64 * MIB,
             "the daemon keeps {grown} bytes of what passed"
@@ -152,12 +152,4 @@ fn came_back_whole(seen: &Value, bytes: u64) {
     assert_eq!(seen["sent"]["bytes"], bytes);
     assert_eq!(seen["received"]["bytes"], bytes);
     assert_eq!(seen["sent"]["sha256"], seen["received"]["sha256"]);
-}
-
-/// Bytes of memory that a daemon has.
-fn resident(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.unwrap().trim().trim_end_matches(" kB");
-    kib.parse::<u64>().unwrap() << 10
 }

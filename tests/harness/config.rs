@@ -17,6 +17,7 @@ pub struct Reeve<'n> {
     settings: Value,
     policies: PathBuf,
     environment: Vec<OsString>,
+    launcher: Vec<OsString>,
 }
 
 impl<'n> Reeve<'n> {
@@ -47,6 +48,7 @@ impl<'n> Reeve<'n> {
             settings,
             policies,
             environment: Vec::new(),
+            launcher: Vec::new(),
         }
     }
 
@@ -131,6 +133,22 @@ impl<'n> Reeve<'n> {
         self
     }
 
+    /// Has another program start it: this program's words come before the daemon's.
+    #[must_use]
+    pub fn launched_by<W: Into<OsString>>(mut self, words: impl IntoIterator<Item = W>) -> Self {
+        self.launcher.extend(words.into_iter().map(Into::into));
+        self
+    }
+
+    /// Gives it mounts of its own, which nobody else sees, after this shell script has run there.
+    #[must_use]
+    pub fn with_mounts(self, script: &str) -> Self {
+        let script = format!("set -e; {script}; exec \"$@\"");
+        let words = ["unshare", "--mount", "--propagation", "private"];
+        self.launched_by(words)
+            .launched_by(["sh", "-c", &script, "sh"])
+    }
+
     /// Writes the settings and starts the daemon; returns when it is ready.
     #[must_use]
     pub fn start(self) -> Daemon {
@@ -143,7 +161,7 @@ impl<'n> Reeve<'n> {
     #[must_use]
     pub fn start_unready(self) -> Daemon {
         let file = self.write();
-        Daemon::start(self.node, file, self.environment)
+        Daemon::start(self.node, file, self.environment, self.launcher)
     }
 
     /// Writes the settings, and gives the file.

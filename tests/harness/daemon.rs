@@ -28,13 +28,19 @@ pub struct Daemon {
     socket: PathBuf,
     policies: PathBuf,
     environment: Vec<OsString>,
+    launcher: Vec<OsString>,
 }
 
 impl Daemon {
     /// Where it serves metrics and its health, in the node's network namespace.
     pub const METRICS_PORT: u16 = 15020;
 
-    pub(crate) fn start(node: &Node, config: PathBuf, environment: Vec<OsString>) -> Self {
+    pub(crate) fn start(
+        node: &Node,
+        config: PathBuf,
+        environment: Vec<OsString>,
+        launcher: Vec<OsString>,
+    ) -> Self {
         let place = node
             .host()
             .with_cgroup(Arc::new(node.cgroup().child("daemon")));
@@ -46,6 +52,7 @@ impl Daemon {
             socket,
             policies: node.folder().join("policies"),
             environment,
+            launcher,
         };
         daemon.start_again();
         daemon
@@ -62,7 +69,9 @@ impl Daemon {
             self.config.as_os_str(),
         ];
         let environment = self.environment.iter().map(OsString::as_os_str);
-        let words = std::iter::once(OsStr::new("env"))
+        let launcher = self.launcher.iter().map(OsString::as_os_str);
+        let words = launcher
+            .chain([OsStr::new("env")])
             .chain(environment)
             .chain(words);
         self.process = Some(self.place.spawn(words));
@@ -235,6 +244,32 @@ impl Daemon {
     pub fn open_files(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.id());
         std::fs::read_dir(folder).expect("the daemon runs").count()
+    }
+
+    /// Bytes of memory that it has.
+    #[must_use]
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()));
+        let status = status.expect("the daemon runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.expect("the kernel tells this").trim();
+        let kib = kib.trim_end_matches(" kB").parse::<u64>();
+        kib.expect("it is a number") << 10
+    }
+
+    /// A path as it is for the daemon, whatever is mounted there.
+    #[must_use]
+    pub fn sees(&self, path: &Path) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.id()));
+        root.join(path.strip_prefix("/").expect("the path is absolute"))
+    }
+
+    /// Runs a program among the daemon's mounts.
+    pub fn beside<W: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = W>) -> Output {
+        let id = self.id().to_string();
+        let enter = ["nsenter", "--target", &id, "--mount", "--"].map(OsString::from);
+        let words = words.into_iter().map(|word| word.as_ref().to_owned());
+        self.place.exec(enter.into_iter().chain(words))
     }
 
     /// Its threads: each one's number, name and the kernel's status of it.

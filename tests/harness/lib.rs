@@ -38,6 +38,7 @@ mod process;
 mod programs;
 mod rotation;
 pub mod run;
+mod soak;
 mod wait;
 mod workload;
 
@@ -54,5 +55,6 @@ pub use node::Node;
 pub use process::{Output, Place, Process};
 pub use programs::Programs;
 pub use rotation::{FileIssuer, Storm};
+pub use soak::{Course, Sample, Soak};
 pub use wait::{SOON, eventually, holds_for};
 pub use workload::Workload;

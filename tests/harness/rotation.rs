@@ -79,9 +79,25 @@ impl FileIssuer {
 
     /// Writes `svid.pem`, `svid.key` and `bundle.pem`, one after the other.
     pub fn issue(&self, id: &str, out: &Path) {
+        self.issue_for(id, out, "1h");
+    }
+
+    /// The same with another lifetime.
+    pub fn issue_for(&self, id: &str, out: &Path, lifetime: &str) {
         let (ca, out) = (self.ca.to_str(), out.to_str());
         let (ca, out) = (ca.expect("a path is text"), out.expect("a path is text"));
-        reeve(["ca", "issue", "--dir", ca, "--id", id, "--out", out]);
+        reeve([
+            "ca",
+            "issue",
+            "--dir",
+            ca,
+            "--id",
+            id,
+            "--out",
+            out,
+            "--lifetime",
+            lifetime,
+        ]);
     }
 
     /// The source of a configuration that reads what this writes, a folder below `base` for each

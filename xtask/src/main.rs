@@ -14,6 +14,7 @@ mod licences;
 mod lint;
 mod run;
 mod setup;
+mod soak;
 mod storm;
 mod test;
 mod workspace;
@@ -44,6 +45,8 @@ enum Command {
     Bench(bench::Options),
     /// Rotate certificates every second under load, and fail if anything else does
     Storm(storm::Options),
+    /// Carry mixed traffic for as long as it is told, and fail if anything fails or grows
+    Soak(soak::Options),
     /// Fuzz the parsers that meet others' bytes
     Fuzz(fuzz::Options),
     /// Make what is released: a tarball with the static binary, and the container image
@@ -72,6 +75,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Storm(options) => storm::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Lint => lint::run(),

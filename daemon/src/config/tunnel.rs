@@ -41,12 +41,26 @@ pub struct Limits {
     /// others. Default 25000.
     #[serde(deserialize_with = "number::<_, _, 1, 10_000_000>")]
     pub connections_per_workload: usize,
+    /// Open connections that peers of one identity opened: a flood from one peer leaves room for
+    /// the others. Default 10000.
+    #[serde(deserialize_with = "number::<_, _, 1, 10_000_000>")]
+    pub connections_per_identity: usize,
     /// TLS handshakes under way, in all: of peers, and as many towards peers. Default 512.
     #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
     pub handshakes: usize,
     /// TLS handshakes under way that peers at one address began. Default 128.
     #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
     pub handshakes_per_address: usize,
+    /// Tunnels that peers opened, in all. Default 10000.
+    #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
+    pub tunnels: usize,
+    /// Tunnels that peers of one identity opened. Default 2000.
+    #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
+    pub tunnels_per_identity: usize,
+    /// Frames of a tunnel's peer within a second that carry nothing, as PING and SETTINGS, beyond
+    /// one for each stream and each KiB that the tunnel carries. Default 1000.
+    #[serde(deserialize_with = "number::<_, _, 10, 1_000_000>")]
+    pub control_frames: usize,
     /// Streams of one tunnel. Default 200.
     #[serde(deserialize_with = "number::<_, _, 1, 100_000>")]
     pub streams_per_tunnel: u32,
@@ -70,8 +84,12 @@ impl Default for Limits {
             workers: 0,
             connections: 100_000,
             connections_per_workload: 25_000,
+            connections_per_identity: 10_000,
             handshakes: 512,
             handshakes_per_address: 128,
+            tunnels: 10_000,
+            tunnels_per_identity: 2000,
+            control_frames: 1000,
             streams_per_tunnel: 200,
             tunnels_per_peer: 16,
             stream_window: 1 << 20,

@@ -25,6 +25,9 @@ const SOONEST_RENEWAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Renewal {
     next: SystemTime,
+    /// When that was planned. A clock that is behind this has been set back: what is in force may
+    /// not be valid yet, and the plan is for another time.
+    planned: SystemTime,
     backoff: Duration,
 }
 
@@ -33,6 +36,7 @@ impl Renewal {
     pub(super) fn new() -> Self {
         Self {
             next: SystemTime::UNIX_EPOCH,
+            planned: SystemTime::UNIX_EPOCH,
             backoff: FIRST_BACKOFF,
         }
     }
@@ -43,7 +47,7 @@ impl Renewal {
     }
 
     pub(super) fn is_due(&self, now: SystemTime) -> bool {
-        self.next <= now
+        self.next <= now || now < self.planned
     }
 
     /// The source has something new.
@@ -53,12 +57,16 @@ impl Renewal {
 
     /// How long to sleep at most before the clock is looked at again.
     pub(super) fn sleep(&self, now: SystemTime) -> Duration {
+        if self.is_due(now) {
+            return SHORTEST;
+        }
         let left = self.next.duration_since(now).unwrap_or(Duration::ZERO);
         left.clamp(SHORTEST, TICK)
     }
 
     /// Plans the next attempt: where this one has succeeded, by the certificate in force after it.
     pub(super) fn attempted(&mut self, in_force: Option<&Svid>, now: SystemTime) {
+        self.planned = now;
         match in_force {
             Some(svid) => {
                 self.next = renew_at(svid.not_after, now, random_fraction());
@@ -132,5 +140,18 @@ mod tests {
         let later = now + 120 * MINUTE;
         assert!(renewal.is_due(later));
         assert_eq!(renewal.sleep(later), SHORTEST);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_makes_renewal_due() {
+        let now = SystemTime::now();
+        let mut renewal = Renewal::new();
+        renewal.attempted(None, now);
+        let earlier = now - 60 * MINUTE;
+        assert!(renewal.is_due(earlier));
+        assert_eq!(renewal.sleep(earlier), SHORTEST);
+        // Once, and then by the clock as it is now.
+        renewal.attempted(None, earlier);
+        assert!(!renewal.is_due(earlier));
     }
 }

@@ -64,6 +64,7 @@ enum Kind {
     Closed,
     DryRun,
     Handshake,
+    Flood,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -194,6 +195,31 @@ impl ConnectionLog {
             %error,
             suppressed = (suppressed > 0).then_some(suppressed),
             "handshake of a tunnel failed"
+        );
+    }
+
+    /// A tunnel was ended since the peer at `from` sent what nobody puts up with. Whoever does may
+    /// do it again and again, so all of them share one allowance.
+    pub fn tunnel_flooded(
+        &self,
+        from: SocketAddr,
+        peer: &SpiffeId,
+        own: &SpiffeId,
+        reason: Reason,
+        error: &dyn Display,
+    ) {
+        let Some(suppressed) = self.take(NO_WORKLOAD, Kind::Flood, Instant::now()) else {
+            return;
+        };
+        tracing::warn!(
+            target: "reeve::connection",
+            peer_address = %from,
+            peer_id = %peer,
+            id = %own,
+            reason = reason.as_str(),
+            %error,
+            suppressed = (suppressed > 0).then_some(suppressed),
+            "tunnel ended"
         );
     }
 

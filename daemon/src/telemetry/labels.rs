@@ -31,6 +31,25 @@ pub enum Role {
     Server,
 }
 
+/// A bound beyond which newcomers are refused: a field of `limits` in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Limit {
+    /// Open connections, in all.
+    Connections,
+    /// Open connections of one workload.
+    ConnectionsPerWorkload,
+    /// Open connections of one peer's identity.
+    ConnectionsPerIdentity,
+    /// TLS handshakes under way.
+    Handshakes,
+    /// TLS handshakes that one address began.
+    HandshakesPerAddress,
+    /// Tunnels that peers opened, in all.
+    Tunnels,
+    /// Tunnels that one peer's identity opened.
+    TunnelsPerIdentity,
+}
+
 /// Labels of a connection; names of workloads or peers, bounded by the metrics themselves.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnectionLabels<'a> {
@@ -113,6 +132,33 @@ impl Role {
         match self {
             Self::Client => "client",
             Self::Server => "server",
+        }
+    }
+}
+
+impl Limit {
+    /// Every limit.
+    pub const ALL: [Self; 7] = [
+        Self::Connections,
+        Self::ConnectionsPerWorkload,
+        Self::ConnectionsPerIdentity,
+        Self::Handshakes,
+        Self::HandshakesPerAddress,
+        Self::Tunnels,
+        Self::TunnelsPerIdentity,
+    ];
+
+    /// Label value, and the name of the field.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::ConnectionsPerWorkload => "connectionsPerWorkload",
+            Self::ConnectionsPerIdentity => "connectionsPerIdentity",
+            Self::Handshakes => "handshakes",
+            Self::HandshakesPerAddress => "handshakesPerAddress",
+            Self::Tunnels => "tunnels",
+            Self::TunnelsPerIdentity => "tunnelsPerIdentity",
         }
     }
 }

@@ -57,11 +57,13 @@ pub fn start(log: &Log) -> Result<(), LogError> {
     Ok(())
 }
 
-/// A level alone is reeve's own; what libraries say at that level helps nobody.
+/// A level alone is reeve's own; what libraries say at that level helps nobody. HTTP/2 warns of
+/// each odd frame that a peer sends, and peers may send many.
 fn parse_filter(filter: &str) -> Result<Targets, LogError> {
     if let Ok(level) = filter.parse::<LevelFilter>() {
         return Ok(Targets::new()
             .with_default(LevelFilter::WARN)
+            .with_target("h2", LevelFilter::ERROR)
             .with_target("reeve", level));
     }
     filter.parse().map_err(LogError::Filter)

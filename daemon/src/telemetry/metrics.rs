@@ -9,7 +9,7 @@ use prometheus::{
 use reeve_common::{Direction, DryRun, Reason};
 
 use super::{
-    labels::{ConnectionLabels, HandshakeReason, NamePairs, Role, direction_name},
+    labels::{ConnectionLabels, HandshakeReason, Limit, NamePairs, Role, direction_name},
     readings::{Readings, ReadingsCollector, Shared},
 };
 
@@ -54,6 +54,8 @@ struct Inner {
     handshakes: IntCounterVec,
     handshake_seconds: HistogramVec,
     tunnels: IntGaugeVec,
+    tunnels_closed: IntCounterVec,
+    limits: IntCounterVec,
     streams: IntGaugeVec,
     suppressed: IntCounter,
     policy_reloads: IntCounterVec,
@@ -186,6 +188,19 @@ impl Metrics {
             .add(change);
     }
 
+    /// A tunnel has ended.
+    pub fn tunnel_closed(&self, role: Role, reason: Reason) {
+        self.inner
+            .tunnels_closed
+            .with_label_values(&[role.as_str(), reason.as_str()])
+            .inc();
+    }
+
+    /// Somebody was refused since a limit was reached.
+    pub fn limit_reached(&self, limit: Limit) {
+        self.inner.limits.with_label_values(&[limit.as_str()]).inc();
+    }
+
     /// Streams open now: adds `change`.
     pub fn streams_open(&self, role: Role, change: i64) {
         self.inner
@@ -304,6 +319,19 @@ impl Inner {
         registry.register(Box::new(handshake_seconds.clone()))?;
         let tunnels = gauge("reeve_tunnels_open", "Tunnels that stand now.", &["role"])?;
         let streams = gauge("reeve_streams_open", "Streams that stand now.", &["role"])?;
+        let tunnels_closed = counter(
+            "reeve_tunnels_closed_total",
+            "Tunnels that stood and have ended.",
+            &["role", "reason"],
+        )?;
+        let limits = counter(
+            "reeve_limit_refusals_total",
+            "Connections and handshakes refused since a limit of the configuration was reached.",
+            &["limit"],
+        )?;
+        for limit in Limit::ALL {
+            limits.with_label_values(&[limit.as_str()]);
+        }
         for role in [Role::Client, Role::Server] {
             tunnels.with_label_values(&[role.as_str()]).set(0);
             streams.with_label_values(&[role.as_str()]).set(0);
@@ -352,6 +380,8 @@ impl Inner {
             handshakes,
             handshake_seconds,
             tunnels,
+            tunnels_closed,
+            limits,
             streams,
             suppressed,
             policy_reloads,

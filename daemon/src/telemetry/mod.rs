@@ -18,7 +18,7 @@ pub use connections::{Connection, ConnectionLog};
 pub use events::Events;
 pub use http::{Health, HttpServer, HttpServing, Readiness, Told};
 pub use labels::{
-    ConnectionLabels, HandshakeReason, OTHER, Role, Transport, UNKNOWN, direction_name,
+    ConnectionLabels, HandshakeReason, Limit, OTHER, Role, Transport, UNKNOWN, direction_name,
 };
 pub use log::{LogError, start as start_logging};
 pub use metrics::{Handshake, Metrics};

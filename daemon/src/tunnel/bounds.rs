@@ -1,5 +1,5 @@
-//! Limits that hold for all workers together, and the share of them that one workload, or one
-//! address, may have.
+//! Limits that hold for all workers together, and the share of them that one workload, one peer's
+//! identity, or one address, may have.
 
 use std::{
     collections::HashMap,
@@ -14,7 +14,7 @@ use std::{
 use reeve_common::WorkloadId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::config::Limits;
+use crate::{config::Limits, identity::SpiffeId, telemetry::Limit};
 
 use super::TunnelError;
 
@@ -24,26 +24,43 @@ pub(super) struct Bounds {
     connections: AtomicUsize,
     most_connections: usize,
     workloads: Arc<Shares<WorkloadId>>,
+    /// Connections by the identity of the peer that opened them.
+    callers: Arc<Shares<SpiffeId>>,
     most_handshakes: usize,
     /// One permit for each TLS handshake that may be under way towards peers.
     pub(super) opening: Arc<Semaphore>,
     /// The same for those of peers: whoever floods these keeps nobody here from opening tunnels.
     accepting: Arc<Semaphore>,
     addresses: Arc<Shares<IpAddr>>,
+    /// One permit for each tunnel that peers may have opened.
+    tunnels: Arc<Semaphore>,
+    /// The same by their identities.
+    tunnellers: Arc<Shares<SpiffeId>>,
 }
 
 /// One of the connections that may be open; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Place {
     bounds: Arc<Bounds>,
-    _share: Option<Share<WorkloadId>>,
+    _workload: Option<Share<WorkloadId>>,
+    _caller: Option<Share<SpiffeId>>,
 }
 
-/// Leave for a handshake that a peer began; given back when dropped.
+/// Leave for a handshake that a peer began, and for the tunnel that it may bring; given back when
+/// dropped.
 #[derive(Debug)]
-pub(super) struct Handshaking {
-    _permit: OwnedSemaphorePermit,
-    _share: Share<IpAddr>,
+pub(super) struct Arriving {
+    _handshake: OwnedSemaphorePermit,
+    _address: Share<IpAddr>,
+    tunnel: OwnedSemaphorePermit,
+    tunnellers: Arc<Shares<SpiffeId>>,
+}
+
+/// One of the tunnels that peers may have opened; given back when dropped.
+#[derive(Debug)]
+pub(super) struct TunnelPlace {
+    _tunnel: OwnedSemaphorePermit,
+    _share: Share<SpiffeId>,
 }
 
 /// How much of something each has.
@@ -55,7 +72,7 @@ struct Shares<K> {
 
 /// One part of what somebody has; given back when dropped.
 #[derive(Debug)]
-struct Share<K: Copy + Eq + Hash> {
+struct Share<K: Eq + Hash> {
     of: Arc<Shares<K>>,
     key: K,
 }
@@ -64,41 +81,61 @@ struct Share<K: Copy + Eq + Hash> {
 
 impl Bounds {
     pub(super) fn new(limits: &Limits) -> Arc<Self> {
-        let most_handshakes = limits.handshakes.min(Semaphore::MAX_PERMITS);
+        let permits = |number: usize| number.min(Semaphore::MAX_PERMITS);
+        let most_handshakes = permits(limits.handshakes);
         Arc::new(Self {
             connections: AtomicUsize::new(0),
             most_connections: limits.connections,
             workloads: Shares::new(limits.connections_per_workload),
+            callers: Shares::new(limits.connections_per_identity),
             most_handshakes,
             opening: Arc::new(Semaphore::new(most_handshakes)),
             accepting: Arc::new(Semaphore::new(most_handshakes)),
             addresses: Shares::new(limits.handshakes_per_address),
+            tunnels: Arc::new(Semaphore::new(permits(limits.tunnels))),
+            tunnellers: Shares::new(limits.tunnels_per_identity),
         })
     }
 
-    /// A place for one more connection of a workload.
-    pub(super) fn place(self: &Arc<Self>, workload: WorkloadId) -> Result<Place, TunnelError> {
+    /// A place for one more connection of a workload, which the peer `caller` opened unless the
+    /// workload itself did.
+    pub(super) fn place(
+        self: &Arc<Self>,
+        workload: WorkloadId,
+        caller: Option<&SpiffeId>,
+    ) -> Result<Place, TunnelError> {
         let taken = self.connections.fetch_add(1, Ordering::Relaxed);
         let mut place = Place {
             bounds: self.clone(),
-            _share: None,
+            _workload: None,
+            _caller: None,
         };
         if taken >= self.most_connections {
-            return Err(TunnelError::Limit("connections"));
+            return Err(TunnelError::Limit(Limit::Connections));
         }
-        let share = self.workloads.take(workload);
-        place._share = Some(share.ok_or(TunnelError::Limit("connectionsPerWorkload"))?);
+        if let Some(caller) = caller {
+            let share = self.callers.take(caller);
+            let beyond = TunnelError::Limit(Limit::ConnectionsPerIdentity);
+            place._caller = Some(share.ok_or(beyond)?);
+        }
+        let share = self.workloads.take(&workload);
+        let beyond = TunnelError::Limit(Limit::ConnectionsPerWorkload);
+        place._workload = Some(share.ok_or(beyond)?);
         Ok(place)
     }
 
-    /// Leave for one more handshake that a peer at this address began. None: it has enough of
+    /// Leave for one more handshake that a peer at this address began, unless it has enough of
     /// them under way, or all have.
-    pub(super) fn handshake(&self, from: IpAddr) -> Option<Handshaking> {
-        let share = self.addresses.take(from)?;
-        let permit = self.accepting.clone().try_acquire_owned().ok()?;
-        Some(Handshaking {
-            _permit: permit,
-            _share: share,
+    pub(super) fn arriving(&self, from: IpAddr) -> Result<Arriving, Limit> {
+        let permit = |of: &Arc<Semaphore>| of.clone().try_acquire_owned();
+        Ok(Arriving {
+            _address: self
+                .addresses
+                .take(&from)
+                .ok_or(Limit::HandshakesPerAddress)?,
+            _handshake: permit(&self.accepting).map_err(|_| Limit::Handshakes)?,
+            tunnel: permit(&self.tunnels).map_err(|_| Limit::Tunnels)?,
+            tunnellers: self.tunnellers.clone(),
         })
     }
 
@@ -117,6 +154,19 @@ impl Bounds {
     }
 }
 
+// === impl Arriving ===
+
+impl Arriving {
+    /// The handshake has shown who the peer is.
+    pub(super) fn of(self, peer: &SpiffeId) -> Result<TunnelPlace, Limit> {
+        let share = self.tunnellers.take(peer);
+        Ok(TunnelPlace {
+            _share: share.ok_or(Limit::TunnelsPerIdentity)?,
+            _tunnel: self.tunnel,
+        })
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.bounds.connections.fetch_sub(1, Ordering::Relaxed);
@@ -125,7 +175,7 @@ impl Drop for Place {
 
 // === impl Shares ===
 
-impl<K: Copy + Eq + Hash> Shares<K> {
+impl<K: Clone + Eq + Hash> Shares<K> {
     fn new(most: usize) -> Arc<Self> {
         Arc::new(Self {
             most,
@@ -133,21 +183,21 @@ impl<K: Copy + Eq + Hash> Shares<K> {
         })
     }
 
-    fn take(self: &Arc<Self>, key: K) -> Option<Share<K>> {
+    fn take(self: &Arc<Self>, key: &K) -> Option<Share<K>> {
         let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = all.entry(key).or_default();
+        let taken = all.entry(key.clone()).or_default();
         if *taken >= self.most {
             return None;
         }
         *taken += 1;
         Some(Share {
             of: self.clone(),
-            key,
+            key: key.clone(),
         })
     }
 }
 
-impl<K: Copy + Eq + Hash> Drop for Share<K> {
+impl<K: Eq + Hash> Drop for Share<K> {
     fn drop(&mut self) {
         let mut all = self.of.taken.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(taken) = all.get_mut(&self.key) {
@@ -171,19 +221,19 @@ mod tests {
             connections_per_workload: 3,
             ..Limits::default()
         });
-        let mut first: Vec<_> = (0..3).map(|_| bounds.place(1).unwrap()).collect();
-        let over = bounds.place(1).unwrap_err();
+        let mut first: Vec<_> = (0..3).map(|_| bounds.place(1, None).unwrap()).collect();
+        let over = bounds.place(1, None).unwrap_err();
         assert!(
             over.to_string().contains("connectionsPerWorkload"),
             "{over}"
         );
         assert_eq!(bounds.connections(), 3);
-        let _second: Vec<_> = (0..2).map(|_| bounds.place(2).unwrap()).collect();
-        let over = bounds.place(3).unwrap_err();
+        let _second: Vec<_> = (0..2).map(|_| bounds.place(2, None).unwrap()).collect();
+        let over = bounds.place(3, None).unwrap_err();
         assert!(over.to_string().contains("limits.connections`"), "{over}");
         first.pop();
-        first.push(bounds.place(1).unwrap());
-        bounds.place(1).unwrap_err();
+        first.push(bounds.place(1, None).unwrap());
+        bounds.place(1, None).unwrap_err();
     }
 
     #[test]
@@ -194,17 +244,52 @@ mod tests {
             ..Limits::default()
         });
         let [one, two] = ["192.0.2.1", "2001:db8::1"].map(|ip| ip.parse().unwrap());
-        let held = [
-            bounds.handshake(one).unwrap(),
-            bounds.handshake(one).unwrap(),
-        ];
-        assert!(bounds.handshake(one).is_none());
-        let other = bounds.handshake(two).unwrap();
-        assert!(bounds.handshake(two).is_none(), "in all");
+        let held = [bounds.arriving(one).unwrap(), bounds.arriving(one).unwrap()];
+        assert_eq!(
+            bounds.arriving(one).unwrap_err(),
+            Limit::HandshakesPerAddress
+        );
+        let other = bounds.arriving(two).unwrap();
+        assert_eq!(
+            bounds.arriving(two).unwrap_err(),
+            Limit::Handshakes,
+            "in all"
+        );
         assert_eq!(bounds.opening.available_permits(), 3);
         assert!(bounds.is_busy());
         drop((held, other));
         assert!(!bounds.is_busy());
         assert!(bounds.addresses.taken.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn one_identity_has_its_share_of_connections_and_of_tunnels() {
+        let bounds = Bounds::new(&Limits {
+            connections_per_identity: 2,
+            tunnels: 3,
+            tunnels_per_identity: 2,
+            ..Limits::default()
+        });
+        let [one, two] = ["one", "two"]
+            .map(|name| SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap());
+        let _connections: Vec<_> = (0..2)
+            .map(|_| bounds.place(1, Some(&one)).unwrap())
+            .collect();
+        let over = bounds.place(1, Some(&one)).unwrap_err();
+        assert!(
+            over.to_string().contains("connectionsPerIdentity"),
+            "{over}"
+        );
+        let _others = [
+            bounds.place(1, Some(&two)).unwrap(),
+            bounds.place(1, None).unwrap(),
+        ];
+        let arrive = |id| bounds.arriving("192.0.2.1".parse().unwrap())?.of(id);
+        let tunnels = [arrive(&one).unwrap(), arrive(&one).unwrap()];
+        assert_eq!(arrive(&one).unwrap_err(), Limit::TunnelsPerIdentity);
+        let _other = arrive(&two).unwrap();
+        assert_eq!(arrive(&two).unwrap_err(), Limit::Tunnels, "in all");
+        drop(tunnels);
+        arrive(&one).unwrap();
     }
 }

@@ -14,13 +14,14 @@ use tokio_rustls::TlsConnector;
 use crate::{
     datapath::netns::Netns,
     identity::{ALPN, RejectReason, SpiffeId, Svid, server_name_for},
-    telemetry::{Handshake, HandshakeReason, Role},
+    telemetry::{Handshake, HandshakeReason, Limit, Role},
 };
 
 use super::{
     TunnelError, authority,
     driver::{Driver, End, Protocol},
     error::Stage,
+    frames::FrameMeter,
     link::{Ends, Link},
     registry::Registered,
     server::not_after,
@@ -79,7 +80,7 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
     let late = |stage, limit| TunnelError::Timeout { stage, to, limit };
     let _permit = timeout(limits.handshake, worker.bounds.opening.acquire())
         .await
-        .map_err(|_| TunnelError::Limit("handshakes"))?;
+        .map_err(|_| TunnelError::Limit(Limit::Handshakes))?;
     let tcp = connect(worker, target).await?;
     let started = Instant::now();
     let result = match timeout(limits.handshake, shake(worker, target, tcp)).await {
@@ -174,7 +175,8 @@ async fn shake(
         remote: to,
         local,
     };
-    let (wire, control) = wire(tcp, tls.into());
+    let meter = FrameMeter::of_server(worker.limits.control_frames);
+    let (wire, control) = wire(tcp, tls.into(), meter);
     let (request, connection) = builder(worker)
         .handshake(wire)
         .await

@@ -200,6 +200,9 @@ impl Call {
                 .rule_verdict(self.direction(), false, described.rule);
             self.dry_run(worker, decision);
         }
+        if let TunnelError::Limit(limit) = error {
+            shared.metrics.limit_reached(*limit);
+        }
         shared.metrics.connection_failed(described.labels, reason);
         shared
             .log

@@ -38,6 +38,8 @@ pub(super) trait Protocol: Unpin {
     fn set_window(&mut self, bytes: u32);
     /// Takes no new streams.
     fn retire(&mut self);
+    /// Tells the peer, where HTTP/2 lets us, that it has gone too far.
+    fn calm(&mut self);
 }
 
 /// How a tunnel ended.
@@ -52,6 +54,9 @@ pub(super) enum End {
     /// HTTP/2, TLS or TCP failed.
     #[error("broken: {0}")]
     Broken(String),
+    /// The peer sent more than HTTP/2, or we, put up with.
+    #[error("the peer floods it: {0}")]
+    Flood(String),
     /// A PING was not answered in time.
     #[error("the peer did not answer a PING in time")]
     Silent,
@@ -124,6 +129,13 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
         None
     }
 
+    fn failed(&self, error: &h2::Error) -> End {
+        if error.is_library() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) {
+            return End::Flood(error.to_string());
+        }
+        self.broken(error)
+    }
+
     fn broken(&self, error: &dyn std::fmt::Display) -> End {
         // HTTP/2 keeps no more than a text of what was wrong below it.
         match self.control.fault() {
@@ -146,7 +158,7 @@ impl<P: Protocol, F: FnMut(Incoming) + Unpin> Future for Driver<P, F> {
             match this.protocol.poll_next(cx) {
                 Poll::Ready(Some(Ok(stream))) => (this.on_stream)(stream),
                 Poll::Ready(Some(Err(error))) => {
-                    let end = this.broken(&error);
+                    let end = this.failed(&error);
                     // The last GOAWAY says why; nothing more can be done if it cannot be sent.
                     let _ = this.control.poll_send(cx);
                     return Poll::Ready(end);
@@ -157,6 +169,15 @@ impl<P: Protocol, F: FnMut(Incoming) + Unpin> Future for Driver<P, F> {
                 }
                 Poll::Pending => break,
             }
+        }
+        if this.control.is_flooded() {
+            this.protocol.calm();
+            // The tunnel ends in any case: what cannot be sent now is not sent.
+            let _ = this.protocol.poll_next(cx);
+            let _ = this.control.poll_send(cx);
+            return Poll::Ready(End::Flood(
+                "more than `limits.controlFrames` frames that carry nothing".into(),
+            ));
         }
         match this.heartbeat.poll_missed(cx) {
             Poll::Ready(()) => return Poll::Ready(End::Silent),
@@ -236,6 +257,9 @@ impl Protocol for h2::client::Connection<Wire, Bytes> {
 
     /// Nothing: the pool hands out no more streams, and the connection ends with the last one.
     fn retire(&mut self) {}
+
+    /// Nothing: a client of the library cannot, and only closes.
+    fn calm(&mut self) {}
 }
 
 impl Protocol for h2::server::Connection<Wire, Bytes> {
@@ -253,6 +277,10 @@ impl Protocol for h2::server::Connection<Wire, Bytes> {
 
     fn retire(&mut self) {
         self.graceful_shutdown();
+    }
+
+    fn calm(&mut self) {
+        self.abrupt_shutdown(h2::Reason::ENHANCE_YOUR_CALM);
     }
 }
 

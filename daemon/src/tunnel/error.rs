@@ -5,7 +5,10 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use reeve_common::Reason;
 
 use crate::{
-    identity::SpiffeId, policy::Decision, privileges::PrivilegeError, telemetry::HandshakeReason,
+    identity::SpiffeId,
+    policy::Decision,
+    privileges::PrivilegeError,
+    telemetry::{HandshakeReason, Limit},
 };
 
 /// The data path could not be started.
@@ -157,8 +160,8 @@ pub enum TunnelError {
     #[error("the application did not accept the connection within {0:?}")]
     ApplicationTimeout(Duration),
     /// A limit was reached.
-    #[error("the limit `limits.{0}` is reached")]
-    Limit(&'static str),
+    #[error("the limit `limits.{}` is reached", .0.as_str())]
+    Limit(Limit),
     /// No longer allowed before it stood.
     #[error("it was revoked before it stood")]
     Revoked,

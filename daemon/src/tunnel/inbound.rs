@@ -97,7 +97,7 @@ async fn connect(
     respond: &mut SendResponse<Bytes>,
 ) -> Result<(TcpStream, Place), TunnelError> {
     let workload = admit(worker, link, call)?;
-    let place = worker.bounds.place(workload)?;
+    let place = worker.bounds.place(workload, Some(&link.ends.peer))?;
     let failed = |error: std::io::Error| TunnelError::Application(error.into());
     let limit = worker.timeouts.connect;
     // No TCP_USER_TIMEOUT: it would end an application that pauses reading for longer than that,

@@ -9,7 +9,8 @@
 //! accepts the tunnel, [`inbound`] judges each stream and connects to the application, and [`copy`]
 //! moves the bytes.
 //!
-//! Below these: [`wire`] is TLS over TCP as HTTP/2 sees it, [`driver`] keeps one tunnel going,
+//! Below these: [`wire`] is TLS over TCP as HTTP/2 sees it, [`frames`] counts what a peer sends
+//! to no purpose, [`driver`] keeps one tunnel going,
 //! [`link`] is a tunnel as everything else sees it, and [`connection`] an application connection
 //! from its first byte to its log line. All of them run on one of the threads of [`workers`], and
 //! share what a thread owns through [`worker`] and never with another thread.
@@ -21,6 +22,7 @@ mod connection;
 mod copy;
 mod driver;
 mod error;
+mod frames;
 mod inbound;
 mod link;
 mod outbound;

@@ -71,7 +71,7 @@ async fn connect(
     call.rule = origin.rule;
     let (to, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
     call.allowed_by(&decision);
-    let place = worker.bounds.place(origin.workload)?;
+    let place = worker.bounds.place(origin.workload, None)?;
     let Parties::Outbound {
         workload: Some(workload),
         peer: Some((_, expected)),

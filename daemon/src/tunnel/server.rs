@@ -24,15 +24,17 @@ use tokio_rustls::LazyConfigAcceptor;
 use crate::{
     datapath::netns::Netns,
     identity::{ALPN, RejectReason, SpiffeId, Svid, peer_id, server_name_matches},
-    telemetry::{Handshake, HandshakeReason, Role},
+    telemetry::{Handshake, HandshakeReason, Limit, Role},
     workload::RunningWorkload,
 };
 
 use super::{
+    TunnelError,
     authority::canonical,
-    bounds::Handshaking,
+    bounds::{Arriving, TunnelPlace},
     client::SEND_BUFFER,
     driver::{Driver, End, sending},
+    frames::FrameMeter,
     inbound,
     link::{Ends, Link},
     wire::{Wire, WireControl, wire},
@@ -90,18 +92,18 @@ pub(super) async fn serve(
             duration: started.elapsed(),
         });
     };
-    let Some(permit) = worker.bounds.handshake(remote.ip()) else {
-        count(HandshakeReason::Limit);
-        return;
-    };
     let local = tcp.local_addr().map(canonical);
     let limit = worker.timeouts.handshake;
-    let shaken = match timeout(limit, shake(&worker, &netns, tcp, remote, permit)).await {
-        Ok(result) => result,
-        Err(_) => Err(Refused {
-            reason: HandshakeReason::Timeout,
-            detail: format!("it took longer than {limit:?}"),
-        }),
+    let shaken = match worker.bounds.arriving(remote.ip()) {
+        Ok(arriving) => timeout(limit, shake(&worker, &netns, tcp, remote, arriving))
+            .await
+            .unwrap_or_else(|_| {
+                Err(Refused {
+                    reason: HandshakeReason::Timeout,
+                    detail: format!("it took longer than {limit:?}"),
+                })
+            }),
+        Err(limit) => Err(Refused::beyond(&worker, limit)),
     };
     match shaken {
         Ok(shaken) => {
@@ -125,11 +127,22 @@ struct Shaken {
     connection: Connection<Wire, Bytes>,
     control: WireControl,
     ends: Ends,
+    place: TunnelPlace,
 }
 
 struct Refused {
     reason: HandshakeReason,
     detail: String,
+}
+
+impl Refused {
+    fn beyond(worker: &Worker, limit: Limit) -> Self {
+        worker.shared.metrics.limit_reached(limit);
+        Self {
+            reason: HandshakeReason::Limit,
+            detail: TunnelError::Limit(limit).to_string(),
+        }
+    }
 }
 
 impl From<io::Error> for Refused {
@@ -147,7 +160,7 @@ async fn shake(
     netns: &Netns,
     tcp: TcpStream,
     remote: SocketAddr,
-    _permit: Handshaking,
+    arriving: Arriving,
 ) -> Result<Shaken, Refused> {
     let local = canonical(tcp.local_addr()?);
     let start = LazyConfigAcceptor::new(Acceptor::default(), tcp).await?;
@@ -170,6 +183,9 @@ async fn shake(
         reason: reason.handshake_reason(),
         detail: reason.to_string(),
     })?;
+    let place = arriving
+        .of(&peer)
+        .map_err(|limit| Refused::beyond(worker, limit))?;
     let ends = Ends {
         role: Role::Server,
         own: svid.id.clone(),
@@ -180,7 +196,8 @@ async fn shake(
         remote,
         local,
     };
-    let (wire, control) = wire(tcp, tls.into());
+    let meter = FrameMeter::of_client(worker.limits.control_frames);
+    let (wire, control) = wire(tcp, tls.into(), meter);
     let connection = sending(&control, builder(worker).handshake(wire))
         .await?
         .map_err(|error| Refused {
@@ -191,6 +208,7 @@ async fn shake(
         connection,
         control,
         ends,
+        place,
     })
 }
 
@@ -240,6 +258,7 @@ pub(super) fn builder(worker: &Worker) -> Builder {
 
 /// Carries the tunnel until it ends.
 async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
+    let _place = shaken.place;
     let link = worker.links.insert(Link::new(shaken.ends));
     if worker.draining.get() || worker.leaving.get() {
         link.retire();

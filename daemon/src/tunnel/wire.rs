@@ -22,6 +22,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use super::frames::FrameMeter;
+
 /// One read from the socket, and what is gathered before it is sealed and sent: four records.
 const CHUNK: usize = 64 << 10;
 /// Room for a chunk that is one byte short and one more HTTP/2 frame.
@@ -53,6 +55,10 @@ struct Session {
     outgoing: Vec<u8>,
     reading: Turn,
     writing: Turn,
+    /// Of the peer's frames.
+    meter: FrameMeter,
+    /// The peer has sent too much that carries nothing, and nothing more is read.
+    flooded: bool,
     /// What TLS made of the peer's last bytes, kept because HTTP/2 passes on only its text.
     fault: Option<rustls::Error>,
 }
@@ -61,8 +67,8 @@ struct Session {
 #[derive(Debug, Default)]
 struct Turn(Cell<usize>);
 
-/// Makes the two ends of a session.
-pub(super) fn wire(tcp: TcpStream, mut tls: Connection) -> (Wire, WireControl) {
+/// Makes the two ends of a session with a peer whose frames `meter` counts.
+pub(super) fn wire(tcp: TcpStream, mut tls: Connection, meter: FrameMeter) -> (Wire, WireControl) {
     // What may wait to be sent is bounded here, by `outgoing`.
     tls.set_buffer_limit(None);
     let session = Rc::new(RefCell::new(Session {
@@ -73,6 +79,8 @@ pub(super) fn wire(tcp: TcpStream, mut tls: Connection) -> (Wire, WireControl) {
         outgoing: Vec::new(),
         reading: Turn::default(),
         writing: Turn::default(),
+        meter,
+        flooded: false,
         fault: None,
     }));
     (Wire(session.clone()), WireControl(session))
@@ -94,6 +102,11 @@ impl WireControl {
         let _ = session.poll_send(cx);
     }
 
+    /// Whether the peer has sent too many frames that carry nothing.
+    pub(super) fn is_flooded(&self) -> bool {
+        self.0.borrow().flooded
+    }
+
     /// The TLS error that ended the session, if one did.
     pub(super) fn fault(&self) -> Option<rustls::Error> {
         self.0.borrow().fault.clone()
@@ -103,6 +116,23 @@ impl WireControl {
 // === impl Session ===
 
 impl Session {
+    /// Reads, and counts the frames in what was read. Once there were too many, nothing comes any
+    /// more: what becomes of the tunnel is the driver's to say.
+    fn poll_read_counted(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.flooded {
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        let result = self.poll_read(cx, buf);
+        let read = buf.filled().get(before..).unwrap_or_default();
+        self.flooded = !self.meter.received(read);
+        result
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.remaining();
         loop {
@@ -205,6 +235,7 @@ impl Session {
             self.outgoing.extend_from_slice(&part[..taken]);
             written += taken;
         }
+        self.meter.sent(written);
         Poll::Ready(Ok(written))
     }
 
@@ -308,7 +339,7 @@ impl AsyncRead for Wire {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.0.borrow_mut().poll_read(cx, buf)
+        self.0.borrow_mut().poll_read_counted(cx, buf)
     }
 }
 

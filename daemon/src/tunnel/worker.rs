@@ -146,14 +146,21 @@ impl Worker {
             End::Told(reason) => *reason,
             End::Broken(_) => Reason::Reset,
             End::Silent => Reason::Timeout,
+            End::Flood(_) => Reason::Flood,
         });
-        if let End::Silent = end {
+        if let End::Silent | End::Flood(_) = end {
             // To HTTP/2 it is a reset; what it was is known here.
             self.stop_closed();
         }
         let Order::Close(reason) = link.order() else {
             return;
         };
+        self.shared.metrics.tunnel_closed(ends.role, reason);
+        if let End::Flood(_) = end {
+            let log = &self.shared.log;
+            log.tunnel_flooded(ends.remote, &ends.peer, &ends.own, reason, end);
+            return;
+        }
         tracing::debug!(
             role = ends.role.as_str(),
             id = %ends.own,

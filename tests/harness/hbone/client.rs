@@ -204,47 +204,6 @@ impl Client {
         })
     }
 
-    /// Asks for connections to `authority`, all at once and before the server could say how many
-    /// it allows. Gives what became of each, and keeps the streams open until then.
-    ///
-    /// # Errors
-    /// When the server does not want the tunnel.
-    pub fn burst(
-        &self,
-        to: SocketAddr,
-        authority: &str,
-        number: usize,
-    ) -> Result<Vec<Result<u16, String>>, String> {
-        wait_for("the answers to a burst", async {
-            let stream = self.tls(to).await?;
-            let (request, connection) = h2::client::Builder::new()
-                .initial_max_send_streams(number)
-                .handshake::<_, Bytes>(stream)
-                .await
-                .map_err(text)?;
-            let mut streams = Vec::new();
-            for _ in 0..number {
-                let connect = connect_to(authority)?;
-                let sent = request.clone().send_request(connect, false);
-                streams.push(sent.map_err(text)?);
-            }
-            let connection = runtime().spawn(connection);
-            let mut answers = Vec::new();
-            let mut held = Vec::new();
-            for (response, send) in streams {
-                match response.await {
-                    Ok(response) => {
-                        answers.push(Ok(response.status().as_u16()));
-                        held.push((response, send));
-                    }
-                    Err(error) => answers.push(Err(error.to_string())),
-                }
-            }
-            connection.abort();
-            Ok(answers)
-        })
-    }
-
     /// A TCP connection and nothing more.
     ///
     /// # Errors
@@ -256,7 +215,10 @@ impl Client {
         Ok(stream)
     }
 
-    async fn tls(&self, to: SocketAddr) -> Result<TlsStream<tokio::net::TcpStream>, String> {
+    pub(super) async fn tls(
+        &self,
+        to: SocketAddr,
+    ) -> Result<TlsStream<tokio::net::TcpStream>, String> {
         let tcp = self.tcp(to).map_err(text)?;
         tcp.set_nonblocking(true).map_err(text)?;
         let tcp = tokio::net::TcpStream::from_std(tcp).map_err(text)?;

@@ -3,10 +3,12 @@
 //! namespace, and belong to no workload: to a daemon they are somebody elsewhere.
 
 mod client;
+pub mod raw;
 mod server;
 pub(crate) mod tls;
 
 pub use client::{Client, Handshake, Stream, Tunnel};
+pub use raw::Raw;
 pub use server::{Conduct, Seen, Server};
 
 use std::{future::Future, sync::OnceLock, time::Duration};

@@ -11,10 +11,10 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream, server::SendResponse};
 use http::{Request, Response};
 use rustls::{HandshakeKind, ServerConfig};
-use tokio::{net::TcpStream, task::JoinHandle};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinHandle};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::{runtime, tls};
+use super::{raw, runtime, tls};
 use crate::{Place, certs::Issued, wait};
 
 /// What a server does with those who come.
@@ -28,6 +28,8 @@ pub enum Conduct {
     OnlyTls,
     /// Speaks HTTP/2 and answers no request.
     NoAnswer,
+    /// Sends PINGs without end.
+    Flooding,
     /// Answers every request with this status.
     Answer(u16),
     /// Answers 200 and reads nothing more.
@@ -177,6 +179,9 @@ async fn serve(tcp: TcpStream, shared: Arc<Mutex<Shared>>) {
     if conduct == Conduct::OnlyTls {
         return until_closed(stream.get_ref().0, conduct).await;
     }
+    if conduct == Conduct::Flooding {
+        return flood(stream).await;
+    }
     // Whatever ends the tunnel: the test asks the daemon for its view.
     let _ = serve_http(stream, conduct, &shared).await;
 }
@@ -205,6 +210,15 @@ async fn until_closed(tcp: &TcpStream, conduct: Conduct) {
             Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return,
             _ => {}
         }
+    }
+}
+
+/// Sends settings, so that the tunnel stands, and then PINGs until the other side hangs up.
+async fn flood(mut stream: TlsStream<TcpStream>) {
+    let pings = raw::ping().repeat(1000);
+    let mut next = raw::settings(&[]);
+    while stream.write_all(&next).await.is_ok() {
+        next.clone_from(&pings);
     }
 }
 

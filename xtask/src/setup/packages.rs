@@ -11,7 +11,7 @@ use crate::run;
 type Programs = [(&'static str, &'static str)];
 
 /// What tests, demo and bench run.
-pub(super) const TESTS: [(&str, &str); 16] = [
+pub(super) const TESTS: [(&str, &str); 17] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
@@ -20,6 +20,8 @@ pub(super) const TESTS: [(&str, &str); 16] = [
     ("iperf3", "iperf3"),
     ("wrk", "wrk"),
     ("h2load", "nghttp2-client"),
+    // A clock that a test can move for one program.
+    ("faketime", "faketime"),
     // The alert rules' own tests.
     ("prometheus", "prometheus"),
     ("promtool", "prometheus"),

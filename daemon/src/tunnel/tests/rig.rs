@@ -41,6 +41,7 @@ use crate::{
         connection::{Call, Connection, Parties, Would},
         copy::copy,
         driver::{Driver, sending},
+        frames::FrameMeter,
         link::{Ends, Link},
         registry::Registered,
         wire::wire,
@@ -223,10 +224,11 @@ impl Pair {
             connector.connect(server_name_for(&stock.id), near),
             acceptor.accept(far)
         );
+        let meter = |of: fn(usize) -> FrameMeter| of(limits.control_frames);
         let (tcp, tls) = near.unwrap().into_inner();
-        let (near_wire, near_control) = wire(tcp, tls.into());
+        let (near_wire, near_control) = wire(tcp, tls.into(), meter(FrameMeter::of_server));
         let (tcp, tls) = far.unwrap().into_inner();
-        let (far_wire, far_control) = wire(tcp, tls.into());
+        let (far_wire, far_control) = wire(tcp, tls.into(), meter(FrameMeter::of_client));
         let server = crate::tunnel::server::builder(&worker);
         let client = crate::tunnel::client::builder(&worker);
         let (client, server) =
@@ -327,7 +329,11 @@ impl Pair {
             rule: 0,
             would: Would::default(),
         };
-        let live = call.open(&self.worker, link, self.worker.bounds.place(1).unwrap());
+        let live = call.open(
+            &self.worker,
+            link,
+            self.worker.bounds.place(1, None).unwrap(),
+        );
         let connection = live.connection().clone();
         let (ended, end) = oneshot::channel();
         let copied = copy(app, send, recv, connection.clone());

@@ -5,6 +5,7 @@ mod connect_rate;
 mod enter;
 mod flood;
 mod heartbeat;
+mod hog_inotify;
 mod hold;
 mod ping;
 mod probe;
@@ -53,6 +54,8 @@ enum Command {
     Probe(probe::Options),
     /// Hold a connection on which nothing is said, and tell when it ends
     Hold(hold::Options),
+    /// Hold every inotify instance that this user may have
+    HogInotify,
     /// Send a few bytes over one TCP connection again and again, and read their echo
     Heartbeat(heartbeat::Options),
 }
@@ -70,6 +73,7 @@ fn main() -> anyhow::Result<()> {
         Command::Raw(options) => raw::run(&options),
         Command::Ping(options) => ping::run(&options),
         Command::Probe(options) => probe::run(&options),
+        Command::HogInotify => hog_inotify::run(),
         Command::Hold(options) => hold::run(&options),
         Command::Heartbeat(options) => heartbeat::run(&options),
     }

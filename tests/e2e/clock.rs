@@ -1,0 +1,130 @@
+//! A wall clock that is moved under a running daemon, by hours: what is valid is judged by the
+//! clock as it is. The daemon is the real one, whose C library tells it another time.
+
+use std::{fs, path::PathBuf};
+
+use harness::{certs::Issued, eventually};
+use serde_json::json;
+
+use crate::opposite::{CLIENT, Guarded};
+
+#[test]
+fn a_clock_that_jumps_ahead_ends_what_has_expired_and_renews() {
+    let moved = Moved::start();
+    let guarded = &moved.guarded;
+    let tunnel = guarded
+        .client(&moved.short)
+        .tunnel(guarded.tunnel_port())
+        .unwrap();
+    assert_eq!(tunnel.connect(&guarded.authority()).unwrap().status, 200);
+    moved.to("+5h");
+    eventually("the tunnel has ended", || tunnel.ended());
+    closed(guarded, "certificate_expired");
+    // Its own certificate had expired as well.
+    moved.serves();
+    // Who has nothing newer is refused.
+    let again = guarded.client(&moved.short).tunnel(guarded.tunnel_port());
+    again.unwrap_err();
+    assert_eq!(guarded.handshakes("validity"), 1.0);
+    // And when the clock is set right, all is as before.
+    moved.to("+0");
+    moved.serves();
+    guarded
+        .client(&moved.short)
+        .tunnel(guarded.tunnel_port())
+        .unwrap();
+}
+
+#[test]
+fn a_clock_that_jumps_back_believes_nothing_that_is_not_valid_yet_and_heals() {
+    let moved = Moved::start();
+    let guarded = &moved.guarded;
+    // What the daemon has made of an hour before is not valid yet, and is made anew.
+    moved.to("-5h");
+    moved.serves();
+    let again = guarded.client(&moved.short).tunnel(guarded.tunnel_port());
+    again.unwrap_err();
+    assert_eq!(guarded.handshakes("validity"), 1.0);
+    moved.to("+0");
+    moved.serves();
+}
+
+/// A daemon whose clock is moved by a file.
+struct Moved {
+    guarded: Guarded,
+    file: PathBuf,
+    /// Certificates of the client: for an hour, and for days on both sides of now.
+    short: Issued,
+    long: Issued,
+}
+
+impl Moved {
+    fn start() -> Self {
+        let mut file = PathBuf::new();
+        let guarded = Guarded::with(|reeve| {
+            file = reeve.folder().join("clock");
+            // The authority is not new.
+            fs::write(&file, "-10d").unwrap();
+            reeve
+                .environment("LD_PRELOAD", library())
+                .environment("FAKETIME_TIMESTAMP_FILE", &file)
+                .environment("FAKETIME_NO_CACHE", "1")
+                // Time goes on as ever; it is the wall clock that is set.
+                .environment("DONT_FAKE_MONOTONIC", "1")
+                .environment("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+                // The threads that carry tunnels have to read that file.
+                .set("/sandbox/landlock", json!("off"))
+                .set("/sandbox/seccomp", json!("off"))
+        });
+        let lasting = |hours: i64| {
+            guarded.root.leaf_with(CLIENT, |params| {
+                let now = time::OffsetDateTime::now_utc();
+                params.not_before = now - time::Duration::hours(hours);
+                params.not_after = now + time::Duration::hours(hours);
+            })
+        };
+        let moved = Self {
+            short: lasting(1),
+            long: lasting(48),
+            guarded,
+            file,
+        };
+        moved.to("+0");
+        moved.serves();
+        moved
+    }
+
+    /// Moves the clock to so much before or after the real time.
+    fn to(&self, offset: &str) {
+        fs::write(&self.file, offset).unwrap();
+    }
+
+    /// Fails the test unless a client is served whose certificate is valid at any of these times.
+    #[track_caller]
+    fn serves(&self) {
+        let guarded = &self.guarded;
+        eventually("it serves", || {
+            let client = guarded.client(&self.long);
+            let tunnel = client.tunnel(guarded.tunnel_port());
+            let stream = tunnel.and_then(|tunnel| tunnel.connect(&guarded.authority()));
+            stream.is_ok_and(|stream| stream.status == 200)
+        });
+    }
+}
+
+#[track_caller]
+fn closed(guarded: &Guarded, reason: &str) {
+    let labels = [("role", "server"), ("reason", reason)];
+    guarded
+        .daemon
+        .wait_for_metric("reeve_tunnels_closed_total", &labels, 1.0);
+}
+
+/// What moves the clock of one program, of the package `faketime`.
+fn library() -> PathBuf {
+    let folders = fs::read_dir("/usr/lib").unwrap().flatten();
+    folders
+        .map(|folder| folder.path().join("faketime/libfaketime.so.1"))
+        .find(|file| file.exists())
+        .expect("`cargo xtask setup` installs the package `faketime`")
+}
