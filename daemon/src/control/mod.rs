@@ -53,12 +53,12 @@ pub use guard::{Guarded, guard};
 pub use numbers::keep_numbers;
 pub use own_cgroup::settle_in;
 pub use process::prepare as prepare_process;
-pub use reconcile::steps;
+pub use reconcile::{Compiled, steps};
 pub use reload::{declaration, policies};
 
 use daemon::{Reloads, View};
 use health::{Asked, HealthLook};
-use reconcile::Namespaces;
+use reconcile::{Enforced, Namespaces};
 use reload::Doubt;
 use signals::{Signal, Signals};
 use succession::{READY_LOOK, Succession, gone};
@@ -80,9 +80,9 @@ pub struct Control {
     rosters: watch::Receiver<Arc<Roster>>,
     registry: Registry,
     discovery: watch::Receiver<Arc<Discovery>>,
-    policies: PolicySet,
-    /// The policies that the kernel was brought to last.
-    enforced: Option<PolicySet>,
+    policies: Arc<PolicySet>,
+    /// What the kernel was brought to last.
+    enforced: Option<Enforced>,
     policy_status: PolicyStatus,
     policy_files: Files,
     /// Why policies that were read are not taken.
@@ -191,7 +191,7 @@ impl Control {
             declared: parts.declared,
             rosters: parts.rosters,
             policy_status: reload::policy_status(&config, &parts.policies),
-            policies: parts.policies,
+            policies: Arc::new(parts.policies),
             enforced: None,
             policy_files: reload::watch_policies(&config.policies),
             doubt: Doubt::default(),

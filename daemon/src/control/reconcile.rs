@@ -13,25 +13,49 @@ use super::{
     desired::{kernel_state, running_namespaces},
 };
 use crate::{
+    config::Config,
     datapath::{Datapath, KernelState, Order, netns::Netns},
     policy::{Inputs, PolicySet, Snapshot},
     telemetry::direction_name,
-    workload::Discovery,
+    workload::{Discovery, Roster},
 };
 
-/// What the kernel enforces on its way from the old policies to the new ones, which come last.
+/// Policies, and what they are compiled to.
+pub type Compiled<'a> = (&'a PolicySet, &'a Snapshot);
+
+/// What the kernel enforces on its way from the old policies to the new ones, which come last. Both
+/// are compiled for the same workloads and peers.
 ///
 /// The maps change entry by entry, and the kernel asks two of them: with one step for all, a
 /// connection could be judged by half of either. In each of these steps only one of the things
-/// changes that a verdict is made of: where whoever is told apart is, then whom the rules tell
-/// apart, then what holds for everybody, and at last again whom they tell apart.
+/// changes that a verdict is made of: whom the rules tell apart, then what holds for everybody, and
+/// at last again whom they tell apart. Where both tell apart the same, nothing comes between: then
+/// verdicts are all that changes.
 #[must_use]
-pub fn steps(old: &PolicySet, new: &PolicySet) -> [(PolicySet, Order); 3] {
-    [
-        (old.clone(), Order::Shrinks),
-        (PolicySet::between(old, new), Order::Grows),
-        (PolicySet::between(new, old), Order::Shrinks),
+pub fn steps(old: Compiled<'_>, new: Compiled<'_>) -> Vec<(PolicySet, Order)> {
+    if old.1.kernel_tables().tells_apart_as(new.1.kernel_tables()) {
+        return Vec::new();
+    }
+    vec![
+        (PolicySet::between(old.0, new.0), Order::Grows),
+        (PolicySet::between(new.0, old.0), Order::Shrinks),
     ]
+}
+
+/// What was brought into force last: compiled once, for the kernel, the tunnels and all who ask.
+#[derive(Debug)]
+pub(super) struct Enforced {
+    policies: Arc<PolicySet>,
+    around: Around,
+    snapshot: Arc<Snapshot>,
+}
+
+/// What policies are compiled for.
+#[derive(Clone, Debug)]
+struct Around {
+    discovery: Arc<Discovery>,
+    config: Arc<Config>,
+    roster: Arc<Roster>,
 }
 
 /// What was done to a namespace, by its cookie.
@@ -62,20 +86,18 @@ impl Control {
         let roster = self.rosters.borrow().clone();
         let mut problems = discovery.problems.clone();
 
-        let compile = |policies: &PolicySet| {
-            block_in_place(|| {
-                Snapshot::compile(&Inputs {
-                    workloads: &discovery.workloads,
-                    peers: &roster.peers,
-                    namespaces: &roster.namespaces,
-                    policies,
-                    unselected: config.unselected,
-                    node_addresses: &config.node.addresses,
-                    tunnel_port: config.ports.tunnel,
-                })
-            })
+        let around = Around {
+            discovery: discovery.clone(),
+            config: config.clone(),
+            roster,
         };
-        let snapshot = Arc::new(compile(&self.policies));
+        // Until this is over, or while another daemon writes, nobody knows what the kernel holds.
+        let old = self.enforced.take();
+        let policies = self.policies.clone();
+        let snapshot = match &old {
+            Some(old) if old.is(&policies, &around) => old.snapshot.clone(),
+            _ => Arc::new(around.compile(&policies)),
+        };
         if self.succession.frozen {
             // The rest is another daemon's; what this one carries is judged all the same.
             self.snapshot.store(snapshot);
@@ -92,9 +114,23 @@ impl Control {
         let before = self.daemon.view.load_full();
         let mut listening = before.listening.clone();
         listening.retain(|cookie| ready.iter().any(|netns| netns.cookie == *cookie));
-        for (policies, order) in self.steps() {
-            let step = compile(&policies);
-            self.apply(&discovery, &listening, &step, order, &mut problems);
+        let old = old.filter(|old| old.policies != policies);
+        if let Some(old) = old {
+            let mut former = old.snapshot;
+            if !old.around.is(&around) {
+                former = Arc::new(around.compile(&old.policies));
+                self.apply(
+                    &discovery,
+                    &listening,
+                    &former,
+                    Order::Shrinks,
+                    &mut problems,
+                );
+            }
+            for (between, order) in steps((&old.policies, &former), (&policies, &snapshot)) {
+                let step = around.compile(&between);
+                self.apply(&discovery, &listening, &step, order, &mut problems);
+            }
         }
         let state = self.apply(
             &discovery,
@@ -103,7 +139,11 @@ impl Control {
             Order::Shrinks,
             &mut problems,
         );
-        self.enforced = Some(self.policies.clone());
+        self.enforced = Some(Enforced {
+            policies,
+            around,
+            snapshot: snapshot.clone(),
+        });
 
         self.snapshot.store(snapshot.clone());
         self.daemon.tunnels.judge_again();
@@ -170,13 +210,6 @@ impl Control {
         self.daemon.view.store(Arc::new(view));
     }
 
-    fn steps(&self) -> Vec<(PolicySet, Order)> {
-        match &self.enforced {
-            Some(old) if *old != self.policies => steps(old, &self.policies).into(),
-            _ => Vec::new(),
-        }
-    }
-
     fn apply(
         &mut self,
         discovery: &Discovery,
@@ -210,6 +243,40 @@ impl Control {
                  room in the kernel's map VERDICTS"
             ))
         })
+    }
+}
+
+// === impl Enforced ===
+
+impl Enforced {
+    /// Whether it was compiled of the same.
+    fn is(&self, policies: &Arc<PolicySet>, around: &Around) -> bool {
+        self.around.is(around) && self.policies == *policies
+    }
+}
+
+// === impl Around ===
+
+impl Around {
+    /// Whether both are the same values; others may say the same.
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.discovery, &other.discovery)
+            && Arc::ptr_eq(&self.config, &other.config)
+            && Arc::ptr_eq(&self.roster, &other.roster)
+    }
+
+    fn compile(&self, policies: &PolicySet) -> Snapshot {
+        let config = &self.config;
+        let inputs = Inputs {
+            workloads: &self.discovery.workloads,
+            peers: &self.roster.peers,
+            namespaces: &self.roster.namespaces,
+            policies,
+            unselected: config.unselected,
+            node_addresses: &config.node.addresses,
+            tunnel_port: config.ports.tunnel,
+        };
+        block_in_place(|| Snapshot::compile(&inputs))
     }
 }
 

@@ -233,7 +233,7 @@ impl Control {
 
     fn take_policies(&mut self, config: &Config, policies: PolicySet) {
         self.policy_status = policy_status(config, &policies);
-        self.policies = policies;
+        self.policies = Arc::new(policies);
         self.daemon.metrics.reload("policy", true);
         tracing::info!(
             policies = self.policies.len(),

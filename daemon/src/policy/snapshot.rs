@@ -118,6 +118,16 @@ pub(super) struct Compiled {
     pub(super) possible: Vec<bool>,
 }
 
+// === impl KernelTables ===
+
+impl KernelTables {
+    /// Whether both have the same classes at the same addresses and ports.
+    #[must_use]
+    pub fn tells_apart_as(&self, other: &Self) -> bool {
+        self.peers == other.peers && self.peer_ports == other.peer_ports
+    }
+}
+
 // === impl Decision ===
 
 impl Decision {

@@ -33,7 +33,7 @@ peers:
 ";
 
 /// Policies of which each is about other far ends, by other rules, than the one before.
-const POLICIES: [&str; 4] = [
+const POLICIES: [&str; 7] = [
     // The one is allowed by name; the other by nothing.
     "egress: [{to: [{cidr: 10.0.0.2}], ports: [{protocol: UDP}]}]",
     // Everybody is allowed; the other is denied by name.
@@ -52,6 +52,22 @@ metadata: {name: deny}
 spec: {action: Deny, workloads: {}, egress: [{to: [{cidr: 10.0.0.3}], ports: [{protocol: UDP, port: 8000, endPort: 8100}]}]",
     // Narrow for the one, and everybody on a port that is not asked for.
     "egress: [{to: [{cidr: 10.0.0.2/32}], ports: [{protocol: UDP, port: 8000, endPort: 8063}]}, {ports: [{protocol: UDP, port: 53}]}]",
+    // As the first tells apart, on other ports: only verdicts change between the two.
+    "egress: [{to: [{cidr: 10.0.0.2}], ports: [{protocol: UDP, port: 7000, endPort: 9000}]}, {ports: [{protocol: UDP, port: 53}]}]",
+    // The same, the other way round: everybody but the other, and the one by what holds for all.
+    "egress: [{to: [{cidr: 10.0.0.2}], ports: [{protocol: UDP, port: 53}]}, {ports: [{protocol: UDP, port: 8000, endPort: 8191}]}]}
+---
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: deny}
+spec: {action: Deny, workloads: {}, egress: [{to: [{cidr: 10.0.0.3}], ports: [{protocol: UDP, port: 8000, endPort: 8015}]}]",
+    // And once more: the one by its name alone, the other on no port.
+    "egress: [{to: [{cidr: 10.0.0.2}]}, {ports: [{protocol: UDP, port: 53}]}]}
+---
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: deny}
+spec: {action: Deny, workloads: {}, egress: [{to: [{cidr: 10.0.0.3}]}]",
 ];
 
 struct Compiler {
@@ -136,11 +152,12 @@ fn what_two_policies_agree_on_holds_while_one_takes_the_place_of_the_other() {
             let next = (current + 1 + change % (policies.len() - 1)) % policies.len();
             let (before, new) = (&policies[current], &policies[next]);
             current = next;
-            for (policies, order) in steps(before, new) {
-                world.state.tables = compiler.compile(&policies).kernel_tables().clone();
+            let snapshot = compiler.compile(new);
+            for (between, order) in steps((before, &compiler.compile(before)), (new, &snapshot)) {
+                world.state.tables = compiler.compile(&between).kernel_tables().clone();
                 datapath.apply_in(&world.state, order).unwrap();
             }
-            world.state.tables = compiler.compile(new).kernel_tables().clone();
+            world.state.tables = snapshot.kernel_tables().clone();
             datapath.apply_in(&world.state, Order::Shrinks).unwrap();
             if hammers.iter().any(thread::ScopedJoinHandle::is_finished) {
                 break;
