@@ -2,8 +2,12 @@
 //! where `src/datapath` embeds it.
 //!
 //! The nested build has a target folder of its own, so that it neither waits for the outer
-//! build's lock nor is rebuilt by it.
+//! build's lock nor is rebuilt by it. Nothing in the object tells where it was built.
 
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::{SHT_STRTAB, STB_LOCAL, STT_FUNC},
+};
 use std::{
     env,
     ffi::OsString,
@@ -111,15 +115,59 @@ fn build() -> Result<(), String> {
         ));
     }
     let object = target.join(triple).join("release").join(OBJECT);
+    let built = fs::read(&object)
+        .map_err(|error| format!("could not read {}: {error}", object.display()))?;
     let destination = out.join(OBJECT);
-    fs::copy(&object, &destination).map_err(|error| {
-        format!(
-            "could not copy {} to {}: {error}",
-            object.display(),
-            destination.display()
-        )
-    })?;
-    Ok(())
+    fs::write(&destination, strip(&built)?)
+        .map_err(|error| format!("could not write {}: {error}", destination.display()))
+}
+
+/// Leaves what the kernel and its loader read. BTF has the types and the lines; DWARF, which it was
+/// made from, goes. Both DWARF and the names of functions hold a number that the compiler makes of
+/// the folder of the build.
+fn strip(object: &[u8]) -> Result<Vec<u8>, String> {
+    let failed = |error| format!("could not strip the kernel programs: {error}");
+    let mut builder = Builder::read(object).map_err(failed)?;
+    for section in &mut builder.sections {
+        let name = section.name.as_slice();
+        section.delete = name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
+    }
+    for symbol in &mut builder.symbols {
+        if symbol.st_bind() == STB_LOCAL && symbol.st_type() == STT_FUNC {
+            let name = String::from_utf8_lossy(symbol.name.as_slice());
+            symbol.name = without_numbers(&name).into_bytes().into();
+        }
+    }
+    builder.delete_orphans();
+    // LLVM has one table for the names of sections and symbols, and the library writes two.
+    let names = builder.sections.add();
+    names.name = ".shstrtab".into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    builder.write(&mut stripped).map_err(failed)?;
+    Ok(stripped)
+}
+
+/// Takes the numbers out of a mangled name: of `Cs55TGUcKArcU_10reeve_ebpf` stays `C10reeve_ebpf`.
+fn without_numbers(name: &str) -> String {
+    let mut parts = name.split("Cs");
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let after = part
+            .split_once('_')
+            .map(|(_, after)| after)
+            .filter(|after| after.starts_with(|first: char| first.is_ascii_digit()));
+        plain.push('C');
+        match after {
+            Some(after) => plain.push_str(after),
+            None => {
+                plain.push('s');
+                plain.push_str(part);
+            }
+        }
+    }
+    plain
 }
 
 fn is_outer(name: &str) -> bool {
