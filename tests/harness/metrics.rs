@@ -47,6 +47,16 @@ impl Metrics {
             .fold(0.0, |sum, value| sum + value)
     }
 
+    /// The series of this name that are not zero, with their labels, to say what there is.
+    #[must_use]
+    pub fn series(&self, name: &str) -> Vec<String> {
+        self.samples
+            .iter()
+            .filter(|sample| sample.name == name && sample.value != 0.0)
+            .map(|sample| format!("{:?} {}", sample.labels, sample.value))
+            .collect()
+    }
+
     /// Whether there is any series of this name.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {

@@ -229,12 +229,13 @@ impl Storm {
         let metrics = daemon.metrics();
         let accepted = [("result", "accepted")];
         self.accepted += metrics.sum("reeve_certificate_reloads_total", &accepted) as u64;
-        // Whether a connection failed, the clients say: a daemon also counts those whose client
-        // went away.
         let failed = [("result", "failed")];
         let count = metrics.sum("reeve_tls_handshakes_total", &failed);
         if count > 0.0 {
             self.wrong.push(format!("{count} handshakes failed"));
+        }
+        for failed in metrics.series("reeve_connections_failed_total") {
+            self.wrong.push(format!("connections failed: {failed}"));
         }
     }
 }

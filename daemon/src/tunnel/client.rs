@@ -54,6 +54,7 @@ pub(super) struct Tunnel {
     pub(super) link: Registered<Link>,
     pub(super) request: SendRequest<Bytes>,
     driver: Box<dyn Future<Output = End> + Unpin>,
+    last: WireControl,
 }
 
 /// Why a CONNECT request got no stream.
@@ -98,6 +99,7 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
     });
     let answered = result?;
     let link = worker.links.insert(Link::new(answered.ends));
+    let last = answered.control.last();
     let driver = Driver::new(
         worker,
         answered.connection,
@@ -110,6 +112,7 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
         link,
         request: answered.request,
         driver: Box::new(driver),
+        last,
     })
 }
 
@@ -242,15 +245,16 @@ impl Unanswered {
 // === Running ===
 
 impl Tunnel {
-    /// Carries the tunnel until it ends.
+    /// The future carries the tunnel until it ends; then it is time for [`WireControl::linger`].
     pub(super) fn into_parts(
         self,
     ) -> (
         Registered<Link>,
         SendRequest<Bytes>,
         impl Future<Output = End>,
+        WireControl,
     ) {
-        (self.link, self.request, self.driver)
+        (self.link, self.request, self.driver, self.last)
     }
 }
 

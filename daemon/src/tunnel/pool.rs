@@ -414,7 +414,7 @@ async fn run(worker: Rc<Worker>, entry: Rc<Entry>) {
             return;
         }
     };
-    let (link, request, driver) = tunnel.into_parts();
+    let (link, request, driver, last) = tunnel.into_parts();
     entry.opened(link.value().clone(), request);
     entry.open_as_needed(&worker);
     worker.shared.metrics.tunnels_open(Role::Client, 1);
@@ -423,6 +423,8 @@ async fn run(worker: Rc<Worker>, entry: Rc<Entry>) {
     worker.ended(&link, &end);
     entry.forget_retired();
     entry.open_as_needed(&worker);
+    drop((link, entry));
+    last.linger().await;
 }
 
 // === impl Slot ===

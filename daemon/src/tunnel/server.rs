@@ -275,6 +275,7 @@ async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
         }
     };
     worker.shared.metrics.tunnels_open(Role::Server, 1);
+    let last = shaken.control.last();
     let driver = Driver::new(
         &worker,
         shaken.connection,
@@ -285,6 +286,8 @@ async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     let end: End = driver.await;
     worker.shared.metrics.tunnels_open(Role::Server, -1);
     worker.ended(&link, &end);
+    drop(link);
+    last.linger().await;
 }
 
 /// When the first certificate of a verified chain expires.

@@ -14,15 +14,17 @@ use std::{
     rc::Rc,
     task::{Context, Poll, ready},
     thread::LocalKey,
+    time::Duration,
 };
 
 use rustls::Connection;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::timeout,
 };
 
-use super::frames::FrameMeter;
+use super::{frames::FrameMeter, socket};
 
 /// One read from the socket, and what is gathered before it is sealed and sent: four records.
 const CHUNK: usize = 64 << 10;
@@ -31,6 +33,8 @@ const OUTGOING: usize = CHUNK + (16 << 10) + 64;
 /// Bytes in one direction after which the driver lets other tasks run: a bulk transfer must not
 /// make small requests wait.
 const TURN: usize = 128 << 10;
+/// For the last packets of a tunnel that has ended: several round trips of a slow network.
+const LINGER: Duration = Duration::from_secs(2);
 /// Buffers kept by a thread for the next tunnel that needs one.
 const SPARE_BUFFERS: usize = 4;
 
@@ -105,6 +109,31 @@ impl WireControl {
     /// Whether the peer has sent too many frames that carry nothing.
     pub(super) fn is_flooded(&self) -> bool {
         self.0.borrow().flooded
+    }
+
+    /// Another of its kind, for [`Self::linger`].
+    pub(super) fn last(&self) -> Self {
+        Self(self.0.clone())
+    }
+
+    /// Once the driver has gone: closes this direction, and waits a while for the peer to close
+    /// the other. A socket that is closed at once leaves the peer's last packets to nobody, and in
+    /// the workload's namespace they look like connections without a tunnel, which are refused and
+    /// counted as such.
+    pub(super) async fn linger(self) {
+        let Some(session) = Rc::into_inner(self.0) else {
+            return;
+        };
+        let session = session.into_inner();
+        // A flood is not listened to any longer.
+        if session.flooded || socket::end_writing(&session.tcp).is_err() {
+            return;
+        }
+        let mut tcp = session.tcp;
+        let mut unwanted = [0; 512];
+        let until_closed = async { while matches!(tcp.read(&mut unwanted).await, Ok(1..)) {} };
+        // Whoever goes on sending after that is reset.
+        let _ = timeout(LINGER, until_closed).await;
     }
 
     /// The TLS error that ended the session, if one did.
