@@ -97,6 +97,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
 
         // Identities and tunnels: nothing listens before control says where.
         let identities = Arc::new(control::identity_store(&config)?);
+        let federation = control::federation(&config, identities.clone())?;
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let observers = Observers::new(config.admin.recent_events as usize);
         let log = ConnectionLog::new(metrics.clone(), observers.clone());
@@ -129,6 +130,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
             config,
             datapath,
             identities,
+            federation,
             tunnels,
             metrics.clone(),
             snapshot.clone(),

@@ -25,6 +25,7 @@ mod expiry;
 mod explain;
 mod fail_closed;
 mod faults;
+mod federation;
 mod guard;
 mod harness_itself;
 mod hbone_itself;

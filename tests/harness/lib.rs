@@ -20,6 +20,8 @@
 
 #[cfg(feature = "certificates")]
 pub mod agent;
+#[cfg(feature = "certificates")]
+pub mod bundles;
 mod capture;
 #[cfg(feature = "certificates")]
 pub mod certs;

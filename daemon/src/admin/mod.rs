@@ -15,6 +15,6 @@ pub use protocol::{Answer, Command, PROTOCOL_VERSION, Request};
 pub use reload::{ReloadPart, ReloadReport};
 pub use server::{AdminError, AdminSocket, Responder};
 pub use status::{
-    BundleStatus, CertificateStatus, MapUsage, PolicyStatus, Status, TunnelStatus, TunnelsStatus,
-    WorkloadState, WorkloadStatus,
+    BundleEndpointStatus, BundleStatus, CertificateStatus, MapUsage, PolicyStatus, Status,
+    TunnelStatus, TunnelsStatus, WorkloadState, WorkloadStatus,
 };

@@ -32,6 +32,8 @@ pub struct Status {
     pub certificates: Vec<CertificateStatus>,
     /// Trust bundles, by trust domain.
     pub bundles: Vec<BundleStatus>,
+    /// Bundle endpoints that are followed, by trust domain.
+    pub bundle_endpoints: Vec<BundleEndpointStatus>,
     /// Tunnels.
     pub tunnels: TunnelsStatus,
     /// Policies.
@@ -102,6 +104,8 @@ pub struct CertificateStatus {
     pub not_after: Option<String>,
     /// Seconds until then.
     pub seconds_left: Option<u64>,
+    /// When the first of the intermediates expires that are presented with it.
+    pub intermediate_not_after: Option<String>,
     /// When the source is asked next.
     pub next_attempt: Option<String>,
     /// When the source was last asked.
@@ -131,6 +135,35 @@ pub struct BundleStatus {
     pub revocation_checked: bool,
     /// When the first revocation list expires, RFC 3339.
     pub next_update: Option<String>,
+}
+
+/// One bundle endpoint. Times are RFC 3339.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BundleEndpointStatus {
+    /// Whose bundle it serves.
+    pub trust_domain: String,
+    /// Where it is.
+    pub url: String,
+    /// How its server is authenticated: `https_web` or `https_spiffe`.
+    pub profile: String,
+    /// Where the bundle in force is from: `fetched`, `kept` from before the daemon was started, or
+    /// `bootstrap`; none where there is none, and everybody of the trust domain is refused.
+    pub origin: Option<String>,
+    /// Sequence number of the bundle in force.
+    pub sequence: Option<u64>,
+    /// When the endpoint is asked next.
+    pub next_attempt: Option<String>,
+    /// When it was last asked.
+    pub last_attempt: Option<String>,
+    /// When it last gave a bundle that could be used.
+    pub last_success: Option<String>,
+    /// How the last attempt ended: `accepted`, `unchanged` or `rejected`.
+    pub last_result: Option<String>,
+    /// Name of the reason why the last attempt failed; none where it did not.
+    pub reason: Option<String>,
+    /// The same in full.
+    pub last_error: Option<String>,
 }
 
 /// The data path.

@@ -16,7 +16,7 @@ use super::{
     inspect::{Inspect, inspect},
     print, refused,
 };
-use crate::admin::{self, Answer, BundleStatus, CertificateStatus, Status};
+use crate::admin::{self, Answer, BundleEndpointStatus, CertificateStatus, Status};
 
 /// `reeve certs`.
 #[derive(Debug, Args)]
@@ -73,70 +73,159 @@ fn list(socket: &Path, json: bool) -> ExitCode {
             let Status {
                 certificates,
                 bundles,
+                bundle_endpoints,
                 ..
             } = *status;
-            let answer = json!({"certificates": certificates, "bundles": bundles});
+            let answer = json!({
+                "certificates": certificates,
+                "bundles": bundles,
+                "bundleEndpoints": bundle_endpoints,
+            });
             match serde_json::to_string_pretty(&answer) {
                 Ok(text) => print(&(text + "\n")),
                 Err(error) => failed(&error),
             }
         }
-        Ok(Answer::Status(status)) => print(&page(&status.certificates, &status.bundles)),
+        Ok(Answer::Status(status)) => print(&page(&status)),
         Ok(Answer::Error(refusal)) => refused(&refusal),
         Ok(_) => refused("it answered another question: is it another version?"),
         Err(error) => failed(&error),
     }
 }
 
-fn page(certificates: &[CertificateStatus], bundles: &[BundleStatus]) -> String {
+fn page(status: &Status) -> String {
     let mut page = String::new();
-    let known = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
-    // Writing to a string does not fail.
-    for certificate in certificates {
-        let _ = writeln!(page, "{}", certificate.spiffe_id);
-        let mut line = |title: &str, text: &str| {
-            let _ = writeln!(page, "  {title:<12} {text}");
-        };
-        line("source", &certificate.source);
-        match (&certificate.not_before, &certificate.not_after) {
-            (Some(from), Some(until)) => {
-                let left = certificate.seconds_left.unwrap_or_default();
-                let left = humantime::format_duration(Duration::from_secs(left));
-                line("issuer", &known(&certificate.issuer));
-                line("serial", &known(&certificate.serial));
-                line("valid", &format!("{from} to {until}, {left} left"));
-                let generation = certificate.generation.unwrap_or_default();
-                line("generation", &generation.to_string());
-            }
-            _ => line(
-                "valid",
-                "THERE IS NO VALID CERTIFICATE: connections are refused",
-            ),
-        }
-        line("renewal", &known(&certificate.next_attempt));
-        let result = match (&certificate.last_attempt, &certificate.last_error) {
-            (None, _) => "never".to_owned(),
-            (Some(at), None) => format!("{at}: in force"),
-            (Some(at), Some(error)) => format!(
-                "{at}: REFUSED: {error} (last success {})",
-                known(&certificate.last_success)
-            ),
-        };
-        line("last reload", &result);
+    for certificate in &status.certificates {
+        identity(&mut page, certificate);
     }
-    if certificates.is_empty() {
+    if status.certificates.is_empty() {
         page.push_str("there are no identities: no workload of this node runs\n");
     }
-    for bundle in bundles {
-        let _ = writeln!(page, "trust bundle of {}", bundle.trust_domain);
-        let _ = writeln!(
-            page,
-            "  certificates {}, the first expires {}",
-            bundle.certificates,
-            known(&bundle.earliest_not_after)
+    for bundle in &status.bundles {
+        title(
+            &mut page,
+            &format!("trust bundle of {}", bundle.trust_domain),
         );
+        let expires = known(&bundle.earliest_not_after);
+        let certificates = format!("{}, the first expires {expires}", bundle.certificates);
+        line(&mut page, "certificates", &certificates);
+        let revocation = match &bundle.next_update {
+            Some(time) => format!("checked, the first list expires {time}"),
+            None => "not checked: there is no list".to_owned(),
+        };
+        line(&mut page, "revocation", &revocation);
+    }
+    for one in &status.bundle_endpoints {
+        endpoint(&mut page, one);
     }
     page
+}
+
+fn identity(page: &mut String, certificate: &CertificateStatus) {
+    title(page, &certificate.spiffe_id);
+    line(page, "source", &certificate.source);
+    match (&certificate.not_before, &certificate.not_after) {
+        (Some(from), Some(until)) => {
+            let left = certificate.seconds_left.unwrap_or_default();
+            let left = humantime::format_duration(Duration::from_secs(left));
+            line(page, "issuer", known(&certificate.issuer));
+            line(page, "serial", known(&certificate.serial));
+            line(page, "valid", &format!("{from} to {until}, {left} left"));
+            if let Some(until) = &certificate.intermediate_not_after {
+                line(page, "intermediate", &format!("valid to {until}"));
+            }
+            let generation = certificate.generation.unwrap_or_default();
+            line(page, "generation", &generation.to_string());
+        }
+        _ => line(
+            page,
+            "valid",
+            "THERE IS NO VALID CERTIFICATE: connections are refused",
+        ),
+    }
+    line(page, "renewal", known(&certificate.next_attempt));
+    let result = attempt(
+        certificate.last_attempt.as_ref(),
+        certificate.last_result.as_ref(),
+        certificate.last_error.as_ref(),
+        certificate.last_success.as_ref(),
+    );
+    line(page, "last reload", &result);
+    for remark in &certificate.remarks {
+        line(page, "remark", explained(remark));
+    }
+}
+
+fn endpoint(page: &mut String, endpoint: &BundleEndpointStatus) {
+    title(
+        page,
+        &format!("bundle endpoint of {}", endpoint.trust_domain),
+    );
+    line(
+        page,
+        "url",
+        &format!("{} ({})", endpoint.url, endpoint.profile),
+    );
+    let sequence = endpoint
+        .sequence
+        .map_or_else(String::new, |number| format!(", sequence number {number}"));
+    match &endpoint.origin {
+        Some(origin) => line(page, "in force", &format!("{origin}{sequence}")),
+        None => line(
+            page,
+            "in force",
+            "NOTHING YET: everybody of the trust domain is refused",
+        ),
+    }
+    line(page, "next", known(&endpoint.next_attempt));
+    let result = attempt(
+        endpoint.last_attempt.as_ref(),
+        endpoint.last_result.as_ref(),
+        endpoint.last_error.as_ref(),
+        endpoint.last_success.as_ref(),
+    );
+    line(page, "last answer", &result);
+}
+
+/// How the last attempt at something ended.
+fn attempt(
+    at: Option<&String>,
+    result: Option<&String>,
+    error: Option<&String>,
+    success: Option<&String>,
+) -> String {
+    match (at, error) {
+        (None, _) => "never".to_owned(),
+        (Some(at), None) => format!("{at}: {}", result.map_or("-", String::as_str)),
+        (Some(at), Some(error)) => {
+            let success = success.map_or("-", String::as_str);
+            format!("{at}: REFUSED: {error} (last success {success})")
+        }
+    }
+}
+
+/// What a remark means for whoever reads it. One that a newer daemon has is shown as it is.
+fn explained(remark: &str) -> &str {
+    match remark {
+        "polled" => "polled: the files cannot be watched, and are looked at twice a second",
+        "mounted_file" => {
+            "mounted_file: a file is mounted by itself and will never change; mount its folder"
+        }
+        other => other,
+    }
+}
+
+// Writing to a string does not fail.
+fn title(page: &mut String, text: &str) {
+    let _ = writeln!(page, "{text}");
+}
+
+fn line(page: &mut String, name: &str, text: &str) {
+    let _ = writeln!(page, "  {name:<12} {text}");
+}
+
+fn known(text: &Option<String>) -> &str {
+    text.as_deref().unwrap_or("-")
 }
 
 #[cfg(test)]
@@ -150,13 +239,25 @@ mod tests {
             source: "files".into(),
             last_attempt: Some("2026-01-01T00:00:00Z".into()),
             last_error: Some("the private key does not fit the certificate".into()),
+            remarks: vec!["polled".into()],
             ..CertificateStatus::default()
         };
-        let page = page(&[certificate], &[]);
+        let page = page(&Status {
+            certificates: vec![certificate],
+            bundle_endpoints: vec![BundleEndpointStatus {
+                trust_domain: "other.example".into(),
+                ..BundleEndpointStatus::default()
+            }],
+            ..Status::default()
+        });
         for text in [
             "spiffe://example.org/ns/shop/sa/web\n  source       files\n",
             "THERE IS NO VALID CERTIFICATE",
             "2026-01-01T00:00:00Z: REFUSED: the private key does not fit the certificate (last success -)",
+            "  remark       polled: the files cannot be watched",
+            "bundle endpoint of other.example\n",
+            "NOTHING YET",
+            "  last answer  never\n",
         ] {
             assert!(page.contains(text), "{text}\nis not in\n{page}");
         }

@@ -110,6 +110,34 @@ fn certificates(page: &mut String, status: &Status) -> fmt::Result {
             },
         ]);
     }
+    writeln!(page, "{table}")?;
+    bundle_endpoints(page, status)
+}
+
+fn bundle_endpoints(page: &mut String, status: &Status) -> fmt::Result {
+    if status.bundle_endpoints.is_empty() {
+        return Ok(());
+    }
+    writeln!(page, "Bundle endpoints")?;
+    let mut table = Table::new([
+        "TRUST DOMAIN",
+        "IN FORCE",
+        "SEQUENCE",
+        "LAST SUCCESS",
+        "REMARKS",
+    ]);
+    for endpoint in &status.bundle_endpoints {
+        table.push([
+            endpoint.trust_domain.clone(),
+            endpoint
+                .origin
+                .clone()
+                .unwrap_or_else(|| "NOTHING".to_owned()),
+            endpoint.sequence.map_or_else(dash, |it| it.to_string()),
+            endpoint.last_success.clone().unwrap_or_else(dash),
+            endpoint.last_error.clone().unwrap_or_else(dash),
+        ]);
+    }
     writeln!(page, "{table}")
 }
 

@@ -79,14 +79,17 @@ pub fn check(path: &Path) -> Result<Summary, ConfigErrors> {
 
 /// Peers whose certificates nothing here can verify.
 fn unknown_domains(config: &Config) -> Vec<String> {
+    let endpoints = &config.certificates.bundle_endpoints;
     let warning = |peer: &Arc<Peer>| {
         let domain = peer.attributes.as_ref()?.spiffe_id.trust_domain();
         let known = *domain == config.trust_domain
-            || config.certificates.trust_bundles.contains_key(domain);
+            || config.certificates.trust_bundles.contains_key(domain)
+            || endpoints.iter().any(|it| it.trust_domain == *domain);
         (peer.tunnel_port.is_some() && !known).then(|| {
             format!(
                 "{}: the peer `{}` is of the trust domain `{domain}`, which \
-                 `certificates.trustBundles` does not have: no tunnel to it will stand",
+                 neither `certificates.trustBundles` nor `certificates.bundleEndpoints` has: no \
+                 tunnel to it will stand",
                 config.file.display(),
                 peer.name
             )

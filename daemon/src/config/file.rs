@@ -11,8 +11,8 @@ use reeve_common::protocol;
 use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
     identity::{
-        CipherSuite, CryptoProfile, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY, PathPattern,
-        SMALLEST_RSA_KEY, Selector, SpiffeId, TrustDomain,
+        CipherSuite, CryptoProfile, EndpointUrl, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY,
+        PathPattern, SMALLEST_RSA_KEY, Selector, SpiffeId, TrustDomain,
     },
     policy::Unselected,
     privileges::Confinement,
@@ -154,7 +154,33 @@ pub(super) struct RawCertificates {
     pub(super) trust_bundles: BTreeMap<TrustDomain, PathText>,
     #[serde(default)]
     pub(super) revocation_lists: BTreeMap<TrustDomain, Vec<PathText>>,
+    #[serde(default)]
+    pub(super) bundle_endpoints: Vec<Located<RawBundleEndpoint>>,
 }
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawBundleEndpoint {
+    pub(super) trust_domain: Option<Located<TrustDomain>>,
+    pub(super) url: Option<UrlText>,
+    pub(super) profile: Option<RawProfile>,
+    pub(super) authorities: Option<PathText>,
+    pub(super) spiffe_id: Option<SpiffeId>,
+    pub(super) bootstrap: Option<PathText>,
+}
+
+/// The profiles of bundle endpoints, by the names that the standard gives them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum RawProfile {
+    HttpsWeb,
+    HttpsSpiffe,
+}
+
+/// URL of a bundle endpoint.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct UrlText(pub(super) EndpointUrl);
 
 /// Exactly one of the kinds is there.
 #[derive(Debug, Deserialize)]
@@ -449,6 +475,14 @@ impl TryFrom<String> for PathText {
             return Err("found an empty path; expected one as in `/etc/reeve/policies`".into());
         }
         Ok(Self(text.into()))
+    }
+}
+
+impl TryFrom<String> for UrlText {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        EndpointUrl::parse(&text).map(Self)
     }
 }
 

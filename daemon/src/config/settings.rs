@@ -10,7 +10,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
-    identity::{BrokerPeers, FilesLayout, Selector, TrustDomain},
+    identity::{BrokerPeers, BundleEndpoint, FilesLayout, Selector, TrustDomain},
     workload::Workload,
     yaml::values::{number, size},
 };
@@ -46,6 +46,8 @@ pub struct Certificates {
     /// Files with revocation lists of trust domains' authorities, in addition to those that a source
     /// brings. Default none.
     pub revocation_lists: BTreeMap<TrustDomain, Vec<PathBuf>>,
+    /// Where other trust domains publish their bundles, by trust domain. Default none.
+    pub bundle_endpoints: Vec<BundleEndpoint>,
 }
 
 /// One source of certificates.

@@ -22,6 +22,7 @@ use crate::{
     },
 };
 
+mod bundle_endpoints;
 mod certificates;
 mod peers;
 mod tls;
@@ -89,7 +90,7 @@ pub(super) fn settle(
         .filter_map(|workload| workload.name.as_ref().map(|name| name.as_str()))
         .collect();
     report.selected_workloads(&raw.certificates, &names);
-    let certificates = report.certificates(raw.certificates, &folder, &state_dir);
+    let certificates = report.certificates(raw.certificates, &folder, &state_dir, &domain);
     let workloads = report.workloads(raw.workloads, &domain, &certificates);
     let peers = report.peers(raw.peers, &domain, ports.tunnel);
 

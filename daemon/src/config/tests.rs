@@ -393,8 +393,90 @@ fn metrics_can_be_switched_off() {
     assert_eq!(config.metrics.address, None);
 }
 
+#[test]
+fn bundle_endpoints_have_what_their_profile_needs_and_nothing_else() {
+    let with = |endpoints: &str, more: &str| {
+        load(&format!(
+            "{{trustDomain: a, certificates: {{bundleEndpoints: [{endpoints}]{more}}}}}"
+        ))
+    };
+    let web = "{trustDomain: b, url: 'https://b/', profile: https_web}";
+    let id = "profile: https_spiffe, spiffeId: 'spiffe://c/publisher'";
+    let spiffe = format!("{{trustDomain: c, url: 'https://c/', {id}, bootstrap: c.pem}}");
+    let config = with(&format!("{web}, {spiffe}"), "").unwrap();
+    let endpoints = config.certificates.bundle_endpoints;
+    assert_eq!(endpoints[0].url.as_str(), "https://b/");
+    assert_eq!(endpoints[0].profile.as_str(), "https_web");
+    assert_eq!(
+        endpoints[1].bootstrap(),
+        Some(&Path::new("/etc/reeve/c.pem").to_owned())
+    );
+    // Somebody else's bundle may be at hand already.
+    let mirror = format!("{{trustDomain: d, url: 'https://d/', {id}}}");
+    with(&format!("{spiffe}, {mirror}"), "").unwrap();
+    with(&mirror, ", trustBundles: {c: c.pem}").unwrap();
+
+    for (endpoints, more, why) in [
+        ("{}", "", "`trustDomain` is missing"),
+        (
+            "{trustDomain: b, profile: https_web}",
+            "",
+            "`url` is missing",
+        ),
+        (
+            "{trustDomain: b, url: 'https://b/'}",
+            "",
+            "`profile` is missing",
+        ),
+        (
+            "{trustDomain: b, url: 'http://b/', profile: https_web}",
+            "",
+            "not an `https` URL",
+        ),
+        (
+            "{trustDomain: b, url: 'https://b/', profile: web}",
+            "",
+            "https_web",
+        ),
+        (
+            "{trustDomain: a, url: 'https://a/', profile: https_web}",
+            "",
+            "own trust domain",
+        ),
+        (
+            &format!("{web}, {web}"),
+            "",
+            "has an endpoint already, on line 1",
+        ),
+        (
+            web,
+            ", trustBundles: {b: b.pem}",
+            "has a file in `trustBundles`",
+        ),
+        (
+            "{trustDomain: b, url: 'https://b/', profile: https_web, bootstrap: b.pem}",
+            "",
+            "has `bootstrap`, which the profile `https_web` has no use for",
+        ),
+        (
+            "{trustDomain: b, url: 'https://b/', profile: https_spiffe}",
+            "",
+            "`spiffeId` is missing",
+        ),
+        (
+            &mirror,
+            "",
+            "has no bundle of `c` to check its first answer with",
+        ),
+    ] {
+        let mistakes = with(endpoints, more).unwrap_err().to_string();
+        assert!(mistakes.contains(why), "{why}: {mistakes}");
+    }
+}
+
 /// The examples that stand for a whole node.
-const EXAMPLES: [&str; 4] = [
+const EXAMPLES: [&str; 5] = [
+    "federation.yaml",
     "minimal.yaml",
     "two-nodes/node-a.yaml",
     "two-nodes/node-b.yaml",

@@ -6,15 +6,14 @@ use std::{
     sync::Arc,
 };
 
-use rustls_pki_types::{CertificateDer, pem::PemObject};
-
 use super::ca;
 use crate::{
     config::{Config, Source},
     identity::{
-        Broker, BundleError, CaError, CertificateSource, CryptoPolicy, DelegatedIdentity,
-        EmbeddedCa, FilesSource, Holder, Holders, IdentityStore, RevocationLists, SourceError,
-        Sources, SpiffeId, TrustBundle, TrustDomain, WorkloadApi, read_revocation_lists,
+        Broker, BundleEndpoint, BundleFileError, CaError, CertificateSource, CryptoPolicy,
+        DelegatedIdentity, EmbeddedCa, Federation, FilesSource, Holder, Holders, IdentityStore,
+        RevocationLists, SourceError, Sources, SpiffeId, TrustBundle, TrustDomain, WorkloadApi,
+        read_bundle, read_revocation_lists,
     },
     workload::{CgroupSelector, Discovery, cgroup::CgroupTree},
 };
@@ -25,18 +24,15 @@ pub enum CertificatesError {
     /// The embedded CA.
     #[error(transparent)]
     Ca(#[from] CaError),
-    /// A file of a trust bundle cannot be read.
-    #[error(
-        "the trust bundle of {trust_domain}, {}, cannot be read: {source}; expected PEM with at least one certificate",
-        .path.display()
-    )]
-    File {
+    /// A file of a trust bundle cannot be used.
+    #[error("the trust bundle of {trust_domain}, {}: {source}", .path.display())]
+    Bundle {
         /// Whose bundle.
         trust_domain: TrustDomain,
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        source: rustls_pki_types::pem::Error,
+        source: BundleFileError,
     },
     /// A file of revocation lists cannot be used.
     #[error("the revocation lists of {trust_domain} cannot be used: {source}")]
@@ -45,14 +41,6 @@ pub enum CertificatesError {
         trust_domain: TrustDomain,
         /// What is wrong.
         source: SourceError,
-    },
-    /// A trust bundle may not be used.
-    #[error("{}: {source}", .path.display())]
-    Bundle {
-        /// The file.
-        path: PathBuf,
-        /// Which rule it breaks.
-        source: BundleError,
     },
 }
 
@@ -71,6 +59,38 @@ pub fn identity_store(config: &Config) -> Result<IdentityStore, CertificatesErro
     let (bundles, lists) = trust(config)?;
     store.configure_trust(&bundles, lists);
     Ok(store)
+}
+
+/// Where the bundles of bundle endpoints are kept, in the state folder.
+const BUNDLES: &str = "bundles";
+
+/// Follows the bundle endpoints that the configuration names. Needs a tokio runtime.
+///
+/// # Errors
+/// When a bundle to begin with cannot be used.
+pub fn federation(
+    config: &Config,
+    identities: Arc<IdentityStore>,
+) -> Result<Federation, CertificatesError> {
+    let folder = config.state_dir.join(BUNDLES);
+    let federation = Federation::new(identities, folder, config.sandbox);
+    follow(&federation, config)?;
+    Ok(federation)
+}
+
+/// Follows the endpoints that the configuration names now.
+///
+/// # Errors
+/// When a bundle to begin with cannot be used; nothing is changed then.
+pub(super) fn follow(federation: &Federation, config: &Config) -> Result<(), CertificatesError> {
+    let endpoints = &config.certificates.bundle_endpoints;
+    federation
+        .follow(endpoints)
+        .map_err(|(trust_domain, path, source)| CertificatesError::Bundle {
+            trust_domain,
+            path,
+            source,
+        })
 }
 
 fn open(
@@ -161,25 +181,15 @@ pub(super) fn trust(
 pub(super) fn trust_files(config: &Config) -> Vec<PathBuf> {
     let lists = config.certificates.revocation_lists.values().flatten();
     let bundles = config.certificates.trust_bundles.values();
-    bundles.chain(lists).cloned().collect()
+    let endpoints = config.certificates.bundle_endpoints.iter();
+    let bootstraps = endpoints.filter_map(BundleEndpoint::bootstrap);
+    bundles.chain(lists).chain(bootstraps).cloned().collect()
 }
 
 fn trust_bundle(domain: &TrustDomain, path: &Path) -> Result<TrustBundle, CertificatesError> {
-    let certificates = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .and_then(|certificates| match certificates.is_empty() {
-            true => Err(rustls_pki_types::pem::Error::NoItemsFound),
-            false => Ok(certificates),
-        })
-        .map_err(|source| CertificatesError::File {
-            trust_domain: domain.clone(),
-            path: path.to_owned(),
-            source,
-        })?;
-    TrustBundle::new(domain.clone(), certificates, Vec::new()).map_err(|source| {
-        CertificatesError::Bundle {
-            path: path.to_owned(),
-            source,
-        }
+    read_bundle(domain, path).map_err(|source| CertificatesError::Bundle {
+        trust_domain: domain.clone(),
+        path: path.to_owned(),
+        source,
     })
 }

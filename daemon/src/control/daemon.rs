@@ -14,7 +14,7 @@ use crate::{
     answers,
     config::Config,
     datapath::Datapath,
-    identity::IdentityStore,
+    identity::{Federation, IdentityStore},
     policy::Snapshot,
     telemetry::{Metrics, Observation, ObserveRequest, Observers, Readiness, Readings},
     tunnel::Tunnels,
@@ -34,6 +34,7 @@ pub struct Daemon {
     pub(super) config: ArcSwap<Config>,
     pub(super) datapath: Arc<Datapath>,
     pub(super) identities: Arc<IdentityStore>,
+    pub(super) federation: Federation,
     pub(super) tunnels: Tunnels,
     pub(super) metrics: Metrics,
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
@@ -64,10 +65,15 @@ pub(super) struct View {
 impl Daemon {
     /// Puts the parts together; nothing has been brought about yet.
     #[must_use]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each of them is a part, used once"
+    )]
     pub fn new(
         config: Arc<Config>,
         datapath: Arc<Datapath>,
         identities: Arc<IdentityStore>,
+        federation: Federation,
         tunnels: Tunnels,
         metrics: Metrics,
         snapshot: Arc<ArcSwap<Snapshot>>,
@@ -82,6 +88,7 @@ impl Daemon {
             config: ArcSwap::new(config),
             datapath,
             identities,
+            federation,
             tunnels,
             metrics,
             snapshot,
@@ -136,6 +143,7 @@ impl Daemon {
             identities: self.identities.status(),
             bundles: self.identities.bundles(),
             reloads: self.identities.reload_counts(),
+            bundle_endpoints: self.federation.status(),
             workloads,
             ready: self.readiness().is_ready(),
         }
@@ -162,6 +170,7 @@ impl Daemon {
                 .collect(),
             certificates: self.certificates(),
             bundles: self.bundles(),
+            bundle_endpoints: self.bundle_endpoints(),
             tunnels: self.tunnels_status().await,
             policies: view.policies.clone(),
             maps: self
@@ -226,6 +235,10 @@ impl Daemon {
                     let left = found.not_after.duration_since(SystemTime::now());
                     left.ok().map(|left| left.as_secs())
                 }),
+                intermediate_not_after: certificate
+                    .as_ref()
+                    .and_then(|found| found.intermediate_not_after)
+                    .map(rfc3339),
                 next_attempt: identity.next_attempt.map(rfc3339),
                 last_attempt: identity.last_attempt.map(rfc3339),
                 last_success: identity.last_success.map(rfc3339),
@@ -253,6 +266,27 @@ impl Daemon {
             next_update: bundle.next_update.map(rfc3339),
         };
         bundles.map(entry).collect()
+    }
+
+    fn bundle_endpoints(&self) -> Vec<admin::BundleEndpointStatus> {
+        let endpoints = self.federation.status().into_iter();
+        let entry = |endpoint: crate::identity::EndpointStatus| admin::BundleEndpointStatus {
+            trust_domain: endpoint.trust_domain.to_string(),
+            url: endpoint.url,
+            profile: endpoint.profile.to_owned(),
+            origin: endpoint.origin.map(|origin| origin.as_str().to_owned()),
+            sequence: endpoint.sequence,
+            next_attempt: endpoint.next_attempt.map(rfc3339),
+            last_attempt: endpoint.last_attempt.map(rfc3339),
+            last_success: endpoint.last_success.map(rfc3339),
+            last_result: endpoint.last_result.map(|it| it.as_str().to_owned()),
+            reason: endpoint
+                .last_error
+                .as_ref()
+                .map(|it| it.as_str().to_owned()),
+            last_error: endpoint.last_error.map(|error| error.to_string()),
+        };
+        endpoints.map(entry).collect()
     }
 
     async fn tunnels_status(&self) -> admin::TunnelsStatus {

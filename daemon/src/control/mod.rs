@@ -45,7 +45,7 @@ use crate::{
     workload::{Discovery, Registry, Roster, cgroup::CgroupTree},
 };
 
-pub use certificates::{CertificatesError, identity_store};
+pub use certificates::{CertificatesError, federation, identity_store};
 pub use daemon::Daemon;
 pub use endpoints::Endpoints;
 pub use error::RunError;

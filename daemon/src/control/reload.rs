@@ -84,6 +84,7 @@ impl Control {
         let trust = self.reload_trust();
         report.push("trust bundles and revocation lists", trust);
         self.reconcile().await;
+        report.parts.extend(self.refresh_bundles().await);
         let refused = self.daemon.identities.reload(SOURCES_PATIENCE).await;
         let identities = self.daemon.identities.status().len();
         report.parts.push(ReloadPart {
@@ -99,6 +100,24 @@ impl Control {
         });
         process::notify_ready();
         report
+    }
+
+    /// Asks the bundle endpoints now; nothing where there is none.
+    async fn refresh_bundles(&self) -> Option<ReloadPart> {
+        let federation = &self.daemon.federation;
+        let all = federation.status().len();
+        if all == 0 {
+            return None;
+        }
+        let refused = federation.refresh(SOURCES_PATIENCE).await;
+        Some(ReloadPart {
+            what: "bundle endpoints".to_owned(),
+            detail: format!("{} of {all}", all.saturating_sub(refused.len())),
+            refused: refused
+                .into_iter()
+                .map(|(domain, why)| format!("{domain}: {why}"))
+                .collect(),
+        })
     }
 
     /// Reads the policies again. Mistakes leave the old ones in force.
@@ -146,7 +165,12 @@ impl Control {
     /// Reads the configured trust bundles and revocation lists again.
     pub(super) fn reload_trust(&mut self) -> Result<String, Vec<String>> {
         let config = self.daemon.config.load_full();
-        match block_in_place(|| certificates::trust(&config)) {
+        let read = block_in_place(|| {
+            let trust = certificates::trust(&config)?;
+            certificates::follow(&self.daemon.federation, &config)?;
+            Ok::<_, certificates::CertificatesError>(trust)
+        });
+        match read {
             Ok((bundles, lists)) => {
                 let number: usize = lists.values().map(Vec::len).sum();
                 let numbers = format!("{} bundles, {number} lists", bundles.len());

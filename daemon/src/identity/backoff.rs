@@ -1,32 +1,32 @@
-//! How long to wait before an agent is asked again.
+//! How long to wait before somebody who did not answer is asked again.
 
 use std::time::Duration;
 
 /// After the first failure. Doubled at each further one.
 const FIRST: Duration = Duration::from_millis(500);
-/// At most: an agent that is back should not stay unnoticed.
+/// At most: whoever is back should not stay unnoticed.
 const LONGEST: Duration = Duration::from_secs(30);
 
 /// The wait that comes next.
 #[derive(Debug)]
-pub(super) struct Backoff(Duration);
+pub(in crate::identity) struct Backoff(Duration);
 
 impl Backoff {
-    pub(super) fn new() -> Self {
+    pub(in crate::identity) fn new() -> Self {
         Self(FIRST)
     }
 
-    /// The agent has answered.
-    pub(super) fn reset(&mut self) {
+    /// There was an answer.
+    pub(in crate::identity) fn reset(&mut self) {
         self.0 = FIRST;
     }
 
     /// How long to wait now: between half and all of it, so that those who failed together do not
     /// come back together.
-    pub(super) fn next(&mut self) -> Duration {
+    pub(in crate::identity) fn next(&mut self) -> Duration {
         let wait = self.0;
         self.0 = (wait * 2).min(LONGEST);
-        wait.mul_f64(1.0 - 0.5 * crate::identity::random_fraction())
+        wait.mul_f64(1.0 - 0.5 * super::random_fraction())
     }
 }
 

@@ -348,6 +348,14 @@ impl TrustStore {
         Self(ArcSwap::from_pointee(all))
     }
 
+    /// A store with one bundle.
+    #[must_use]
+    pub(super) fn of(policy: Arc<CryptoPolicy>, bundle: Arc<TrustBundle>) -> Self {
+        let mut all = TrustBundles::with_policy(policy);
+        all.insert(bundle.trust_domain.clone(), bundle);
+        Self(ArcSwap::from_pointee(all))
+    }
+
     /// The bundles in force now.
     #[must_use]
     pub fn current(&self) -> Arc<TrustBundles> {

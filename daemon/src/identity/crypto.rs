@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rustls::{
     ClientConfig, Error, ServerConfig,
-    client::Resumption,
+    client::{Resumption, danger::ServerCertVerifier},
     crypto::CryptoProvider,
     server::NoServerSessionStorage,
     sign::{CertifiedKey, SingleCertAndKey},
@@ -57,6 +57,26 @@ pub(super) fn client_config(
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     config.alpn_protocols = vec![ALPN.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    Ok(config)
+}
+
+/// What a client of a bundle endpoint asks for: it presents nothing, since no endpoint asks for it
+/// (SPIFFE Federation, section 5.2.1.3).
+///
+/// # Errors
+/// Only for a provider without TLS 1.3.
+pub(super) fn anonymous_client_config(
+    provider: Arc<CryptoProvider>,
+    verifier: Arc<dyn ServerCertVerifier>,
+) -> Result<ClientConfig, Error> {
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     Ok(config)

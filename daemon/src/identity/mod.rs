@@ -3,12 +3,14 @@
 //! In: certificate material from a source. Out: whole, checked TLS configurations per identity.
 
 mod agent;
+mod backoff;
 mod bundle;
 pub mod ca;
 mod clock;
 mod crypto;
 mod crypto_policy;
 mod describe;
+mod federation;
 mod files;
 mod inspect;
 mod key_kind;
@@ -35,6 +37,10 @@ pub use crypto_policy::{
     LARGEST_RSA_KEY, SMALLEST_RSA_KEY,
 };
 pub use describe::CertificateSummary;
+pub use federation::{
+    BundleDocument, BundleEndpoint, BundleFileError, BundleOrigin, DocumentError, EndpointError,
+    EndpointProfile, EndpointStatus, EndpointUrl, Federation, KeyProblem, read_bundle,
+};
 pub use files::{FilesLayout, FilesSource, PathPattern, read_revocation_lists};
 pub use inspect::{BrokenRule, Inspection, inspect};
 pub use key_kind::KeyKind;

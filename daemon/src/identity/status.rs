@@ -71,6 +71,10 @@ pub struct CertificateStatus {
     /// End of validity.
     #[serde(serialize_with = "rfc3339_sure")]
     pub not_after: SystemTime,
+    /// When the first of the intermediates expires that are presented with it; none where there is
+    /// none.
+    #[serde(serialize_with = "rfc3339")]
+    pub intermediate_not_after: Option<SystemTime>,
     /// Counts the certificates of all identities since the daemon began.
     pub generation: u64,
 }
@@ -102,6 +106,22 @@ impl From<&TrustBundle> for BundleStatus {
             revocation_checked: bundle.revocation_lists() > 0,
             next_update: bundle.next_update(),
         }
+    }
+}
+
+// === impl ReloadCounts ===
+
+impl ReloadCounts {
+    /// Each result's name with its count.
+    pub(crate) fn by_result(&self) -> [(&'static str, u64); 3] {
+        [
+            (ReloadResult::Accepted.as_str(), self.accepted),
+            (ReloadResult::Unchanged.as_str(), self.unchanged),
+            (
+                ReloadResult::Rejected.as_str(),
+                self.rejected.values().sum(),
+            ),
+        ]
     }
 }
 

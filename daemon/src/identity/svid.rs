@@ -149,6 +149,17 @@ impl Svid {
         &self.key.cert
     }
 
+    /// When the first of the intermediates expires; none where there is none.
+    #[must_use]
+    pub fn intermediate_not_after(&self) -> Option<SystemTime> {
+        let intermediates = self.key.cert.iter().skip(1);
+        // Whatever was checked can be parsed.
+        let parsed = intermediates.filter_map(|der| svid_rules::parse(der).ok());
+        parsed
+            .map(|certificate| clock::from_asn1(certificate.validity().not_after))
+            .min()
+    }
+
     /// Whether both hold the same chain; then they hold the same key.
     pub(super) fn same_as(&self, other: &Self) -> bool {
         self.key.cert == other.key.cert

@@ -11,7 +11,7 @@
 mod capabilities;
 mod seccomp;
 
-use landlock::{ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetStatus};
+use landlock::{ABI, Access, AccessFs, BitFlags, Ruleset, RulesetAttr, RulesetStatus};
 use nix::sys::prctl;
 use serde::Deserialize;
 
@@ -81,6 +81,17 @@ impl Confinement {
         capabilities::keep(&capabilities::OF_SOCKETS)
     }
 
+    /// Leaves this thread, and those that it will start, what it needs to fetch something from the
+    /// network: no capability, and no file to write or to run.
+    ///
+    /// # Errors
+    /// When something that is required is refused.
+    pub fn enter_fetching(self) -> Result<(), PrivilegeError> {
+        capabilities::keep(&[])?;
+        let but_reading = AccessFs::from_write(ABI::V5) | AccessFs::Execute;
+        self.shut_off_files(but_reading)
+    }
+
     /// Leaves this thread, which reads what strangers send, nothing but its open sockets and its
     /// memory.
     ///
@@ -88,7 +99,7 @@ impl Confinement {
     /// When something that is required is refused.
     pub fn enter_exposed(self) -> Result<(), PrivilegeError> {
         capabilities::keep(capabilities::of_the_exposed())?;
-        self.shut_off_files()?;
+        self.shut_off_files(AccessFs::from_all(ABI::V5))?;
         self.filter(seccomp::exposed, "a thread that reads what strangers send")
     }
 
@@ -106,14 +117,13 @@ impl Confinement {
         }
     }
 
-    /// Every access to files by name that Landlock knows is refused from now on. What is open
-    /// stays usable.
-    fn shut_off_files(self) -> Result<(), PrivilegeError> {
+    /// These accesses to files by name are refused from now on. What is open stays usable.
+    fn shut_off_files(self, access: BitFlags<AccessFs>) -> Result<(), PrivilegeError> {
         if self.landlock == Demand::Off {
             return Ok(());
         }
         let ruleset = Ruleset::default()
-            .handle_access(AccessFs::from_all(ABI::V5))
+            .handle_access(access)
             .and_then(Ruleset::create)
             .and_then(landlock::RulesetCreated::restrict_self);
         let failure = match ruleset {
@@ -184,6 +194,28 @@ mod tests {
             assert_eq!(written.unwrap_err().raw_os_error(), Some(code));
         }
         assert!(fs::read("/etc/passwd").is_ok(), "other threads go on");
+    }
+
+    #[test]
+    fn who_fetches_reads_files_and_connects_and_writes_nothing() {
+        let confinement = Confinement {
+            landlock: Demand::Required,
+            ..Confinement::default()
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        let status = thread::spawn(move || {
+            confinement.enter_fetching().unwrap();
+            assert!(fs::read("/etc/passwd").is_ok());
+            let written = fs::write("/tmp/reeve-no", "").unwrap_err();
+            assert_eq!(written.raw_os_error(), Some(libc::EACCES));
+            assert!(std::process::Command::new("/bin/true").status().is_err());
+            std::net::TcpStream::connect(at).unwrap();
+            fs::read_to_string("/proc/thread-self/status").unwrap()
+        });
+        let status = status.join().unwrap();
+        let line = status.lines().find(|line| line.starts_with("CapEff"));
+        assert!(line.unwrap().ends_with("0000000000000000"), "{status}");
     }
 
     #[test]

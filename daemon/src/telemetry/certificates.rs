@@ -16,9 +16,14 @@ pub(super) struct CertificateFamilies {
     reloads: IntCounterVec,
     rejections: IntCounterVec,
     source_up: IntGaugeVec,
+    intermediate: GaugeVec,
     bundle: GaugeVec,
     revocation_checked: IntGaugeVec,
     next_update: GaugeVec,
+    endpoint_up: IntGaugeVec,
+    endpoint_success: GaugeVec,
+    endpoint_refreshes: IntCounterVec,
+    endpoint_rejections: IntCounterVec,
 }
 
 // === impl CertificateFamilies ===
@@ -73,6 +78,11 @@ impl CertificateFamilies {
                 "1 when the source answered the last time for each of its identities, else 0.",
                 &["source"],
             )?,
+            intermediate: times(
+                "reeve_certificate_intermediate_not_after_timestamp_seconds",
+                "End of the validity of the intermediate in an identity's chain that expires first.",
+                "identity",
+            )?,
             bundle: times(
                 "reeve_trust_bundle_earliest_not_after_timestamp_seconds",
                 "End of the validity of the authority in a trust bundle that expires first.",
@@ -88,6 +98,26 @@ impl CertificateFamilies {
                 "When the revocation list of a trust domain expires that expires first.",
                 "trust_domain",
             )?,
+            endpoint_up: gauges(
+                "reeve_bundle_endpoint_up",
+                "1 when a bundle endpoint gave a bundle that could be used the last time, else 0.",
+                &["trust_domain"],
+            )?,
+            endpoint_success: times(
+                "reeve_bundle_endpoint_last_success_timestamp_seconds",
+                "When a bundle endpoint last gave a bundle that could be used.",
+                "trust_domain",
+            )?,
+            endpoint_refreshes: counters(
+                "reeve_bundle_endpoint_refreshes_total",
+                "Times that a bundle endpoint was asked, by what came of it.",
+                &["trust_domain", "result"],
+            )?,
+            endpoint_rejections: counters(
+                "reeve_bundle_endpoint_rejections_total",
+                "Times that a bundle endpoint gave nothing that could be used, by the reason.",
+                &["trust_domain", "reason"],
+            )?,
         })
     }
 
@@ -95,6 +125,7 @@ impl CertificateFamilies {
         self.set_identities(readings);
         self.set_sources(readings);
         self.set_bundles(readings);
+        self.set_endpoints(readings);
     }
 
     fn set_identities(&self, readings: &Readings) {
@@ -104,6 +135,10 @@ impl CertificateFamilies {
             for (family, time) in [
                 (&self.not_before, certificate.map(|found| found.not_before)),
                 (&self.not_after, certificate.map(|found| found.not_after)),
+                (
+                    &self.intermediate,
+                    certificate.and_then(|found| found.intermediate_not_after),
+                ),
                 (&self.renewal_due, status.next_attempt),
                 (&self.last_success, status.last_success),
             ] {
@@ -121,12 +156,7 @@ impl CertificateFamilies {
 
     fn set_sources(&self, readings: &Readings) {
         for (source, counts) in &readings.reloads {
-            let rejected = counts.rejected.values().sum();
-            for (result, count) in [
-                ("accepted", counts.accepted),
-                ("unchanged", counts.unchanged),
-                ("rejected", rejected),
-            ] {
+            for (result, count) in counts.by_result() {
                 let labels = [source.as_str(), result];
                 self.reloads.with_label_values(&labels).inc_by(count);
             }
@@ -171,7 +201,31 @@ impl CertificateFamilies {
         }
     }
 
-    pub(super) fn collectors(&self) -> [&dyn Collector; 11] {
+    fn set_endpoints(&self, readings: &Readings) {
+        for endpoint in &readings.bundle_endpoints {
+            let domain = endpoint.trust_domain.as_str();
+            let answered = endpoint.last_attempt.is_some() && endpoint.last_error.is_none();
+            let gauge = self.endpoint_up.with_label_values(&[domain]);
+            gauge.set(i64::from(answered));
+            if let Some(time) = endpoint.last_success {
+                let gauge = self.endpoint_success.with_label_values(&[domain]);
+                gauge.set(unix_seconds(time));
+            }
+            let counts = &endpoint.counts;
+            for (result, count) in counts.by_result() {
+                let labels = [domain, result];
+                let counter = self.endpoint_refreshes.with_label_values(&labels);
+                counter.inc_by(count);
+            }
+            for (reason, count) in &counts.rejected {
+                let labels = [domain, *reason];
+                let counter = self.endpoint_rejections.with_label_values(&labels);
+                counter.inc_by(*count);
+            }
+        }
+    }
+
+    pub(super) fn collectors(&self) -> [&dyn Collector; 16] {
         [
             &self.not_before,
             &self.not_after,
@@ -181,9 +235,14 @@ impl CertificateFamilies {
             &self.reloads,
             &self.rejections,
             &self.source_up,
+            &self.intermediate,
             &self.bundle,
             &self.revocation_checked,
             &self.next_update,
+            &self.endpoint_up,
+            &self.endpoint_success,
+            &self.endpoint_refreshes,
+            &self.endpoint_rejections,
         ]
     }
 }

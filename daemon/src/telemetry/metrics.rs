@@ -468,6 +468,7 @@ mod tests {
                 issuer: String::new(),
                 not_before: at(1000),
                 not_after: at(4600),
+                intermediate_not_after: None,
                 generation: 1,
             }),
             next_attempt: Some(at(2800)),

@@ -20,7 +20,7 @@ use reeve_common::{COUNTER_SLOTS, Direction, DryRun, Reason, counter_slot, dry_r
 use super::{certificates::CertificateFamilies, labels::direction_name};
 use crate::{
     datapath::{Counters, MapUsage},
-    identity::{BundleStatus, IdentityStatus, ReloadCounts},
+    identity::{BundleStatus, EndpointStatus, IdentityStatus, ReloadCounts},
 };
 
 /// What the rest of the daemon knows at the moment of a scrape.
@@ -36,6 +36,8 @@ pub struct Readings {
     pub bundles: Vec<BundleStatus>,
     /// How the attempts at each source of certificates have ended.
     pub reloads: BTreeMap<String, ReloadCounts>,
+    /// The bundle endpoints that are followed.
+    pub bundle_endpoints: Vec<EndpointStatus>,
     /// Number of declared workloads in each state.
     pub workloads: BTreeMap<&'static str, u64>,
     /// Whether nothing is missing, see [`super::Readiness`].

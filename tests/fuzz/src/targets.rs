@@ -14,7 +14,10 @@ use std::{
 
 use reeve::{
     config::Config,
-    identity::{SpiffeId, TrustBundle, TrustBundles, TrustDomain, ca, inspect},
+    identity::{
+        BundleDocument, FilesLayout, FilesSource, PathPattern, SpiffeId, TrustBundle, TrustBundles,
+        TrustDomain, ca, inspect,
+    },
     policy::{Known, PolicySet},
     tunnel::parse_authority,
     workload::Namespaces,
@@ -32,6 +35,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("policy", policy),
     ("certificate", certificate),
     ("ca-folder", ca_folder),
+    ("bundle-document", bundle_document),
+    ("pem-files", pem_files),
 ];
 
 /// The time at which certificates are judged: always the same, and when those of the corpus were valid.
@@ -176,6 +181,83 @@ fn ca_folder(data: &[u8]) {
         ca::show(folder).unwrap().problem.is_none(),
         "what is there is left alone"
     );
+}
+
+fn bundle_document(data: &[u8]) {
+    let Ok(document) = BundleDocument::parse(data) else {
+        return;
+    };
+    assert_eq!(BundleDocument::parse(data).as_ref(), Ok(&document));
+    // What is taken of it is what a search for the words finds.
+    let text = std::str::from_utf8(data).unwrap();
+    let most = text.matches('{').count().saturating_sub(1);
+    assert!(document.ignored <= most);
+    let domain = TrustDomain::parse("example.org").unwrap();
+    if let Ok(bundle) = document.bundle(domain) {
+        assert!(bundle.certificates().len() + document.ignored <= most);
+        assert_eq!(bundle.is_empty(), bundle.certificates().is_empty());
+        assert_eq!(bundle.revocation_lists(), 0);
+    }
+}
+
+/// An identity's files, of which one, by the first byte, holds the rest; or all of them are one.
+fn pem_files(data: &[u8]) {
+    let Some((which, contents)) = data.split_first() else {
+        return;
+    };
+    let name = match which % 5 {
+        0 => "svid.pem",
+        1 => "svid.key",
+        2 => "bundle.pem",
+        3 => "crl.pem",
+        _ => "all.pem",
+    };
+    let folder = issued();
+    let file = folder.join(name);
+    let before = fs::read(&file).unwrap();
+    fs::write(&file, contents).unwrap();
+    let pattern = |name: &str| PathPattern::parse(name).unwrap();
+    let part = |own: &str| pattern(if name == "all.pem" { name } else { own });
+    let source = FilesSource::new(FilesLayout {
+        folder: pattern(folder.to_str().unwrap()),
+        certificate: part("svid.pem"),
+        key: part("svid.key"),
+        bundle: Some(part("bundle.pem")),
+        revocation_lists: Some(pattern("crl.pem")),
+    });
+    let id = SpiffeId::parse(ISSUED).unwrap();
+    match source.read(&id) {
+        Ok(material) => {
+            assert!(!material.chain.is_empty() && material.bundles.len() == 1);
+            assert!(material.bundles[0].revocation_lists() > 0);
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+    fs::write(&file, before).unwrap();
+    assert!(source.read(&id).is_ok(), "what is right is read again");
+}
+
+const ISSUED: &str = "spiffe://example.org/ns/shop/sa/web";
+
+/// A folder with an identity's files in it, made once: apart, and all in one.
+fn issued() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let (ca, out) = ["ca", "issued"]
+            .map(|it| folder().with_extension(it))
+            .into();
+        let domain = TrustDomain::parse("example.org").unwrap();
+        ca::init_root(&ca, &domain, ca::ROOT_LIFETIME).unwrap();
+        let id = SpiffeId::parse(ISSUED).unwrap();
+        ca::issue(&ca, &id, Duration::from_secs(3600), &out).unwrap();
+        ca::revoke(&ca, &[ca::Revocation::Serial(vec![1])], None).unwrap();
+        fs::copy(ca.join("crl.pem"), out.join("crl.pem")).unwrap();
+        let read = |folder: &Path, name: &str| fs::read(folder.join(name)).unwrap();
+        let names = ["svid.pem", "svid.key", "bundle.pem"];
+        let all = names.map(|name| read(&out, name)).concat();
+        fs::write(out.join("all.pem"), all).unwrap();
+        out
+    })
 }
 
 /// A folder with a CA in it, made once.

@@ -42,6 +42,7 @@ impl Report<'_> {
         raw: RawCertificates,
         folder: &Path,
         state_dir: &Path,
+        trust_domain: &TrustDomain,
     ) -> Certificates {
         let mut lines = HashMap::new();
         let mut sources: Vec<(String, Source)> = Vec::new();
@@ -68,6 +69,7 @@ impl Report<'_> {
             sources.push((EMBEDDED.to_owned(), Source::Embedded(embedded)));
         }
         Certificates {
+            bundle_endpoints: self.bundle_endpoints(&raw, folder, trust_domain),
             sources,
             trust_bundles: by_domain(raw.trust_bundles, |path| folder.join(path.0)),
             revocation_lists: by_domain(raw.revocation_lists, |paths| {

@@ -5,7 +5,6 @@
 //! follows the agent and tells what it has withdrawn from what it cannot say at the moment.
 
 mod answer;
-mod backoff;
 mod connection;
 mod feed;
 mod holders;

@@ -14,7 +14,6 @@ use tokio::{sync::watch, time::sleep};
 
 use super::{
     answer::{self, Answer},
-    backoff::Backoff,
     connection::{Connection, Method, MutualTls},
     feed::{Failure, Feed, Feeds},
     holders::{Holder, Holders, Selector},
@@ -26,6 +25,7 @@ use super::{
 };
 use crate::identity::{
     CertificateSource, IdentityStore, Material, SourceError, SpiffeId, WorkloadApi,
+    backoff::Backoff,
 };
 
 const BROKER: Method = Method {

@@ -7,12 +7,11 @@ use tokio::{sync::watch, time::sleep};
 
 use super::{
     answer::Answer,
-    backoff::Backoff,
     connection::{Connection, Method},
     feed::{Failure, Feed, Feeds},
     messages::{X509SvidRequest, X509SvidResponse},
 };
-use crate::identity::{CertificateSource, Material, SourceError, SpiffeId};
+use crate::identity::{CertificateSource, Material, SourceError, SpiffeId, backoff::Backoff};
 
 const FETCH: Method = Method {
     path: "/SpiffeWorkloadAPI/FetchX509SVID",

@@ -77,6 +77,29 @@ impl FilesSource {
         }
     }
 
+    /// Reads what there is for `id` now, and waits for the file system.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or does not hold what it should.
+    pub fn read(&self, id: &SpiffeId) -> Result<Material, SourceError> {
+        self.reading(id)?()
+    }
+
+    /// The same for another thread to do.
+    fn reading(
+        &self,
+        id: &SpiffeId,
+    ) -> Result<impl FnOnce() -> Result<Material, SourceError> + Send + use<>, SourceError> {
+        let paths = self.layout.paths(id)?;
+        let (bundles, known) = (self.bundles.clone(), self.known(id));
+        let domain = id.trust_domain().clone();
+        Ok(move || {
+            let set = read::read(&paths)?;
+            known.mounted.store(set.mounted, Ordering::Relaxed);
+            parse::material(&paths, &set, &domain, &bundles)
+        })
+    }
+
     fn known(&self, id: &SpiffeId) -> Arc<Known> {
         // Whoever panicked under it left it whole.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -91,18 +114,8 @@ impl CertificateSource for FilesSource {
 
     fn fetch<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Material, SourceError>> {
         async move {
-            let paths = self.layout.paths(id)?;
-            let (bundles, known, domain) = (
-                self.bundles.clone(),
-                self.known(id),
-                id.trust_domain().clone(),
-            );
             // A file system may hang, and must not take those with it who do other things.
-            let read = spawn_blocking(move || {
-                let set = read::read(&paths)?;
-                known.mounted.store(set.mounted, Ordering::Relaxed);
-                parse::material(&paths, &set, &domain, &bundles)
-            });
+            let read = spawn_blocking(self.reading(id)?);
             match read.await {
                 Ok(result) => result,
                 Err(_) => Err(SourceError::Unavailable("reading was broken off".into())),

@@ -1,5 +1,12 @@
 //! Real handshakes in memory, with right and wrong certificates.
 
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "shared with the end-to-end tests, which use other parts of it"
+)]
+#[path = "../../../../tests/harness/bundles.rs"]
+mod bundles;
 mod ca_life;
 #[expect(
     dead_code,
@@ -10,6 +17,7 @@ mod ca_life;
 pub(in crate::identity) mod certs;
 mod crypto_policy;
 mod embedded_ca;
+mod federation;
 mod files;
 mod handshake;
 mod outcomes;

@@ -97,7 +97,7 @@ fn store_from<const N: usize>(sources: [(&str, &Arc<Told>); N]) -> IdentityStore
 async fn store_with(root: &Authority, issued: Issued) -> (IdentityStore, Arc<Told>) {
     let source = Told::new(move || Ok(material(&issued)));
     let store = store_from([("told", &source)]);
-    store.replace_bundles(&[Arc::new(bundle("example.org", &[root]))]);
+    store.fetched_bundles(&[Arc::new(bundle("example.org", &[root]))]);
     store.ensure(&from("told", &[ours()]));
     changed(&store, |store| store.current(&ours())).await;
     (store, source)
@@ -302,12 +302,12 @@ async fn a_configured_bundle_counts_instead_of_the_sources() {
     );
     let source = Told::with(&root.leaf(OURS), &[&root]);
     let store = store_from([("told", &source)]);
-    store.replace_bundles(&[Arc::new(bundle("example.org", &[&other]))]);
+    store.fetched_bundles(&[Arc::new(bundle("example.org", &[&other]))]);
     store.ensure(&from("told", &[ours()]));
     assert_eq!(failed(&store).await, "untrusted_chain");
 
     // Replaced at runtime, it counts for what there is at once.
-    store.replace_bundles(&[Arc::new(bundle("example.org", &[&root, &other]))]);
+    store.fetched_bundles(&[Arc::new(bundle("example.org", &[&root, &other]))]);
     source.changes.send_modify(|number| *number += 1);
     changed(&store, |store| store.current(&ours())).await;
     assert_eq!(store.bundles()[0].certificates, 2);

@@ -1,0 +1,223 @@
+//! Fetching certificates, judging them, and putting them in force, for as long as there is the
+//! identity.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+use tokio::{sync::watch, time::timeout};
+
+use super::{Sources, configured::Configured, lock, slot::Slot};
+use crate::identity::{
+    CertificateSource, Material, ReloadCounts, ReloadError, ReloadResult, SourceError, SpiffeId,
+    Svid, renewal::Renewal,
+};
+
+/// How long a source may take to answer. A source that issues over the network needs seconds.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the store and the tasks of its identities share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) sources: Sources,
+    pub(super) configured: Mutex<Configured>,
+    /// By the names of the sources.
+    pub(super) counts: Mutex<BTreeMap<String, ReloadCounts>>,
+    pub(super) slots: ArcSwap<BTreeMap<SpiffeId, Arc<Slot>>>,
+    pub(super) changes: watch::Sender<u64>,
+    /// Of the newest certificate.
+    pub(super) generation: AtomicU64,
+}
+
+// === impl Shared ===
+
+/// Fetches one identity's certificate and renews it, until the identity is removed.
+pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
+    let source = shared.sources.get(&slot.source).cloned();
+    let mut news = source.as_ref().map(|source| source.changes(&slot.id));
+    let mut asked = slot.asked.subscribe();
+    let mut renewal = Renewal::new();
+    let mut looked = SystemTime::now();
+    loop {
+        // The wall clock at every turn: it may jump.
+        let now = SystemTime::now();
+        shared.drop_expired(&slot, now);
+        shared.let_time_pass(&slot, looked, now);
+        looked = now;
+        if renewal.is_due(now) {
+            let number = *asked.borrow_and_update();
+            let result = shared.reload(source.as_deref(), &slot).await;
+            let in_force = slot.svid.load_full().filter(|_| result.is_ok());
+            renewal.attempted(in_force.as_deref(), SystemTime::now());
+            shared.record(&slot, result, now, renewal.next());
+            slot.answered.send_replace(number);
+        }
+        let now = SystemTime::now();
+        let sleep = slot.until_turn(now).min(renewal.sleep(now));
+        tokio::select! {
+            () = tokio::time::sleep(sleep) => {}
+            () = changed(&mut news) => renewal.hurry(),
+            Ok(()) = asked.changed() => renewal.hurry(),
+        }
+    }
+}
+
+/// Waits until the source may have something new. A source that is gone, or never was, wakes
+/// nobody: what it gave before is renewed in vain, and that is said.
+async fn changed(news: &mut Option<watch::Receiver<u64>>) {
+    if let Some(news) = news
+        && news.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+impl Shared {
+    async fn reload(
+        &self,
+        source: Option<&dyn CertificateSource>,
+        slot: &Slot,
+    ) -> Result<ReloadResult, ReloadError> {
+        let source = source.ok_or_else(|| {
+            SourceError::Unavailable(format!(
+                "there is no source `{}` since reeve was started; sources change at a restart",
+                slot.source
+            ))
+        })?;
+        let fetch = timeout(FETCH_TIMEOUT, source.fetch(&slot.id));
+        let material = fetch.await.map_err(|_| ReloadError::Timeout)??;
+        self.put_in_force(slot, &material)
+    }
+
+    /// All or nothing: the bundles first, so that nobody presents a certificate before those that
+    /// it was checked against are trusted here too.
+    fn put_in_force(&self, slot: &Slot, material: &Material) -> Result<ReloadResult, ReloadError> {
+        // Held, so that bundles that are configured meanwhile come after, and are not lost.
+        let configured = lock(&self.configured);
+        let next = configured.bundles(&material.bundles);
+        let now = SystemTime::now();
+        let mut svid = Svid::check(&slot.id, material, &next, &slot.trust, now)?;
+        lock(&slot.own).clone_from(&material.bundles);
+        let trust_changed = slot.trust.replace(next);
+        drop(configured);
+        if trust_changed {
+            self.changed();
+        }
+        if slot
+            .svid
+            .load()
+            .as_ref()
+            .is_some_and(|old| old.same_as(&svid))
+        {
+            return Ok(if trust_changed {
+                ReloadResult::Accepted
+            } else {
+                ReloadResult::Unchanged
+            });
+        }
+        svid.generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
+        tracing::info!(
+            spiffe_id = %slot.id,
+            source = slot.source,
+            serial = svid.serial,
+            generation = svid.generation,
+            not_after = %humantime::format_rfc3339_seconds(svid.not_after),
+            "certificate in force"
+        );
+        slot.svid.store(Some(Arc::new(svid)));
+        self.changed();
+        Ok(ReloadResult::Accepted)
+    }
+
+    /// Brings what an identity trusts up to date with what is configured. Returns whether anything
+    /// is different now.
+    pub(super) fn settle_trust(&self, slot: &Slot) -> bool {
+        let configured = lock(&self.configured);
+        slot.trust.replace(configured.bundles(&lock(&slot.own)))
+    }
+
+    fn record(
+        &self,
+        slot: &Slot,
+        result: Result<ReloadResult, ReloadError>,
+        attempted: SystemTime,
+        next: SystemTime,
+    ) {
+        let mut progress = lock(&slot.progress);
+        progress.last_attempt = Some(attempted);
+        progress.next_attempt = Some(next);
+        progress.last_result = Some(*result.as_ref().unwrap_or(&ReloadResult::Rejected));
+        self.count(&slot.source, &result);
+        match result {
+            Ok(_) => {
+                progress.last_success = Some(attempted);
+                progress.last_error = None;
+            }
+            Err(error) => {
+                tracing::warn!(
+                    spiffe_id = %slot.id,
+                    source = slot.source,
+                    reason = error.as_str(),
+                    next_attempt = %humantime::format_rfc3339_seconds(next),
+                    "no new certificate, the old one stays in force until it expires: {error}"
+                );
+                if error == ReloadError::Source(SourceError::Withdrawn) {
+                    slot.svid.store(None);
+                    self.changed();
+                }
+                progress.last_error = Some(error);
+            }
+        }
+    }
+
+    pub(super) fn slot(&self, id: SpiffeId, source: String) -> Slot {
+        Slot::new(id, source, lock(&self.configured).policy.clone())
+    }
+
+    fn count(&self, source: &str, result: &Result<ReloadResult, ReloadError>) {
+        let mut counts = lock(&self.counts);
+        let counts = counts.entry(source.to_owned()).or_default();
+        match result {
+            Ok(ReloadResult::Unchanged) => counts.unchanged += 1,
+            Ok(_) => counts.accepted += 1,
+            Err(error) => *counts.rejected.entry(error.as_str()).or_default() += 1,
+        }
+    }
+
+    /// Has everybody judge again where an authority or a revocation list has expired meanwhile, or
+    /// an authority has become valid.
+    fn let_time_pass(&self, slot: &Slot, looked: SystemTime, now: SystemTime) {
+        let bundles = slot.trust.current();
+        let (earlier, later) = (looked.min(now), looked.max(now));
+        let mut turns = bundles.values().flat_map(|bundle| bundle.turns());
+        if turns.any(|turn| earlier <= turn && turn < later) {
+            slot.trust.renew();
+            self.changed();
+        }
+    }
+
+    /// An expired key is of no use but to a thief.
+    fn drop_expired(&self, slot: &Slot, now: SystemTime) {
+        let expired = |svid: &Arc<Svid>| svid.not_after < now;
+        if slot.svid.load().as_ref().is_some_and(expired) {
+            tracing::error!(
+                spiffe_id = %slot.id,
+                "the certificate has expired and there is no new one: connections are refused"
+            );
+            slot.svid.store(None);
+            self.changed();
+        }
+    }
+
+    pub(super) fn changed(&self) {
+        self.changes
+            .send_modify(|number| *number = number.wrapping_add(1));
+    }
+}

@@ -1,0 +1,113 @@
+//! One identity of a store.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwapOption;
+use tokio::sync::watch;
+
+use super::lock;
+use crate::identity::{
+    CryptoPolicy, IdentityStatus, ReloadError, ReloadResult, SpiffeId, Svid, TrustBundle,
+    TrustStore, status::CertificateStatus,
+};
+
+/// Looked at so long after a certificate or list has expired.
+const TURN_SLACK: Duration = Duration::from_millis(10);
+
+/// One identity. A change to it touches no other.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) id: SpiffeId,
+    /// Name of its source.
+    pub(super) source: String,
+    pub(super) svid: ArcSwapOption<Svid>,
+    /// What its verifiers read.
+    pub(super) trust: Arc<TrustStore>,
+    /// The bundles that came with the newest certificate.
+    pub(super) own: Mutex<Vec<Arc<TrustBundle>>>,
+    pub(super) progress: Mutex<Progress>,
+    /// Number of the times that somebody has asked for an attempt at once, and of those that were
+    /// followed by one.
+    pub(super) asked: watch::Sender<u64>,
+    pub(super) answered: watch::Sender<u64>,
+}
+
+/// How fetching goes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Progress {
+    pub(super) next_attempt: Option<SystemTime>,
+    pub(super) last_attempt: Option<SystemTime>,
+    pub(super) last_success: Option<SystemTime>,
+    pub(super) last_result: Option<ReloadResult>,
+    pub(super) last_error: Option<ReloadError>,
+}
+
+// === impl Slot ===
+
+impl Slot {
+    pub(super) fn new(id: SpiffeId, source: String, policy: Arc<CryptoPolicy>) -> Self {
+        Self {
+            id,
+            source,
+            svid: ArcSwapOption::empty(),
+            trust: Arc::new(TrustStore::with_policy(policy, [])),
+            own: Mutex::default(),
+            progress: Mutex::default(),
+            asked: watch::Sender::default(),
+            answered: watch::Sender::default(),
+        }
+    }
+
+    /// The same identity, with the same material, from another source.
+    pub(super) fn with_source(&self, source: &str) -> Self {
+        Self {
+            id: self.id.clone(),
+            source: source.to_owned(),
+            svid: ArcSwapOption::new(self.svid.load_full()),
+            // The material's verifiers read this very store.
+            trust: self.trust.clone(),
+            own: Mutex::new(lock(&self.own).clone()),
+            progress: Mutex::new(lock(&self.progress).clone()),
+            asked: watch::Sender::default(),
+            answered: watch::Sender::default(),
+        }
+    }
+
+    /// Time until its bundles begin to say something else by themselves.
+    pub(super) fn until_turn(&self, now: SystemTime) -> Duration {
+        let bundles = self.trust.current();
+        let turns = bundles.values().flat_map(|bundle| bundle.turns());
+        let next = turns.filter_map(|turn| turn.duration_since(now).ok()).min();
+        // Times in certificates are whole seconds: the one that is over counts.
+        next.map_or(Duration::MAX, |left| left + TURN_SLACK)
+    }
+
+    pub(super) fn status(&self) -> IdentityStatus {
+        let progress = lock(&self.progress).clone();
+        let svid = self.svid.load();
+        let svid = svid
+            .as_ref()
+            .filter(|svid| svid.is_valid_at(SystemTime::now()));
+        IdentityStatus {
+            spiffe_id: self.id.clone(),
+            source: self.source.clone(),
+            certificate: svid.map(|svid| CertificateStatus {
+                serial: svid.serial.clone(),
+                issuer: svid.issuer.clone(),
+                not_before: svid.not_before,
+                not_after: svid.not_after,
+                intermediate_not_after: svid.intermediate_not_after(),
+                generation: svid.generation,
+            }),
+            next_attempt: progress.next_attempt,
+            last_attempt: progress.last_attempt,
+            last_success: progress.last_success,
+            last_result: progress.last_result,
+            last_error: progress.last_error,
+            remarks: Vec::new(),
+        }
+    }
+}
