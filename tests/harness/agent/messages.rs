@@ -1,4 +1,5 @@
-//! Messages of the three APIs, by the field numbers of their published definitions.
+//! Messages of the three APIs, by the field numbers of their published definitions. Written apart from the
+//! daemon's, and with fields that it has no use for: a number that is wrong there must not be wrong here too.
 
 use std::collections::HashMap;
 
