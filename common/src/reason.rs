@@ -108,4 +108,6 @@ reasons! {
     Permissive = 35 => "permissive",
     /// The peer sent more frames, headers or resets than a tunnel puts up with.
     Flood = 36 => "flood",
+    /// The tunnel's certificate was replaced, and the connection did not end by itself in time.
+    CertificateReplaced = 37 => "certificate_replaced",
 }

@@ -33,15 +33,20 @@ struct Open {
 
 impl Filed {
     fn start() -> Self {
+        Self::with(|reeve| reeve)
+    }
+
+    fn with(change: impl FnOnce(Reeve<'_>) -> Reeve<'_>) -> Self {
         let (root, mut folder) = (Authority::root("example.org"), PathBuf::new());
         let guarded = Guarded::with(|reeve| {
             folder = files_of(&reeve);
             put_all(&folder, &root.leaf(SERVER), &[&root]);
             put(&folder, "crl.pem", &lists(&root, &[]));
             let files = json!({"folder": folder, "revocationLists": "crl.pem"});
-            reeve
+            let reeve = reeve
                 .set("/certificates/sources/1", json!({"files": files}))
-                .set("/workloads/0/certificates", json!("files"))
+                .set("/workloads/0/certificates", json!("files"));
+            change(reeve)
         });
         Self {
             guarded,
@@ -148,6 +153,24 @@ fn a_new_certificate_is_presented_and_what_stands_goes_on() {
             "{name}"
         );
     }
+}
+
+#[test]
+fn what_stands_by_a_replaced_certificate_goes_on_for_its_time_and_no_longer() {
+    let filed = Filed::with(|reeve| reeve.set("/timeouts/outdated", json!("6s")));
+    let mut old = filed.open(&filed.root.leaf(CLIENT));
+    let before = filed.certificate();
+    put_all(&filed.folder, &filed.root.leaf(SERVER), &[&filed.root]);
+    eventually("a new certificate", || {
+        filed.certificate()["serial"] != before["serial"]
+    });
+    let mut new = filed.open(&filed.root.leaf(CLIENT));
+    old.echoes();
+    eventually("the old one is ended", || {
+        filed.closed("certificate_replaced") == 1.0
+    });
+    assert!(old.stream.receive_exactly(1).is_err());
+    new.echoes();
 }
 
 #[test]

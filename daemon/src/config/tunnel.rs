@@ -125,9 +125,14 @@ pub struct Timeouts {
     /// Age at which a tunnel takes no new streams. Default 1 h.
     #[serde(deserialize_with = "positive_duration")]
     pub tunnel_age: Duration,
-    /// For streams of a retired tunnel to end by themselves, and for a shutdown. Default 30 s.
+    /// For connections to end by themselves at a shutdown; so long before one of its certificates
+    /// expires a tunnel takes no new streams. Default 30 s.
     #[serde(deserialize_with = "positive_duration")]
     pub drain: Duration,
+    /// For connections of a tunnel to end by themselves after its own certificate was replaced.
+    /// Default 24 h.
+    #[serde(deserialize_with = "positive_duration")]
+    pub outdated: Duration,
     /// For connections to end by themselves after another daemon has taken over. Default 10 min.
     #[serde(deserialize_with = "positive_duration")]
     pub hand_over: Duration,
@@ -154,6 +159,7 @@ impl Default for Timeouts {
             tunnel_idle: seconds(60),
             tunnel_age: seconds(3600),
             drain: seconds(30),
+            outdated: seconds(24 * 3600),
             hand_over: seconds(600),
             ping: seconds(10),
             ping_answer: seconds(20),

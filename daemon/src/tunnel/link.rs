@@ -57,6 +57,8 @@ pub(super) struct Link {
     /// When the last stream ended, or the tunnel was opened.
     idle_since: Cell<Instant>,
     order: Cell<Order>,
+    /// Since its own certificate is not the newest any more.
+    outdated_since: Cell<Option<Instant>>,
     /// Streams whose application has not read for a while: each holds up to a stream's window of
     /// what the whole tunnel may have outstanding.
     stalled: Cell<usize>,
@@ -75,6 +77,7 @@ impl Link {
             served: Cell::new(false),
             idle_since: Cell::new(now),
             order: Cell::new(Order::Serve),
+            outdated_since: Cell::new(None),
             stalled: Cell::new(0),
             judged_by: RefCell::new(None),
             driver: RefCell::new(None),
@@ -116,6 +119,20 @@ impl Link {
         if self.order.get() == Order::Serve {
             self.give(Order::Retire);
         }
+    }
+
+    /// Its own certificate was replaced: retires.
+    pub(super) fn outdate(&self, now: Instant) {
+        if self.outdated_since.get().is_none() {
+            self.outdated_since.set(Some(now));
+        }
+        self.retire();
+    }
+
+    /// How long ago its own certificate was replaced; none where it is the newest.
+    pub(super) fn outdated(&self, now: Instant) -> Option<Duration> {
+        let since = self.outdated_since.get()?;
+        Some(now.saturating_duration_since(since))
     }
 
     /// Ends as soon as the driver runs. The first reason given stands.

@@ -58,6 +58,9 @@ fn sweep(worker: &Worker) {
         }
         // A bundle may have changed between the handshake and the tunnel's first change.
         judge(worker, link);
+        if link.outdated(now) >= Some(worker.timeouts.outdated) {
+            link.close(Reason::CertificateReplaced);
+        }
         if link.ends.role == Role::Server {
             sweep_server(worker, link, now);
         }
@@ -124,9 +127,8 @@ fn judge(worker: &Worker, link: &Link) {
             Err(reason) => link.close(reason.closing_reason()),
         }
     }
-    // Only the server: the pool retires the client's.
-    if svid.generation != ends.generation && ends.role == Role::Server {
-        link.retire();
+    if svid.generation != ends.generation {
+        link.outdate(Instant::now());
     }
 }
 

@@ -101,6 +101,39 @@ fn a_new_certificate_retires_the_tunnel_and_leaves_its_connections_alone() {
 }
 
 #[test]
+fn a_connection_of_a_replaced_certificate_has_its_time_and_is_then_ended_by_name() {
+    run(async {
+        let source = authority();
+        let outdated = Duration::from_secs(3);
+        let timeouts = Timeouts {
+            outdated,
+            ..Timeouts::default()
+        };
+        let limits = Limits::default();
+        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let _accepted = accept(node.listen("10.0.0.2:80"));
+        let mut old = node.connect("10.0.0.2:80").await;
+        stands(&mut old).await;
+        source.rotate();
+        let rotated = Instant::now();
+        until("the tunnel is not retired", async || {
+            let status = node.status().await;
+            status.tunnels.iter().all(|tunnel| tunnel.retired)
+        })
+        .await;
+        let mut new = node.connect("10.0.0.2:80").await;
+        stands(&mut new).await;
+        is_reset(Ok(&mut old)).await;
+        assert!(rotated.elapsed() >= outdated, "{:?}", rotated.elapsed());
+        node.counts(&["connections_closed", "certificate_replaced"])
+            .await;
+        // The other one goes on.
+        new.write_all(b"more").await.unwrap();
+        assert_eq!(node.client_tunnels().await, 1);
+    });
+}
+
+#[test]
 fn a_withdrawn_identity_ends_its_connections() {
     run(async {
         let source = authority();
