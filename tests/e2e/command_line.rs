@@ -6,11 +6,13 @@ use std::{
     io::{Read, Write},
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
-    process::{Command, Output, Stdio},
+    process::Command,
 };
 
 use harness::{Daemon, Network, Node, Programs, Workload, eventually};
 use serde_json::Value;
+
+use crate::program::{Files, Said, reeve};
 
 // === check ===
 
@@ -375,54 +377,12 @@ spec: {workloads: {names: [client]}, egress: [{to: [{any: {}}]}]}
     (node, client, daemon)
 }
 
-/// A folder of files that goes with the value.
-struct Files(Node);
-
-impl Files {
-    fn new() -> Self {
-        Self(Node::new(&Network::new(), "files"))
-    }
-
-    /// Writes a file, and gives its path.
-    fn write(&self, name: &str, text: &str) -> String {
-        let file = self.0.folder().join(name);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        fs::write(&file, text).unwrap();
-        file.to_str().unwrap().to_owned()
-    }
-}
-
-fn reeve(words: &[&str]) -> Output {
-    let mut command = Command::new(&Programs::get().reeve);
-    command.args(words).stdin(Stdio::null()).output().unwrap()
-}
-
 /// The program where everybody may run it.
 fn readable_reeve(beside: &Path) -> std::path::PathBuf {
     let copy = beside.with_file_name("reeve");
     fs::copy(&Programs::get().reeve, &copy).unwrap();
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
     copy
-}
-
-trait Said {
-    fn code(&self) -> i32;
-    fn out(&self) -> String;
-    fn err(&self) -> String;
-}
-
-impl Said for Output {
-    fn code(&self) -> i32 {
-        self.status.code().unwrap_or(-1)
-    }
-
-    fn out(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).into_owned()
-    }
-
-    fn err(&self) -> String {
-        String::from_utf8_lossy(&self.stderr).into_owned()
-    }
 }
 
 const CONFIG: &str = "\

@@ -4,10 +4,11 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
 };
 
-use harness::{Network, Node, Programs};
+use harness::{Network, Node};
+
+use crate::program::{Said, reeve};
 
 #[test]
 fn commands_that_documents_show_exist() {
@@ -264,11 +265,5 @@ fn named_files(config: &str) -> Vec<&str> {
 
 fn accepted(config: &Path, shown: &str) {
     let checked = reeve(&["check", "--config", config.to_str().unwrap()]);
-    let said = String::from_utf8_lossy(&checked.stderr);
-    assert!(checked.status.success(), "{shown}: {said}");
-}
-
-fn reeve(words: &[&str]) -> Output {
-    let mut command = Command::new(&Programs::get().reeve);
-    command.args(words).output().unwrap()
+    assert_eq!(checked.code(), 0, "{shown}: {}", checked.err());
 }

@@ -41,6 +41,7 @@ mod policy_files;
 mod policy_kinds;
 mod policy_tools;
 mod privileges;
+mod program;
 mod prometheus;
 mod release;
 mod restart;

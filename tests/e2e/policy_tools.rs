@@ -1,15 +1,13 @@
 //! `reeve policy`: what users ask of their policies without a daemon, as in their own CI.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output, Stdio},
-};
+use std::{fs, path::Path};
 
-use harness::{Network, Node, Programs};
 use serde_json::Value;
 
-use crate::arrange::Pair;
+use crate::{
+    arrange::Pair,
+    program::{Files, Said, reeve},
+};
 
 // === test ===
 
@@ -20,7 +18,7 @@ fn the_examples_tests_pass() {
     for entry in fs::read_dir(folder).unwrap() {
         let file = entry.unwrap().path();
         let ran = reeve(&["policy", "test", file.to_str().unwrap()]);
-        assert_eq!(code(&ran), 0, "{}", said(&ran));
+        assert_eq!(ran.code(), 0, "{}", ran.said());
         files += 1;
     }
     assert!(files > 0);
@@ -32,15 +30,15 @@ fn what_is_not_as_expected_is_shown_with_the_difference() {
     let good = files.write("good.yaml", TEST);
     let bad = files.write("bad.yaml", &TEST.replace("expect: deny", "expect: allow"));
     let ran = reeve(&["policy", "test", &good]);
-    assert_eq!(code(&ran), 0, "{}", said(&ran));
+    assert_eq!(ran.code(), 0, "{}", ran.said());
     assert!(
-        said(&ran).contains("2 cases: 2 as expected, 0 not"),
+        ran.said().contains("2 cases: 2 as expected, 0 not"),
         "{}",
-        said(&ran)
+        ran.said()
     );
 
     let ran = reeve(&["policy", "test", &good, &bad]);
-    assert_eq!(code(&ran), 1, "{}", said(&ran));
+    assert_eq!(ran.code(), 1, "{}", ran.said());
     for text in [
         "bad.yaml:9: no other port",
         "expected: allow",
@@ -49,18 +47,18 @@ fn what_is_not_as_expected_is_shown_with_the_difference() {
         "is about tcp 5432; this is tcp 5433",
         "4 cases: 3 as expected, 1 not",
     ] {
-        assert!(said(&ran).contains(text), "{text} is not in {}", said(&ran));
+        assert!(ran.said().contains(text), "{text} is not in {}", ran.said());
     }
     let wrong_rule = files.write("rule.yaml", &TEST.replace("web/egress[0]", "web/egress[1]"));
-    assert_eq!(code(&reeve(&["policy", "test", &wrong_rule])), 1);
+    assert_eq!(reeve(&["policy", "test", &wrong_rule]).code(), 1);
 
     let json = reeve(&["policy", "test", "--format", "json", &good, &bad]);
-    assert_eq!(code(&json), 1);
+    assert_eq!(json.code(), 1);
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!((&json["cases"], &json["failed"]), (&4.into(), &1.into()));
     assert_eq!(json["results"][3]["passed"], false);
     assert_eq!(json["results"][3]["line"], 9);
-    let junit = said(&reeve(&["policy", "test", "--format", "junit", &bad]));
+    let junit = reeve(&["policy", "test", "--format", "junit", &bad]).said();
     for text in [
         "tests=\"2\" failures=\"1\"",
         "name=\"no other port\"",
@@ -83,7 +81,7 @@ fn a_test_may_be_about_a_nodes_own_configuration() {
     );
     let test = files.write("test.yaml", &format!("{head}{cases}"));
     let ran = reeve(&["policy", "test", &test]);
-    assert_eq!(code(&ran), 0, "{}", said(&ran));
+    assert_eq!(ran.code(), 0, "{}", ran.said());
 }
 
 #[test]
@@ -117,12 +115,12 @@ fn mistakes_in_tests_are_told_with_their_places() {
         assert_ne!(test, TEST, "{from}");
         let file = files.write("test.yaml", &test);
         let ran = reeve(&["policy", "test", &file]);
-        assert_eq!(code(&ran), 2, "{from}: {}", said(&ran));
-        assert!(said(&ran).contains(text), "{text} is not in {}", said(&ran));
+        assert_eq!(ran.code(), 2, "{from}: {}", ran.said());
+        assert!(ran.said().contains(text), "{text} is not in {}", ran.said());
     }
     let ran = reeve(&["policy", "test", "/nowhere/test.yaml"]);
-    assert_eq!(code(&ran), 2);
-    assert!(said(&ran).contains("/nowhere/test.yaml"));
+    assert_eq!(ran.code(), 2);
+    assert!(ran.said().contains("/nowhere/test.yaml"));
 }
 
 // === list ===
@@ -133,7 +131,7 @@ fn the_policies_in_force_are_listed_from_files_and_by_the_daemon() {
     files.write("policies/web.yaml", POLICY);
     let config = files.write("reeve.yaml", CONFIG);
     let listed = reeve(&["policy", "list", "--config", &config, "--json"]);
-    assert_eq!(code(&listed), 0, "{}", said(&listed));
+    assert_eq!(listed.code(), 0, "{}", listed.said());
     let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
     let policy = &listed[0];
     assert_eq!(
@@ -165,9 +163,9 @@ fn the_policies_in_force_are_listed_from_files_and_by_the_daemon() {
     assert_eq!(both[0]["name"], "default/closed");
     assert_eq!(both[0]["workloads"], serde_json::json!(["web"]));
     assert_eq!(both[0]["rules"], serde_json::json!([]));
-    fs::remove_file(files.0.folder().join("policies/closed.yaml")).unwrap();
+    fs::remove_file(files.folder().join("policies/closed.yaml")).unwrap();
 
-    let page = said(&reeve(&["policy", "list", "--config", &config]));
+    let page = reeve(&["policy", "list", "--config", &config]).said();
     for text in [
         "web (ConnectionPolicy, ",
         "for web",
@@ -193,8 +191,8 @@ fn lint_finds_nothing_in_what_is_well_meant() {
     files.write("policies/all.yaml", WELL_MEANT);
     let config = files.write("reeve.yaml", SHOP);
     let ran = reeve(&["policy", "lint", "--config", &config]);
-    assert_eq!(code(&ran), 0, "{}", said(&ran));
-    assert!(said(&ran).contains("0 findings"));
+    assert_eq!(ran.code(), 0, "{}", ran.said());
+    assert!(ran.said().contains("0 findings"));
 }
 
 #[test]
@@ -274,14 +272,14 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
         assert_ne!(policies, WELL_MEANT);
         files.write("policies/all.yaml", &policies);
         let ran = reeve(&["policy", "lint", "--config", &config]);
-        assert_eq!(code(&ran), 1, "{kind}: {}", said(&ran));
-        let found = said(&ran);
+        assert_eq!(ran.code(), 1, "{kind}: {}", ran.said());
+        let found = ran.said();
         let found = found.lines().find(|line| line.contains(kind));
-        let found = found.unwrap_or_else(|| panic!("no {kind} in {}", said(&ran)));
+        let found = found.unwrap_or_else(|| panic!("no {kind} in {}", ran.said()));
         assert!(found.contains(text) && found.contains(place), "{found}");
 
         let json = reeve(&["policy", "lint", "--config", &config, "--json"]);
-        assert_eq!(code(&json), 1);
+        assert_eq!(json.code(), 1);
         let json: Value = serde_json::from_slice(&json.stdout).unwrap();
         let kinds: Vec<_> = json
             .as_array()
@@ -292,41 +290,10 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
         assert!(kinds.contains(&&Value::from(kind)), "{json}");
     }
     files.write("policies/all.yaml", "kind: Nothing\n");
-    assert_eq!(code(&reeve(&["policy", "lint", "--config", &config])), 2);
+    assert_eq!(reeve(&["policy", "lint", "--config", &config]).code(), 2);
 }
 
 // === the arrangement ===
-
-/// A folder of files that goes with the value.
-struct Files(Node);
-
-impl Files {
-    fn new() -> Self {
-        Self(Node::new(&Network::new(), "files"))
-    }
-
-    /// Writes a file, and gives its path.
-    fn write(&self, name: &str, text: &str) -> String {
-        let file = self.0.folder().join(name);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        fs::write(&file, text).unwrap();
-        file.to_str().unwrap().to_owned()
-    }
-}
-
-fn reeve(words: &[&str]) -> Output {
-    let mut command = Command::new(&Programs::get().reeve);
-    command.args(words).stdin(Stdio::null()).output().unwrap()
-}
-
-fn code(output: &Output) -> i32 {
-    output.status.code().unwrap()
-}
-
-fn said(output: &Output) -> String {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    text(&output.stdout) + &text(&output.stderr)
-}
 
 const TEST: &str = "\
 apiVersion: reeve.dev/v1alpha1

@@ -291,6 +291,32 @@ fn a_label_that_changes_ends_what_it_allowed() {
 }
 
 #[test]
+fn a_peer_that_is_now_somebody_else_loses_what_was_opened_to_the_one_before() {
+    let pair = Pair::new();
+    // Whoever it is, the policy allows it.
+    let anybody = json!({
+        "apiVersion": "reeve.dev/v1alpha1",
+        "kind": "ConnectionPolicy",
+        "metadata": {"name": "anybody"},
+        "spec": {"workloads": {}, "egress": [{}]},
+    });
+    let one = pair.at_one().policy(&anybody.to_string()).start();
+    let _two = pair.allowing_at_two().start();
+    let _server = serve(&pair.server, PORT, &[]);
+    let mut held = Held::tcp(&pair.client, pair.server.addresses().v4);
+    reconfigure(&one, |settings| {
+        settings["peers"][0]["serviceAccount"] = json!("somebody-else")
+    });
+    held.ended_at();
+    let labels = [
+        ("direction", "egress"),
+        ("transport", "tunnel"),
+        ("reason", "revoked"),
+    ];
+    one.wait_for_metric("reeve_connections_closed_total", &labels, 1.0);
+}
+
+#[test]
 fn who_is_enrolled_later_is_judged_then_and_who_is_released_is_left_alone() {
     let pair = Pair::new();
     let stranger = pair.two.pod("stranger");

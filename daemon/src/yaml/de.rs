@@ -1,16 +1,12 @@
 //! Reads serde types from a [`Document`], and goes on after a mistake.
 
+mod access;
+
 use std::{cell::RefCell, collections::HashSet};
 
-use serde::{
-    Deserialize, Deserializer,
-    de::{
-        DeserializeSeed, EnumAccess, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
-        value::{StrDeserializer, U32Deserializer},
-    },
-    forward_to_deserialize_any,
-};
+use serde::{Deserialize, Deserializer, de::Visitor, forward_to_deserialize_any};
 
+use self::access::{Entries, Items, LocatedParts, Variant};
 use super::{
     Document, Mistakes, NodeId,
     error::Error,
@@ -108,32 +104,6 @@ fn run<T: for<'de> Deserialize<'de>>(document: &Document, root: NodeId) -> (Opti
 struct Reader<'s, 'd> {
     session: &'s Session<'d>,
     node: NodeId,
-}
-
-struct Items<'s, 'd> {
-    session: &'s Session<'d>,
-    items: std::slice::Iter<'d, NodeId>,
-}
-
-struct Entries<'s, 'd> {
-    session: &'s Session<'d>,
-    entries: std::slice::Iter<'d, Entry>,
-    /// Where only these keys are known.
-    known: Option<&'static [&'static str]>,
-    value: Option<NodeId>,
-}
-
-/// The two parts of a [`super::Located`].
-struct LocatedParts<'s, 'd> {
-    reader: Reader<'s, 'd>,
-    given: usize,
-}
-
-/// A variant's name and what stands beside it.
-struct Variant<'s, 'd> {
-    reader: Reader<'s, 'd>,
-    name: &'d str,
-    value: Option<NodeId>,
 }
 
 // === impl Session ===
@@ -393,142 +363,5 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     forward_to_deserialize_any! {
         i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct
         tuple tuple_struct identifier
-    }
-}
-
-// === impl Items ===
-
-impl<'de> SeqAccess<'de> for Items<'_, '_> {
-    type Error = Error;
-
-    fn next_element_seed<T: DeserializeSeed<'de>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, Error> {
-        let session = self.session;
-        let Some(node) = self.items.find(|node| !session.is_pruned(**node)) else {
-            return Ok(None);
-        };
-        let reader = Reader {
-            session,
-            node: *node,
-        };
-        reader.with(seed.deserialize(reader)).map(Some)
-    }
-}
-
-// === impl Entries ===
-
-impl<'de> MapAccess<'de> for Entries<'_, '_> {
-    type Error = Error;
-
-    fn next_key_seed<K: DeserializeSeed<'de>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, Error> {
-        let (session, known) = (self.session, self.known);
-        let wanted = |entry: &&Entry| {
-            known.is_none_or(|known| known.contains(&entry.key()))
-                && !session.is_pruned(entry.value)
-        };
-        let Some(entry) = self.entries.find(wanted) else {
-            return Ok(None);
-        };
-        self.value = Some(entry.value);
-        seed.deserialize(StrDeserializer::new(entry.key()))
-            .map(Some)
-            .map_err(|error: Error| error.or_at(entry.value))
-    }
-
-    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
-        let Some(node) = self.value.take() else {
-            return Err(serde::de::Error::invalid_type(
-                Unexpected::Unit,
-                &"a key first",
-            ));
-        };
-        let reader = Reader {
-            session: self.session,
-            node,
-        };
-        reader.with(seed.deserialize(reader))
-    }
-}
-
-// === impl LocatedParts ===
-
-impl<'de> SeqAccess<'de> for LocatedParts<'_, '_> {
-    type Error = Error;
-
-    fn next_element_seed<T: DeserializeSeed<'de>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, Error> {
-        self.given += 1;
-        match self.given {
-            1 => seed
-                .deserialize(U32Deserializer::new(self.reader.node.0))
-                .map(Some),
-            2 => seed.deserialize(self.reader).map(Some),
-            _ => Ok(None),
-        }
-    }
-}
-
-// === impl Variant ===
-
-impl<'de> EnumAccess<'de> for Variant<'_, '_> {
-    type Error = Error;
-    type Variant = Self;
-
-    fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Error> {
-        let name = seed.deserialize(StrDeserializer::new(self.name));
-        Ok((self.reader.with(name)?, self))
-    }
-}
-
-impl<'s, 'd> Variant<'s, 'd> {
-    fn content(&self) -> Result<Reader<'s, 'd>, Error> {
-        let node = self.value.ok_or_else(|| {
-            Error::new(
-                self.reader.node,
-                format!("`{0}` has settings; write `{0}: {{}}`", self.name),
-            )
-        })?;
-        Ok(Reader {
-            session: self.reader.session,
-            node,
-        })
-    }
-}
-
-impl<'de> VariantAccess<'de> for Variant<'_, '_> {
-    type Error = Error;
-
-    fn unit_variant(self) -> Result<(), Error> {
-        match self.value {
-            None => Ok(()),
-            Some(node) => Err(Error::new(
-                node,
-                format!("`{}` has no settings; write the name alone", self.name),
-            )),
-        }
-    }
-
-    fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, Error> {
-        let reader = self.content()?;
-        reader.with(seed.deserialize(reader))
-    }
-
-    fn tuple_variant<V: Visitor<'de>>(self, _len: usize, visitor: V) -> Result<V::Value, Error> {
-        self.content()?.deserialize_seq(visitor)
-    }
-
-    fn struct_variant<V: Visitor<'de>>(
-        self,
-        fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Error> {
-        self.content()?.deserialize_struct("", fields, visitor)
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use reeve_common::{Action, DryRun, Reason};
 
-use super::world::{TCP, UDP, World, config, policies};
+use super::world::{TCP, UDP, World, config, connection_policy as policy, policies};
 use crate::policy::PolicySet;
 
 const NODE: &str = "
@@ -23,12 +23,6 @@ peers:
 ";
 
 const DB: &str = "spiffe://example.org/ns/shop/sa/db";
-
-fn policy(name: &str, spec: &str) -> String {
-    format!(
-        "---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n"
-    )
-}
 
 const ALL: &str = "workloads: {}, egress: [{}], ingress: [{}]";
 

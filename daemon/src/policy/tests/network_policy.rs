@@ -2,186 +2,16 @@
 //! reaches whom, by protocol and port. A connection needs the egress of its source and the ingress
 //! of its destination.
 
-use std::{collections::BTreeSet, fmt, path::Path, sync::Arc};
+mod cluster;
+mod documents;
 
-use super::world::{TCP, UDP, World, config, netns, policies, running};
-use crate::{policy::PolicySet, workload::RunningWorkload};
+use std::sync::Arc;
 
-const SCTP: u8 = reeve_common::protocol::SCTP;
-const NAMESPACES: [&str; 3] = ["x", "y", "z"];
-const PODS: [&str; 3] = ["a", "b", "c"];
-const PROTOCOLS: [u8; 3] = [TCP, UDP, SCTP];
-const PORTS: [u16; 4] = [80, 81, 7981, 8180];
-/// An address outside the cluster.
-const OUTSIDE: &str = "192.0.2.9";
-const NODE: &str = "192.168.0.1";
-
-/// A pod: its namespace, its own name.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Pod(&'static str, &'static str);
-
-/// One connection that somebody may try.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Call {
-    from: Pod,
-    to: Pod,
-    protocol: u8,
-    port: u16,
-}
-
-struct Cluster {
-    world: World,
-}
-
-// === impl Pod ===
-
-impl Pod {
-    fn all() -> impl Iterator<Item = Self> {
-        let pods = |namespace| PODS.map(|pod| Self(namespace, pod));
-        NAMESPACES.into_iter().flat_map(pods)
-    }
-
-    fn name(self) -> String {
-        format!("{}-{}", self.0, self.1)
-    }
-
-    fn address(self) -> String {
-        let place = |all: [&str; 3], name| all.iter().position(|own| *own == name).unwrap() + 1;
-        format!("10.0.{}.{}", place(NAMESPACES, self.0), place(PODS, self.1))
-    }
-
-    fn id(self) -> String {
-        format!("spiffe://example.org/ns/{}/sa/{}", self.0, self.name())
-    }
-
-    /// As the configuration has it. The names of ports are swapped in pod `c`.
-    fn declared(self) -> String {
-        let ports = if self.1 == "c" {
-            "web: 81, web-udp: 81/UDP, other: 80"
-        } else {
-            "web: 80, web-udp: 80/UDP, other: 81"
-        };
-        let tier = if self.1 == "b" { "" } else { ", tier: front" };
-        format!(
-            "- {{name: {name}, namespace: {}, labels: {{pod: {}{tier}}}, cgroup: /{name}, addresses: [{}], namedPorts: {{{ports}}}}}\n",
-            self.0,
-            self.1,
-            self.address(),
-            name = self.name(),
-        )
-    }
-}
-
-impl fmt::Debug for Pod {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.0, self.1)
-    }
-}
-
-impl fmt::Debug for Call {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            from,
-            to,
-            protocol,
-            port,
-        } = self;
-        write!(f, "{from:?}->{to:?} {protocol}/{port}")
-    }
-}
-
-// === impl Cluster ===
-
-impl Cluster {
-    /// Nine pods under these policies; what no policy is about is open.
-    fn new(policies: &str) -> Self {
-        Self::with("policies: {unselected: allow}", policies)
-    }
-
-    fn with(settings: &str, policies: &str) -> Self {
-        Self {
-            world: World::new(&configuration(settings), policies),
-        }
-    }
-
-    fn egress(&self, call: Call) -> bool {
-        let to = format!("{}:{}", call.to.address(), call.port);
-        allows(self.world.egress(&call.from.name(), call.protocol, &to))
-    }
-
-    fn ingress(&self, call: Call) -> bool {
-        let (to, from) = (call.to.name(), call.from.address());
-        allows(if call.protocol == TCP {
-            self.world.tunnel(&to, &call.from.id(), &from, call.port)
-        } else {
-            self.world.plaintext(&to, call.protocol, &from, call.port)
-        })
-    }
-
-    fn reaches(&self, call: Call) -> bool {
-        self.egress(call) && self.ingress(call)
-    }
-
-    /// Compares every connection with what is expected of it.
-    #[track_caller]
-    fn expect(&self, expected: impl Fn(Call) -> bool) {
-        let wrong: Vec<_> = calls()
-            .filter(|call| self.reaches(*call) != expected(*call))
-            .collect();
-        assert!(wrong.is_empty(), "{} are wrong: {wrong:?}", wrong.len());
-    }
-
-    /// What differs from another cluster.
-    fn differences(&self, other: &Self) -> BTreeSet<Call> {
-        calls()
-            .filter(|call| self.reaches(*call) != other.reaches(*call))
-            .collect()
-    }
-}
-
-fn configuration(settings: &str) -> String {
-    let pods: String = Pod::all().map(Pod::declared).collect();
-    format!(
-        "trustDomain: example.org\nnode: {{addresses: [{NODE}]}}\nnamespaces:\n- {{name: x, labels: {{ns: x, team: one}}}}\n- {{name: y, labels: {{ns: y, team: one}}}}\nworkloads:\n{pods}{settings}\n"
-    )
-}
-
-fn allows(told: &str) -> bool {
-    !["no", "tunnel only"].contains(&told)
-}
-
-/// Every connection between two different pods.
-fn calls() -> impl Iterator<Item = Call> {
-    let pairs = Pod::all().flat_map(|from| Pod::all().map(move |to| (from, to)));
-    pairs
-        .filter(|(from, to)| from != to)
-        .flat_map(|(from, to)| {
-            PROTOCOLS.into_iter().flat_map(move |protocol| {
-                PORTS.map(|port| Call {
-                    from,
-                    to,
-                    protocol,
-                    port,
-                })
-            })
-        })
-}
-
-/// A policy in namespace `x`.
-fn policy(name: &str, spec: &str) -> String {
-    policy_of("x", name, spec)
-}
-
-fn policy_of(namespace: &str, name: &str, spec: &str) -> String {
-    format!(
-        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {{{spec}}}\n"
-    )
-}
-
-const A: &str = "podSelector: {matchLabels: {pod: a}}";
-const XA: Pod = Pod("x", "a");
-
-// === isolation ===
+use self::cluster::{
+    A, Call, Cluster, NODE, OUTSIDE, PROTOCOLS, Pod, SCTP, XA, configuration, policy, policy_of,
+};
+use super::world::{TCP, UDP, World, config, connection_policy, netns, running};
+use crate::workload::RunningWorkload;
 
 #[test]
 fn without_policies_every_pod_is_open_or_closed_as_it_is_set() {
@@ -596,103 +426,6 @@ fn rules_of_one_protocol_close_the_others_too() {
 // === documents ===
 
 #[test]
-fn what_kubectl_writes_is_read() {
-    let text = "
-apiVersion: v1
-kind: List
-metadata: {resourceVersion: ''}
-items:
-- apiVersion: networking.k8s.io/v1
-  kind: NetworkPolicy
-  metadata:
-    annotations:
-      kubectl.kubernetes.io/last-applied-configuration: |
-        {\"apiVersion\":\"networking.k8s.io/v1\",\"kind\":\"NetworkPolicy\"}
-    creationTimestamp: '2024-05-01T10:00:00Z'
-    generation: 1
-    labels: {app: web}
-    managedFields:
-    - {apiVersion: networking.k8s.io/v1, fieldsType: FieldsV1, fieldsV1: {'f:spec': {}}, manager: kubectl}
-    name: web
-    namespace: x
-    resourceVersion: '4242'
-    uid: 6f5c4a3e-0000-4000-8000-000000000000
-  spec:
-    podSelector: {}
-    policyTypes: [Ingress]
-  status: {}
-- apiVersion: networking.k8s.io/v1
-  kind: NetworkPolicy
-  metadata: {name: other, creationTimestamp: null}
-  spec:
-    podSelector:
-      matchLabels: {pod: a}
-";
-    let set = PolicySet::parse_alone(Path::new("list.yaml"), text);
-    let set = set.unwrap_or_else(|mistakes| panic!("{mistakes}"));
-    assert_eq!((set.len(), set.rules()), (2, 0));
-    Cluster::new(text).expect(|call| call.to.0 != "x");
-}
-
-#[test]
-fn what_is_wrong_with_a_network_policy_is_said() {
-    let text = "
-apiVersion: networking.k8s.io/v1beta1
-kind: NetworkPolicy
----
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: p, namespace: x, annotations: {reeve.dev/mode: Dry}}
-spec:
-  podSelector: {}
-  policyTypes: [Ingres]
-  ingress:
-  - from: [{}, {ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}, {ipBlock: {except: [10.0.0.0/8]}}]
-  - from: [{ipBlock: {cidr: 10.0.0.0}}, {ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/8]}}]
-  - ports: [{port: 80, endPort: 79}, {endPort: 80}, {port: web, endPort: 80}, {port: Web}, {protocol: ICMP}]
-  - froms: []
----
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: p, namespace: x}
-spec: {podSelector: {matchExpressions: [{key: a, operator: In}]}}
-";
-    let found = policies(&config(&configuration("")), text).unwrap_err();
-    let wanted = [
-        (
-            2,
-            "`networking.k8s.io/v1beta1` is not known here; expected `networking.k8s.io/v1`",
-        ),
-        (7, "`Dry` is not known here; expected `Enforce` or `DryRun`"),
-        (10, "`Ingres` is not known here"),
-        (12, "from[0]: says nobody"),
-        (12, "from[1]: has an `ipBlock` and a selector"),
-        (12, "from[2].ipBlock: `cidr` is missing"),
-        (13, "`10.0.0.0` is not a network"),
-        (13, "`11.0.0.0/8` is not a smaller network in `10.0.0.0/8`"),
-        (14, "`endPort` 79 lies below `port` 80"),
-        (14, "has `endPort` without `port`"),
-        (14, "has `endPort` with a `port` that is a name"),
-        (14, "`Web` is not the name of a port"),
-        (14, "`ICMP` is not known here"),
-        (15, "there is no such field; did you mean `from`?"),
-        (
-            19,
-            "there is a policy `x/p` already, in policy.yaml on line 7",
-        ),
-        (20, "`In` needs `values`"),
-    ];
-    for (found, (line, what)) in found.iter().zip(wanted) {
-        let place = format!("policy.yaml:{line}:");
-        assert!(
-            found.starts_with(&place) && found.contains(what),
-            "{found}\n{line} {what}"
-        );
-    }
-    assert_eq!(found.len(), wanted.len(), "{found:#?}");
-}
-
-#[test]
 fn a_policy_without_a_namespace_is_of_the_default_one() {
     let text = policy("p", "podSelector: {}").replace(", namespace: x", "");
     Cluster::new(&text).expect(|_| true);
@@ -712,11 +445,7 @@ fn an_annotation_makes_a_policy_a_dry_run() {
 
 #[test]
 fn a_connection_policy_adds_to_it_and_denies() {
-    let own = |spec: &str| {
-        format!(
-            "---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: own}}\nspec: {{{spec}}}\n"
-        )
-    };
+    let own = |spec: &str| connection_policy("own", spec);
     let closed = policy("p", "podSelector: {}");
     let add = own("workloads: {namespace: x}, ingress: [{from: [{namespace: y}]}]");
     Cluster::new(&format!("{closed}{add}")).expect(|call| call.to.0 != "x" || call.from.0 == "y");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::world::{TCP, UDP, World, config, netns, running};
+use super::world::{TCP, UDP, World, config, connection_policy as policy, netns, running};
 
 const NODE: &str = "
 trustDomain: example.org
@@ -24,12 +24,6 @@ const LOG: &str = "spiffe://example.org/ns/ops/sa/log";
 /// A policy `p` with these lists of rules.
 fn world(spec: &str) -> World {
     World::new(NODE, &policy("p", spec))
-}
-
-fn policy(name: &str, spec: &str) -> String {
-    format!(
-        "---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n"
-    )
 }
 
 fn egress(rules: &str) -> World {
@@ -452,4 +446,43 @@ fn who_is_not_declared_is_judged_by_nobody_s_rules() {
     assert_eq!(decision.rule, 0);
     assert!(world.snapshot.workload(99).is_none());
     assert_eq!(world.snapshot.rule_name(12345), "unknown rule");
+}
+
+#[test]
+fn a_service_of_the_host_is_not_believed_by_its_address_though_it_is_alone_there() {
+    const TEXT: &str = "{trustDomain: a, workloads: [\
+        {name: w, cgroup: /w, addresses: [10.0.0.1]}, \
+        {name: x, cgroup: /x, addresses: [10.0.0.2]}]}";
+    let from_w = policy(
+        "p",
+        "workloads: {}, ingress: [{from: [{serviceAccount: w}]}]",
+    );
+    let world = |alone: bool| {
+        let config = config(TEXT);
+        let workloads = running(&config).into_iter().map(|running| {
+            let mut running = (*running).clone();
+            running.owns_netns = alone;
+            Arc::new(running)
+        });
+        let workloads = workloads.collect();
+        World::with(config, workloads, &from_w)
+    };
+    assert_eq!(
+        world(true).plaintext("x", UDP, "10.0.0.1", 9),
+        "p/ingress[0]"
+    );
+    assert_eq!(world(false).plaintext("x", UDP, "10.0.0.1", 9), "no");
+}
+
+#[test]
+fn an_address_in_the_other_notation_is_the_same() {
+    let world = egress("{to: [{labels: {app: db}}], ports: [{port: 80}]}");
+    for to in ["10.1.0.1:80", "[::ffff:10.1.0.1]:80"] {
+        assert_eq!(world.egress("web", TCP, to), "p/egress[0]", "{to}");
+    }
+    let world = ingress("{from: [{cidr: 10.7.0.0/16}]}");
+    for from in ["10.7.0.1", "::ffff:10.7.0.1"] {
+        assert_eq!(world.plaintext("web", TCP, from, 80), "p/ingress[0]");
+        assert_eq!(world.tunnel("web", LOG, from, 80), "p/ingress[0]");
+    }
 }

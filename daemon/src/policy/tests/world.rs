@@ -65,6 +65,13 @@ pub(super) fn policies(config: &Config, text: &str) -> Result<PolicySet, Vec<Str
         .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect())
 }
 
+/// A `ConnectionPolicy` with a specification in YAML's short form.
+pub(super) fn connection_policy(name: &str, spec: &str) -> String {
+    format!(
+        "---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n"
+    )
+}
+
 // === impl World ===
 
 impl World {
