@@ -1,12 +1,16 @@
 //! What the policies say, read one by one, with nothing prepared.
 
+mod fits;
+
 use std::{collections::BTreeMap, net::IpAddr};
 
 use reeve_common::{Action, DryRun};
 
-use super::model::{
-    Item, Kind, Model, NetworkPeer, NetworkPolicy, NetworkPort, Place, Policy, Port, Rule,
+use self::fits::{
+    by_address, by_block, by_identity, has_labels, is_pod, on_ports, possibly, selects, undeclared,
+    undeclared_pod,
 };
+use super::model::{Item, Model, NetworkPeer, NetworkPolicy, NetworkPort, Place, Policy};
 use crate::{identity::SpiffeId, workload::Attributes};
 
 const TCP: u8 = 6;
@@ -413,156 +417,4 @@ fn verdict(said: &Said) -> Verdict {
             _ => DryRun::Same,
         },
     }
-}
-
-fn selects(policy: &Policy, own: &Place) -> bool {
-    let named = policy.names.is_empty() || policy.names.contains(&own.name);
-    let who = own.who.as_ref().unwrap();
-    named
-        && policy.namespace.is_none_or(|n| n == who.namespace)
-        && fits(&policy.subjects, None, who)
-}
-
-fn fits(kind: &Kind, default_namespace: Option<&str>, who: &Attributes) -> bool {
-    let namespace = kind.namespace.or(default_namespace).filter(|n| *n != "*");
-    namespace.is_none_or(|n| n == who.namespace)
-        && kind.account.is_none_or(|a| a == who.service_account)
-        && has_labels(kind, who)
-}
-
-fn has_labels(kind: &Kind, who: &Attributes) -> bool {
-    labels_fit(kind, &|key| who.labels.get(key).map(String::as_str))
-}
-
-fn labels_fit<'a>(kind: &Kind, own: &dyn Fn(&str) -> Option<&'a str>) -> bool {
-    kind.labels
-        .iter()
-        .all(|(key, value)| own(key) == Some(*value))
-        && kind.expressions.iter().all(|expression| {
-            let own = own(expression.key);
-            let listed = own.is_some_and(|own| expression.values.contains(&own));
-            match expression.operator {
-                "In" => listed,
-                "NotIn" => !listed,
-                "Exists" => own.is_some(),
-                _ => own.is_none(),
-            }
-        })
-}
-
-fn by_address(item: &Item, ip: IpAddr) -> Option<Because> {
-    match item {
-        Item::Any => Some(Because::Address),
-        Item::Cidr(block, except) => {
-            let inside = block.contains(&ip) && !except.iter().any(|hole| hole.contains(&ip));
-            inside.then_some(Because::Address)
-        }
-        _ => None,
-    }
-}
-
-fn by_identity(policy: &Policy, item: &Item, who: &Attributes) -> Option<Because> {
-    let means = match item {
-        Item::Identity(id) => who.spiffe_id.as_str() == *id,
-        Item::Prefix(prefix) => who.spiffe_id.as_str().starts_with(prefix),
-        Item::Kind(kind) => fits(kind, policy.namespace, who),
-        Item::Any | Item::Cidr(..) => false,
-    };
-    means.then_some(Because::Identity)
-}
-
-/// Nothing but the ID is known.
-fn undeclared(policy: &Policy, item: &Item, client: &SpiffeId) -> bool {
-    match item {
-        Item::Identity(id) => client.as_str() == *id,
-        Item::Prefix(prefix) => client.as_str().starts_with(prefix),
-        Item::Kind(kind) => {
-            let names = client.service_account();
-            let namespace = kind.namespace.or(policy.namespace).filter(|n| *n != "*");
-            client.trust_domain().as_str() == "example.org"
-                && kind.labels.is_empty()
-                && kind.expressions.is_empty()
-                && namespace.is_none_or(|n| names.is_some_and(|(own, _)| own == n))
-                && kind
-                    .account
-                    .is_none_or(|a| names.is_some_and(|(_, own)| own == a))
-        }
-        Item::Any | Item::Cidr(..) => false,
-    }
-}
-
-fn on_ports(rule: &Rule, protocol: u8, port: u16) -> bool {
-    rule.ports.is_empty() || rule.ports.iter().any(|item| on_port(item, protocol, port))
-}
-
-fn on_port(item: &Port, protocol: u8, port: u16) -> bool {
-    let same = match item.protocol.unwrap_or("TCP") {
-        "TCP" => protocol == TCP,
-        "UDP" => protocol == UDP,
-        "SCTP" => protocol == 132,
-        "ICMP" => matches!(protocol, 1 | 58),
-        _ => true,
-    };
-    let Some(first) = item.port else { return same };
-    same && (first..=item.end.unwrap_or(first)).contains(&port)
-}
-
-/// What an ID shows does not speak against it.
-fn possibly(policy: &Policy, item: &Item, client: &SpiffeId) -> bool {
-    match item {
-        Item::Kind(kind) => {
-            let namespace = kind.namespace.or(policy.namespace).filter(|n| *n != "*");
-            client.service_account().is_none_or(|(ns, account)| {
-                namespace.is_none_or(|n| n == ns) && kind.account.is_none_or(|a| a == account)
-            })
-        }
-        other => undeclared(policy, other, client),
-    }
-}
-
-fn by_block(peer: &NetworkPeer, ip: IpAddr) -> Option<Because> {
-    let NetworkPeer::Block(block, except) = peer else {
-        return None;
-    };
-    let inside = block.contains(&ip) && !except.iter().any(|hole| hole.contains(&ip));
-    inside.then_some(Because::Address)
-}
-
-fn in_namespace(
-    model: &Model,
-    policy: &NetworkPolicy,
-    selector: Option<&Kind>,
-    namespace: &str,
-) -> bool {
-    let Some(selector) = selector else {
-        return namespace == policy.namespace;
-    };
-    let labels = model.namespaces.get(namespace);
-    labels_fit(selector, &|key| labels?.get(key).copied())
-}
-
-fn is_pod(model: &Model, policy: &NetworkPolicy, peer: &NetworkPeer, who: &Attributes) -> bool {
-    let NetworkPeer::Pods(namespaces, pods) = peer else {
-        return false;
-    };
-    in_namespace(model, policy, namespaces.as_ref(), &who.namespace)
-        && pods.as_ref().is_none_or(|pods| has_labels(pods, who))
-}
-
-/// A client that nobody declared has no labels, and its namespace is that of its ID.
-fn undeclared_pod(
-    model: &Model,
-    policy: &NetworkPolicy,
-    peer: &NetworkPeer,
-    client: &SpiffeId,
-) -> bool {
-    let NetworkPeer::Pods(namespaces, pods) = peer else {
-        return false;
-    };
-    let everything = |kind: &Kind| kind.labels.is_empty() && kind.expressions.is_empty();
-    let every_namespace = namespaces.as_ref().is_some_and(everything);
-    let inside = |(namespace, _)| in_namespace(model, policy, namespaces.as_ref(), namespace);
-    client.trust_domain().as_str() == "example.org"
-        && pods.as_ref().is_none_or(everything)
-        && (every_namespace || client.service_account().is_some_and(inside))
 }
