@@ -72,7 +72,7 @@ async fn carry(
 ) {
     let connection = live.connection().clone();
     // What changed while the application was connected to has not been judged yet.
-    connection.judge_again(&worker, &worker.shared.snapshot.load());
+    connection.judge_again(worker, &worker.shared.snapshot.load());
     let reason = copy(app, send, recv, connection).await;
     live.ended(reason);
 }
