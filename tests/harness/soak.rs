@@ -410,6 +410,9 @@ struct Traffic {
     denied: Process,
     idle: Vec<Process>,
     lasting: Process,
+    /// For the lasting transfer to end: its pauses are longer than asked for on a machine that does
+    /// much else.
+    patience: Duration,
 }
 
 impl Traffic {
@@ -425,13 +428,15 @@ impl Traffic {
         let bytes = (TRICKLE * duration.as_secs()).to_string();
         let to = scene.to(HASH);
         let words = ["send", &to, "--bytes", &bytes, "--trickle", "100"];
+        let patience = duration / 2 + PATIENCE * 2;
         // The answer comes when all is sent.
-        let patience = (duration * 4 + PATIENCE).as_secs().to_string();
+        let silence = (duration + patience).as_secs().to_string();
         Self {
             connections: probe(ANSWER, "5"),
             denied: probe(DENIED, "50"),
             idle,
-            lasting: client.spawn_peer(words.into_iter().chain(["--patience", &patience])),
+            lasting: client.spawn_peer(words.into_iter().chain(["--patience", &silence])),
+            patience,
         }
     }
 
@@ -442,8 +447,7 @@ impl Traffic {
                     .push(format!("a silent connection failed: {}", one.stderr()));
             }
         }
-        // Its pauses are longer than asked for on a machine that does much else.
-        let ended = wait::until(PATIENCE * 4, || self.lasting.ended());
+        let ended = wait::until(self.patience, || self.lasting.ended());
         let seen = serde_json::from_str::<Value>(&self.lasting.stdout()).unwrap_or_default();
         let whole = seen["received"]["head"] == seen["sent"]["sha256"];
         if !(ended.is_some_and(|status| status.success()) && whole && seen.is_object()) {
