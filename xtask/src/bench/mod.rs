@@ -10,6 +10,7 @@ mod measure;
 mod memory;
 mod reload;
 mod report;
+mod scale;
 mod scene;
 
 use std::{fs, path::PathBuf};
@@ -17,6 +18,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use harness::Programs;
+use measure::Measurement;
 use report::Report;
 use scene::{Scene, Way};
 
@@ -37,9 +39,9 @@ pub(crate) struct Options {
     /// Fail if a ratio or a limit is not reached
     #[arg(long)]
     check: bool,
-    /// Measure only these, memory and the hooks' cost left out
+    /// Measure only these, memory and the hooks' cost left out; `scale` is measured only where it is named
     #[arg(long, value_delimiter = ',', value_enum)]
-    only: Vec<measure::Measurement>,
+    only: Vec<Measurement>,
     /// Measure what certificates in files and their reload cost, and nothing else
     #[arg(long, conflicts_with = "only")]
     reload: bool,
@@ -61,6 +63,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         reload::measure(&mut report);
         return finish(options, &workspace, &report);
     }
+    if options.only.contains(&Measurement::Scale) {
+        scale::measure(options.rounds, &mut report);
+    }
+    if options.only == [Measurement::Scale] {
+        return finish(options, &workspace, &report);
+    }
     let scene = Scene::set();
     let everything = options.only.is_empty();
     if everything {
@@ -69,7 +77,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
-        for measurement in measure::Measurement::value_variants() {
+        for measurement in Measurement::value_variants() {
             if !everything && !options.only.contains(measurement) {
                 continue;
             }

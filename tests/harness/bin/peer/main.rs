@@ -1,6 +1,7 @@
 //! What the tests run inside of workloads: the launcher of every program, clients and servers that
 //! tell exactly what they saw, and programs that misbehave.
 
+mod connect_calls;
 mod connect_rate;
 mod enter;
 mod flood;
@@ -42,6 +43,8 @@ enum Command {
     Flood(flood::Options),
     /// Open, use and close TCP connections as fast as can be, and tell how fast that was
     ConnectRate(connect_rate::Options),
+    /// Call `connect()` without sending anything, and tell what a call costs or when it turns
+    ConnectCalls(connect_calls::Options),
     /// Answer UDP datagrams
     UdpServe(udp::ServeOptions),
     /// Send a UDP datagram and print the answer
@@ -68,6 +71,7 @@ fn main() -> anyhow::Result<()> {
         Command::Send(options) => send::run(&options),
         Command::Flood(options) => flood::run(&options),
         Command::ConnectRate(options) => connect_rate::run(&options),
+        Command::ConnectCalls(options) => connect_calls::run(&options),
         Command::UdpServe(options) => udp::serve(&options),
         Command::UdpSend(options) => udp::send(&options),
         Command::Raw(options) => raw::run(&options),
