@@ -98,7 +98,12 @@ pub(super) fn random_fraction() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use zeroize::Zeroizing;
+
     use super::*;
+    use crate::identity::{Material, SpiffeId, TrustBundle, TrustStore, tests::certs::Authority};
 
     const MINUTE: Duration = Duration::from_secs(60);
 
@@ -109,6 +114,39 @@ mod tests {
         assert_eq!(renew_at(hour, now, 0.0), now + 30 * MINUTE);
         assert_eq!(renew_at(hour, now, 1.0), now + 36 * MINUTE);
         assert_eq!(renew_at(now - MINUTE, now, 0.0), now + SOONEST_RENEWAL / 2);
+    }
+
+    #[test]
+    fn nodes_that_started_together_are_spread() {
+        let (now, svid) = (SystemTime::now(), svid());
+        let left = svid.not_after.duration_since(now).unwrap();
+        for in_force in [None, Some(&svid)] {
+            let next = || {
+                let mut renewal = Renewal::new();
+                renewal.attempted(in_force, now);
+                renewal.next()
+            };
+            let first = next();
+            assert!((0..8).any(|_| next() != first), "{in_force:?}");
+            if in_force.is_some() {
+                assert!(now + left / 2 <= first && first <= now + left * 2 / 3);
+            }
+        }
+    }
+
+    fn svid() -> Svid {
+        let root = Authority::root("example.org");
+        let id = SpiffeId::parse("spiffe://example.org/cart").unwrap();
+        let issued = root.leaf(id.as_str());
+        let authorities = vec![root.certificate()];
+        let bundle = TrustBundle::new(id.trust_domain().clone(), authorities, Vec::new());
+        let trust = Arc::new(TrustStore::new([bundle.unwrap()]));
+        let material = Material {
+            key: Zeroizing::new(issued.private_key()),
+            chain: issued.chain,
+            bundles: Vec::new(),
+        };
+        Svid::check(&id, &material, &trust.current(), &trust, SystemTime::now()).unwrap()
     }
 
     #[test]

@@ -194,11 +194,13 @@ mod tests {
             ("spiffe://Example.org/a", SpiffeIdError::TrustDomain),
             ("spiffe://user@example.org/a", SpiffeIdError::TrustDomain),
             ("spiffe://example.org:80/a", SpiffeIdError::TrustDomain),
+            ("spiffe://ex%61mple.org/a", SpiffeIdError::TrustDomain),
             ("spiffe://example.org/a//b", SpiffeIdError::Segment),
             ("spiffe://example.org/a/", SpiffeIdError::Segment),
             ("spiffe://example.org/./b", SpiffeIdError::Segment),
             ("spiffe://example.org/../b", SpiffeIdError::Segment),
             ("spiffe://example.org/a%20b", SpiffeIdError::PathCharacter),
+            ("spiffe://example.org/a?q", SpiffeIdError::PathCharacter),
             ("spiffe://example.org/a?q=1", SpiffeIdError::PathCharacter),
             ("spiffe://example.org/a#f", SpiffeIdError::PathCharacter),
         ] {

@@ -10,7 +10,7 @@
 
 mod places;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod thread;
 
 use std::{

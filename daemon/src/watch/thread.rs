@@ -124,6 +124,13 @@ impl Watcher {
         // Without the thread, which was said, nobody is told of changes.
         let _ = self.messages.send(Message::Add(Box::new(entry)));
     }
+
+    /// What inotify says when its queue was too short: a test cannot make the machine's so.
+    #[cfg(test)]
+    pub(super) fn has_lost_events(&self) {
+        let lost = notify::Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan);
+        let _ = self.messages.send(Message::Event(Ok(lost)));
+    }
 }
 
 // === impl Thread ===

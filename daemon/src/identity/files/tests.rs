@@ -4,6 +4,7 @@ use std::{
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::Duration,
 };
 
 use nix::{
@@ -14,9 +15,13 @@ use nix::{
 };
 
 use super::{
-    FilesLayout, PathPattern, Paths, SpiffeId,
+    CertificateSource, FilesLayout, FilesSource, PathPattern, Paths, Remark, SpiffeId,
     read::{self, Set},
 };
+use crate::watch::tests::without_watches;
+
+/// How long something that is to happen at once may take on a busy machine.
+const SOON: Duration = Duration::from_secs(20);
 
 fn paths(folder: &Path) -> Paths {
     Paths {
@@ -37,6 +42,21 @@ fn swap(folder: &Path, version: u32) {
     }
     symlink(format!("..{version}"), folder.join("..data_tmp")).unwrap();
     fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
+}
+
+fn id() -> SpiffeId {
+    SpiffeId::parse("spiffe://example.org/ns/shop/sa/cart").unwrap()
+}
+
+fn layout(folder: &Path) -> FilesLayout {
+    let pattern = |text: &str| PathPattern::parse(text).unwrap();
+    FilesLayout {
+        folder: pattern(folder.to_str().unwrap()),
+        certificate: pattern("tls.crt"),
+        key: pattern("tls.key"),
+        bundle: None,
+        revocation_lists: None,
+    }
 }
 
 fn contents(set: &Set) -> [String; 2] {
@@ -82,6 +102,43 @@ fn however_often_a_secret_is_swapped_no_set_is_mixed() {
         }
         assert!(sets > 0);
     });
+}
+
+#[test]
+fn files_that_change_while_they_are_read_are_of_one_moment() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    // Each version stays under another name: no inode is given again.
+    let put = |name: &str, version: u32| {
+        let (kept, new) = (folder.join(format!("{name}.{version}")), folder.join("new"));
+        fs::write(&kept, version.to_string()).unwrap();
+        fs::hard_link(&kept, &new).unwrap();
+        fs::rename(&new, folder.join(name)).unwrap();
+    };
+    let put_both = |version| {
+        for name in ["tls.crt", "tls.key"] {
+            put(name, version);
+        }
+    };
+    put_both(0);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            (1..4000).for_each(put_both);
+            done.store(true, Ordering::Relaxed);
+        });
+        while !done.load(Ordering::Relaxed) {
+            if let Ok(set) = read::read(&paths(folder)) {
+                let [certificate, key] = contents(&set).map(|text| text.parse::<u32>().unwrap());
+                // The certificate is written first.
+                assert!(
+                    certificate == key || certificate == key + 1,
+                    "{certificate} {key}"
+                );
+            }
+        }
+    });
+    assert_eq!(contents(&read::read(&paths(folder)).unwrap()), ["3999"; 2]);
 }
 
 #[test]
@@ -131,12 +188,36 @@ fn a_file_that_is_mounted_by_itself_is_found() {
         let set = read::read(&paths(&elsewhere)).unwrap();
         assert!(set.mounted);
         assert_eq!(contents(&set), ["1", "mounted over"]);
+        let source = FilesSource::new(layout(&elsewhere));
+        assert!(source.remarks(&id()).is_empty());
+        assert!(source.read(&id()).is_err(), "they hold nothing in PEM");
+        assert_eq!(source.remarks(&id()), [Remark::MountedFile]);
         // A whole folder that is mounted changes as it should.
         mount(Some(&place), &elsewhere, none, MsFlags::MS_BIND, none).unwrap();
         assert!(!read::read(&paths(&elsewhere)).unwrap().mounted);
     })
     .join()
     .unwrap();
+}
+
+/// Run by [`that_files_are_only_polled_is_said`] where nothing can be watched.
+#[tokio::test]
+#[ignore = "for a process whose user has no inotify watches"]
+async fn polled() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = FilesSource::new(layout(folder.path()));
+    let _changes = source.changes(&id());
+    let said = async {
+        while source.remarks(&id()) != [Remark::Polled] {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, said).await.unwrap();
+}
+
+#[test]
+fn that_files_are_only_polled_is_said() {
+    without_watches("identity::files::tests::polled");
 }
 
 #[test]

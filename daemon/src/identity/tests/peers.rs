@@ -121,5 +121,8 @@ fn after_the_handshake_the_peers_id_is_known() {
     done.succeeded();
     let id = peer_id(done.server.peer_certificates().unwrap());
     assert_eq!(id, Ok(world.ours.id.clone()));
+    // The first certificate's, whatever stands above it.
+    let below = world.root.intermediate(|_| {}).leaf(PEERS);
+    assert_eq!(peer_id(&below.chain).unwrap().as_str(), PEERS);
     assert_eq!(peer_id(&[]), Err(RejectReason::Malformed));
 }

@@ -168,3 +168,24 @@ fn what_may_not_sign_is_no_root() {
         RejectReason::SignerIdHasPath
     );
 }
+
+#[test]
+fn what_is_older_than_version_3_of_x509_is_no_root() {
+    // [0] { INTEGER 2 }: a trust anchor's signature is nobody's to check.
+    let version_3 = [0xa0, 3, 2, 1, 2];
+    let mut der = Authority::root("example.org").certificate().to_vec();
+    let found = der.windows(5).position(|bytes| bytes == version_3).unwrap();
+    der[found + 4] = 1;
+    let domain = TrustDomain::parse("example.org").unwrap();
+    let error = TrustBundle::new(domain, vec![der.into()], Vec::new()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            BundleError::Certificate {
+                reason: RejectReason::SignerNotCa,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}

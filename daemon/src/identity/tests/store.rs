@@ -387,6 +387,14 @@ async fn each_expected_peer_has_one_client_configuration() {
 }
 
 #[test]
+fn a_certificate_is_good_from_its_first_second_to_its_last() {
+    let (svid, second) = (handshake::World::new().ours, Duration::from_secs(1));
+    assert!(svid.is_valid_at(svid.not_before) && svid.is_valid_at(svid.not_after));
+    assert!(!svid.is_valid_at(svid.not_before - second));
+    assert!(!svid.is_valid_at(svid.not_after + second));
+}
+
+#[test]
 fn no_key_is_in_debug_output() {
     let root = Authority::root("example.org");
     let issued = root.leaf(OURS);

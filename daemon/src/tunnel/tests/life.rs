@@ -11,9 +11,12 @@ use tokio::{
 
 use super::{
     node::{ALLOW, Node, is_reset},
-    rig::{authority, id, run},
+    rig::{authority, authority_for, id, run},
 };
-use crate::config::{Limits, Timeouts};
+use crate::{
+    config::{Limits, Timeouts},
+    identity::{TrustBundle, TrustDomain},
+};
 
 /// Accepts and keeps.
 fn accept(listener: TcpListener) -> Arc<tokio::sync::Mutex<Vec<TcpStream>>> {
@@ -151,6 +154,43 @@ fn a_withdrawn_identity_ends_its_connections() {
         is_reset(Ok(&mut stream)).await;
         is_reset(node.try_connect("10.0.0.2:80").await).await;
         node.counts(&["connections_failed", "egress", "no_certificate"])
+            .await;
+    });
+}
+
+#[test]
+fn who_is_vouched_for_by_nobody_any_longer_loses_what_stands() {
+    run(async {
+        let domain = TrustDomain::parse("example.org").unwrap();
+        let nobody = TrustBundle::new(domain, Vec::new(), Vec::new()).unwrap();
+        for (bundle, reason) in [
+            (authority().bundle(), "peer_untrusted"),
+            (Arc::new(nobody), "peer_revoked"),
+        ] {
+            let node =
+                Node::with_source(ALLOW, Limits::default(), Timeouts::default(), authority()).await;
+            let _accepted = accept(node.listen("10.0.0.2:80"));
+            let mut stream = node.connect("10.0.0.2:80").await;
+            stands(&mut stream).await;
+            node.identities.fetched_bundles(&[bundle]);
+            is_reset(Ok(&mut stream)).await;
+            node.counts(&["connections_closed", reason]).await;
+        }
+    });
+}
+
+#[test]
+fn no_connection_outlives_the_certificates_that_it_was_opened_with() {
+    run(async {
+        let lifetime = Duration::from_secs(4);
+        let source = authority_for(lifetime);
+        let (limits, timeouts) = (Limits::default(), Timeouts::default());
+        let node = Node::with_source(ALLOW, limits, timeouts, source).await;
+        let _accepted = accept(node.listen("10.0.0.2:80"));
+        let mut stream = node.connect("10.0.0.2:80").await;
+        stands(&mut stream).await;
+        is_reset(Ok(&mut stream)).await;
+        node.counts(&["connections_closed", "certificate_expired"])
             .await;
     });
 }

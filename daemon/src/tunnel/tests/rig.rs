@@ -31,7 +31,7 @@ use crate::{
     datapath::Sockets,
     identity::{
         CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
-        TrustDomain, server_name_for,
+        TrustBundle, TrustDomain, server_name_for,
     },
     privileges::Confinement,
     telemetry::{ConnectionLog, Metrics, Observers, Role},
@@ -88,9 +88,13 @@ pub(super) struct Authority {
 }
 
 pub(super) fn authority() -> Arc<Authority> {
+    authority_for(Duration::from_secs(3600))
+}
+
+/// Whose certificates live this long.
+pub(super) fn authority_for(lifetime: Duration) -> Arc<Authority> {
     let folder = tempfile::tempdir().unwrap();
     let domain = TrustDomain::parse("example.org").unwrap();
-    let lifetime = Duration::from_secs(3600);
     Arc::new(Authority {
         ca: EmbeddedCa::open(&folder.path().join("ca"), &domain, lifetime).unwrap(),
         changes: watch::Sender::new(0),
@@ -99,6 +103,10 @@ pub(super) fn authority() -> Arc<Authority> {
 }
 
 impl Authority {
+    pub(super) fn bundle(&self) -> Arc<TrustBundle> {
+        self.ca.bundle()
+    }
+
     pub(super) fn rotate(&self) {
         self.changes.send_modify(|number| *number += 1);
     }
