@@ -25,6 +25,11 @@ use super::{
 /// More than this is never outstanding in one tunnel, however many of its streams are stalled.
 const MOST_OUTSTANDING: u32 = 64 << 20;
 
+/// Between the GOAWAY from which a peer learns that it is to open no more streams here, and the PING
+/// whose answer says that it has. HTTP/2's library answers a PING before it sends requests that are
+/// queued already; those would come too late, and not every client asks again elsewhere.
+const NOTICE: Duration = Duration::from_millis(500);
+
 /// A request that a peer sent.
 pub(super) type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -36,6 +41,8 @@ pub(super) trait Protocol: Unpin {
     fn pings(&mut self) -> Option<PingPong>;
     /// What the whole tunnel may have outstanding.
     fn set_window(&mut self, bytes: u32);
+    /// Whether the peer opens streams, and has to be told beforehand when it is to open no more.
+    const OPENED_BY_PEER: bool;
     /// Takes no new streams.
     fn retire(&mut self);
     /// Tells the peer, where HTTP/2 lets us, that it has gone too far.
@@ -73,6 +80,8 @@ pub(super) struct Driver<P, F> {
     tunnel_window: u32,
     /// Streams for whose stalling the window has been widened.
     widened: usize,
+    /// Since the peer was told to open no more streams.
+    notice: Option<Pin<Box<Sleep>>>,
     retired: bool,
 }
 
@@ -99,6 +108,7 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
             stream_window: worker.limits.stream_window,
             tunnel_window: worker.limits.tunnel_window,
             widened: 0,
+            notice: None,
             retired: false,
         }
     }
@@ -108,8 +118,10 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
             Order::Serve => {}
             Order::Retire if self.retired => {}
             Order::Retire => {
-                self.retired = true;
-                self.protocol.retire();
+                if self.poll_noticed(cx).is_ready() {
+                    self.retired = true;
+                    self.protocol.retire();
+                }
             }
             Order::Close(reason) => {
                 self.control.close(cx);
@@ -127,6 +139,18 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
             );
         }
         None
+    }
+
+    /// Tells the peer to open no more streams. Ready when it has had the time to obey.
+    fn poll_noticed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !P::OPENED_BY_PEER {
+            return Poll::Ready(());
+        }
+        let notice = self.notice.get_or_insert_with(|| {
+            self.control.give_notice();
+            Box::pin(sleep(NOTICE))
+        });
+        notice.as_mut().poll(cx)
     }
 
     fn failed(&self, error: &h2::Error) -> End {
@@ -243,6 +267,8 @@ impl Heartbeat {
 // === Both ends of HTTP/2 ===
 
 impl Protocol for h2::client::Connection<Wire, Bytes> {
+    const OPENED_BY_PEER: bool = false;
+
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Incoming, h2::Error>>> {
         Pin::new(self).poll(cx).map(|result| result.err().map(Err))
     }
@@ -263,6 +289,8 @@ impl Protocol for h2::client::Connection<Wire, Bytes> {
 }
 
 impl Protocol for h2::server::Connection<Wire, Bytes> {
+    const OPENED_BY_PEER: bool = true;
+
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Incoming, h2::Error>>> {
         self.poll_accept(cx)
     }

@@ -38,6 +38,12 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Buffers kept by a thread for the next tunnel that needs one.
 const SPARE_BUFFERS: usize = 4;
 
+/// GOAWAY with the highest stream and NO_ERROR: open no more streams, all that you opened are served
+/// (RFC 9113, section 6.8).
+const NOTICE: [u8; 17] = [
+    0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0,
+];
+
 /// HTTP/2's end of a tunnel's bytes.
 #[derive(Debug)]
 pub(super) struct Wire(Rc<RefCell<Session>>);
@@ -57,6 +63,8 @@ struct Session {
     unopened: std::ops::Range<usize>,
     /// Bytes that HTTP/2 wrote and that are not sealed yet.
     outgoing: Vec<u8>,
+    /// [`NOTICE`] is to be sent between two frames.
+    notice: bool,
     reading: Turn,
     writing: Turn,
     /// Of the peer's frames.
@@ -81,6 +89,7 @@ pub(super) fn wire(tcp: TcpStream, mut tls: Connection, meter: FrameMeter) -> (W
         incoming: Box::default(),
         unopened: 0..0,
         outgoing: Vec::new(),
+        notice: false,
         reading: Turn::default(),
         writing: Turn::default(),
         meter,
@@ -96,6 +105,11 @@ impl WireControl {
     /// Seals and sends what HTTP/2 has written so far. Pending while the socket is full.
     pub(super) fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.0.borrow_mut().poll_send(cx)
+    }
+
+    /// Tells the peer, when HTTP/2 has next written whole frames, to open no more streams.
+    pub(super) fn give_notice(&self) {
+        self.0.borrow_mut().notice = true;
     }
 
     /// Says goodbye as far as the socket takes it without waiting.
@@ -393,8 +407,13 @@ impl AsyncWrite for Wire {
         true
     }
 
-    /// Does nothing: HTTP/2 flushes after each large frame, and the driver at the end of a turn.
+    /// Sends nothing: HTTP/2 flushes after each large frame, and the driver at the end of a turn. But
+    /// here no frame is half written.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut session = self.0.borrow_mut();
+        if mem::take(&mut session.notice) {
+            session.outgoing.extend_from_slice(&NOTICE);
+        }
         Poll::Ready(Ok(()))
     }
 
