@@ -51,7 +51,7 @@ fn a_nodes_certificates_are_told_with_where_they_come_from_and_how_long_they_liv
         SERVER,
         server["serial"].as_str().unwrap(),
         "left",
-        "in force",
+        "accepted",
     ] {
         assert!(page.contains(text), "{text}\nis not in\n{page}");
     }

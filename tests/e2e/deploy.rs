@@ -37,6 +37,15 @@ fn every_metric_of_the_dashboard_and_the_alerts_is_there() {
     let two = pair
         .allowing_at_two()
         .set("/certificates/revocationLists", lists)
+        // Nobody is there, which is told too.
+        .set(
+            "/certificates/bundleEndpoints",
+            json!([{
+                "trustDomain": "elsewhere.example",
+                "url": "https://127.0.0.1:1/",
+                "profile": "https_web",
+            }]),
+        )
         .start();
     let server = serve(&pair.server, PORT, &[]);
     let to = pair.server.addresses().port4(PORT);
