@@ -20,7 +20,7 @@ use harness::{
 };
 use serde_json::json;
 
-use crate::opposite::{CLIENT, Calling, Guarded};
+use crate::opposite::{CLIENT, Calling, EVERY_PORT, Guarded};
 
 /// Memory that a flood may cost, whatever its size. The daemon is one without optimisation.
 const HELD: u64 = 24 << 20;
@@ -452,14 +452,4 @@ spec:
   workloads: {matchLabels: {app: server}}
   ingress:
     - from: [{identity: spiffe://example.org/ns/default/sa/other}]
-";
-
-const EVERY_PORT: &str = "
-apiVersion: reeve.dev/v1alpha1
-kind: ConnectionPolicy
-metadata: {name: every-port}
-spec:
-  workloads: {}
-  ingress:
-    - from: [{identity: spiffe://example.org/ns/default/sa/client}]
 ";

@@ -11,7 +11,7 @@ use harness::{
 use http::{Method, Request};
 use serde_json::json;
 
-use crate::opposite::{APP, CLIENT, Guarded, SERVER, root_of};
+use crate::opposite::{APP, CLIENT, EVERY_PORT, Guarded, SERVER, root_of};
 
 /// Allowed by the policy, and nobody listens there.
 const NOBODY: u16 = 8081;
@@ -328,13 +328,3 @@ impl Guarded {
         metrics.sum("reeve_connections_failed_total", &labels)
     }
 }
-
-const EVERY_PORT: &str = "
-apiVersion: reeve.dev/v1alpha1
-kind: ConnectionPolicy
-metadata: {name: every-port}
-spec:
-  workloads: {}
-  ingress:
-    - from: [{identity: spiffe://example.org/ns/default/sa/client}]
-";

@@ -268,3 +268,14 @@ spec:
   egress:
     - to: [{identity: spiffe://example.org/ns/default/sa/server}]
 ";
+
+/// The client may reach every port.
+pub(crate) const EVERY_PORT: &str = "
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: every-port}
+spec:
+  workloads: {}
+  ingress:
+    - from: [{identity: spiffe://example.org/ns/default/sa/client}]
+";

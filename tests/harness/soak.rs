@@ -7,7 +7,11 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{Daemon, FileIssuer, Metrics, Network, Node, Place, Process, Workload, wait};
+use crate::{
+    Daemon, Metrics, Process,
+    rotated_pair::{RotatedPair, transferred},
+    wait,
+};
 
 /// Between two rotations of every certificate, and as long before the next change of a policy.
 const EVERY: Duration = Duration::from_secs(4);
@@ -111,7 +115,7 @@ impl Soak {
             while started.elapsed() < duration {
                 soak.samples.push(scene.sample(started.elapsed()));
                 if started.elapsed() >= next {
-                    scene.write_certificates();
+                    scene.pair.rotate();
                     scene.change_policy(soak.changes.is_multiple_of(2));
                     soak.rotations += 1;
                     soak.changes += 1;
@@ -227,82 +231,34 @@ fn slope(at: impl Iterator<Item = f64> + Clone, values: &[f64]) -> f64 {
 // === The scene ===
 
 struct Scene {
-    client: Workload,
-    server: Workload,
-    daemons: [Daemon; 2],
-    issuer: FileIssuer,
-    certificates: std::path::PathBuf,
-    lifetime: String,
+    pair: RotatedPair,
     _servers: Vec<Process>,
-    _nodes: [Node; 2],
-    _network: Network,
 }
 
 impl Scene {
     fn new(duration: Duration) -> Self {
-        let network = Network::new();
-        let (one, two) = (Node::new(&network, "one"), Node::new(&network, "two"));
-        let (client, server) = (one.pod("client"), two.pod("server"));
-        let certificates = one.folder().join("certificates");
-        let issuer = FileIssuer::new(one.folder().join("issuer"));
         // A connection ends with its tunnel's certificates, and some are to last.
         let lifetime = format!("{}s", duration.as_secs() * 2 + 3600);
-        let issue = |workload: &Workload| {
-            let id = workload.spiffe_id("example.org");
-            let folder = certificates.join(workload.name());
-            issuer.issue_for(&id, &folder, &lifetime);
-        };
-        issue(&client);
-        issue(&server);
-        let daemon = |node: &Node, own: &Workload, other: &Workload| {
-            node.reeve()
-                .set(
-                    "/certificates/sources",
-                    json!([FileIssuer::source(&certificates)]),
-                )
+        let pair = RotatedPair::start(POLICY, &lifetime, |reeve| {
+            reeve
                 .set("/log/level", json!("warn"))
                 // So that a short run sees each of these as well.
                 .set("/timeouts/drain", json!("3s"))
                 .set("/timeouts/tunnelIdle", json!("3s"))
-                .enrol(own)
-                .peer(other)
-                .policy(POLICY)
-                .start()
-        };
-        let daemons = [
-            daemon(&one, &client, &server),
-            daemon(&two, &server, &client),
-        ];
-        for place in [&*client, &*server] {
-            place.sysctl("ipv4/tcp_tw_reuse", "1");
-            place.sysctl("ipv4/ip_local_port_range", "16384 65535");
-        }
+        });
         let mut servers = vec![
-            serve(&server, ANSWER, "answer"),
-            serve(&server, HASH, "hash"),
-            serve(&server, ECHO, "echo"),
+            pair.serve(ANSWER, "answer"),
+            pair.serve(HASH, "hash"),
+            pair.serve(ECHO, "echo"),
         ];
-        let mut udp = server.spawn_peer(["udp-serve", &format!("[::]:{UDP}")]);
+        let mut udp = pair
+            .server
+            .spawn_peer(["udp-serve", &format!("[::]:{UDP}")]);
         udp.wait_for("listening");
         servers.push(udp);
         Self {
-            client,
-            server,
-            daemons,
-            issuer,
-            certificates,
-            lifetime,
+            pair,
             _servers: servers,
-            _nodes: [one, two],
-            _network: network,
-        }
-    }
-
-    fn write_certificates(&self) {
-        for workload in [&self.client, &self.server] {
-            let id = workload.spiffe_id("example.org");
-            let folder = self.certificates.join(workload.name());
-            self.issuer.issue_for(&id, &folder, &self.lifetime);
         }
     }
 
@@ -316,7 +272,7 @@ spec:
   workloads: {names: [client, server]}
   egress: [{to: [{cidr: 192.0.2.0/24}], ports: [{port: 1, endPort: 999}]}]
 ";
-        for daemon in &self.daemons {
+        for daemon in &self.pair.daemons {
             let file = daemon.policies().join("another.yaml");
             let changed = if adds {
                 fs::write(&file, ANOTHER)
@@ -328,7 +284,7 @@ spec:
     }
 
     fn sample(&self, at: Duration) -> Sample {
-        let metrics = self.daemons.each_ref().map(Daemon::metrics);
+        let metrics = self.pair.daemons.each_ref().map(Daemon::metrics);
         let sum = |name| metrics.iter().map(|m| m.sum(name, &[])).sum::<f64>();
         // What these hold stays until they are full and what is newer pushes it out.
         let passing = ["FLOWS", "ONWARD", "ORIGINAL_DESTINATIONS"].map(|map| [("map", map)]);
@@ -346,16 +302,12 @@ spec:
         }
     }
 
-    fn to(&self, port: u16) -> String {
-        self.server.addresses().port4(port).to_string()
-    }
-
     fn transfers(&self, until: Instant) -> (u64, Vec<String>) {
         let (mut whole, mut wrong) = (0, Vec::new());
         while Instant::now() < until {
             let bytes = TRANSFER.to_string();
-            let words = ["send", &self.to(HASH), "--bytes", &bytes];
-            match transferred(self.client.spawn_peer(words), PATIENCE) {
+            let words = ["send", &self.pair.to(HASH), "--bytes", &bytes];
+            match transferred(self.pair.client.spawn_peer(words), PATIENCE) {
                 Ok(()) => whole += 1,
                 Err(error) => wrong.push(error),
             }
@@ -366,11 +318,14 @@ spec:
 
     fn datagrams(&self, until: Instant) -> (u64, Vec<String>) {
         let (mut answered, mut wrong) = (0, Vec::new());
-        let to = [self.to(UDP), self.server.addresses().port6(UDP).to_string()];
+        let to = [
+            self.pair.to(UDP),
+            self.pair.server.addresses().port6(UDP).to_string(),
+        ];
         while Instant::now() < until {
             for to in &to {
                 let words = ["udp-send", to, "--patience", "10000"];
-                let output = self.client.peer(words);
+                let output = self.pair.client.peer(words);
                 if output.status.success() {
                     answered += 1;
                 } else {
@@ -381,25 +336,6 @@ spec:
         }
         (answered, wrong)
     }
-}
-
-fn transferred(transfer: Process, patience: Duration) -> Result<(), String> {
-    let output = transfer.wait(patience);
-    if !output.status.success() {
-        return Err(format!("a transfer failed: {}", output.stderr));
-    }
-    let seen = output.json();
-    if seen["received"]["head"] == seen["sent"]["sha256"] {
-        Ok(())
-    } else {
-        Err(format!("a transfer was not whole: {seen}"))
-    }
-}
-
-fn serve(place: &Place, port: u16, mode: &str) -> Process {
-    let mut server = place.spawn_peer(["serve", &format!("[::]:{port}"), "--mode", mode]);
-    server.wait_for("listening");
-    server
 }
 
 // === Traffic ===
@@ -417,16 +353,17 @@ struct Traffic {
 
 impl Traffic {
     fn start(scene: &Scene, duration: Duration) -> Self {
-        let client = &scene.client;
-        let probe = |port, pause| client.spawn_peer(["probe", &scene.to(port), "--pause", pause]);
+        let client = &scene.pair.client;
+        let probe =
+            |port, pause| client.spawn_peer(["probe", &scene.pair.to(port), "--pause", pause]);
         let mut idle: Vec<_> = (0..IDLE)
-            .map(|_| client.spawn_peer(["heartbeat", &scene.to(ECHO), "--every", "5000"]))
+            .map(|_| client.spawn_peer(["heartbeat", &scene.pair.to(ECHO), "--every", "5000"]))
             .collect();
         idle.iter_mut().for_each(|one| {
             one.wait_for("beat 1");
         });
         let bytes = (TRICKLE * duration.as_secs()).to_string();
-        let to = scene.to(HASH);
+        let to = scene.pair.to(HASH);
         let words = ["send", &to, "--bytes", &bytes, "--trickle", "100"];
         let patience = duration / 2 + PATIENCE * 2;
         // The answer comes when all is sent.

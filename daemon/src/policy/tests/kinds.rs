@@ -5,7 +5,9 @@ use std::path::Path;
 
 use reeve_common::{Action, DryRun, Reason};
 
-use super::world::{TCP, UDP, World, config, connection_policy as policy, policies};
+use super::world::{
+    TCP, UDP, World, are_the_mistakes, config, connection_policy as policy, policies,
+};
 use crate::policy::PolicySet;
 
 const NODE: &str = "
@@ -229,14 +231,7 @@ spec: {members: []}
         ),
         (24, "spec.egress[1].to[0]: says more than a `group`"),
     ];
-    for (found, (line, what)) in found.iter().zip(wanted) {
-        let place = format!("policy.yaml:{line}:");
-        assert!(
-            found.starts_with(&place) && found.contains(what),
-            "{found}\n{line} {what}"
-        );
-    }
-    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+    are_the_mistakes(&found, &wanted);
 }
 
 #[test]

@@ -184,3 +184,16 @@ impl World {
         self.told(decision)
     }
 }
+
+/// These, and no others, are found in `policy.yaml`: each on its line, with these words in it.
+#[track_caller]
+pub(super) fn are_the_mistakes(found: &[String], wanted: &[(u32, &str)]) {
+    for (found, (line, what)) in found.iter().zip(wanted) {
+        let place = format!("policy.yaml:{line}:");
+        assert!(
+            found.starts_with(&place) && found.contains(what),
+            "{found}\n{line} {what}"
+        );
+    }
+    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+}

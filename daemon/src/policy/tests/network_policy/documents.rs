@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{
-    super::world::{config, policies},
+    super::world::{are_the_mistakes, config, policies},
     cluster::{Cluster, configuration},
 };
 use crate::policy::PolicySet;
@@ -95,12 +95,5 @@ spec: {podSelector: {matchExpressions: [{key: a, operator: In}]}}
         ),
         (20, "`In` needs `values`"),
     ];
-    for (found, (line, what)) in found.iter().zip(wanted) {
-        let place = format!("policy.yaml:{line}:");
-        assert!(
-            found.starts_with(&place) && found.contains(what),
-            "{found}\n{line} {what}"
-        );
-    }
-    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+    are_the_mistakes(&found, &wanted);
 }
