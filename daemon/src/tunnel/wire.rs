@@ -267,9 +267,7 @@ impl Session {
         if self.outgoing.len() >= CHUNK {
             ready!(self.poll_send(cx))?;
         }
-        if self.outgoing.capacity() == 0 {
-            self.outgoing = WRITE_BUFFERS.lend(|| Vec::with_capacity(OUTGOING));
-        }
+        self.lend_outgoing();
         let mut written = 0;
         for part in parts {
             // A frame is 16 KiB and its head: only a caller with larger pieces is cut short.
@@ -280,6 +278,12 @@ impl Session {
         }
         self.meter.sent(written);
         Poll::Ready(Ok(written))
+    }
+
+    fn lend_outgoing(&mut self) {
+        if self.outgoing.capacity() == 0 {
+            self.outgoing = WRITE_BUFFERS.lend(|| Vec::with_capacity(OUTGOING));
+        }
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -412,6 +416,7 @@ impl AsyncWrite for Wire {
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut session = self.0.borrow_mut();
         if mem::take(&mut session.notice) {
+            session.lend_outgoing();
             session.outgoing.extend_from_slice(&NOTICE);
         }
         Poll::Ready(Ok(()))
