@@ -2,24 +2,28 @@
 //!
 //! A field that has to be there is an `Option` here: its absence is one mistake among others.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+mod certificates;
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::Deserialize;
 
 use reeve_common::protocol;
 
+pub(super) use certificates::{
+    Pattern, RawBroker, RawBundleEndpoint, RawCertificates, RawDelegatedIdentity, RawEmbeddedCa,
+    RawFiles, RawProfile, RawSource, RawTls, RawWorkloadApi,
+};
+
 use super::{Limits, Log, Maps, Ports, Timeouts};
 use crate::{
-    identity::{
-        CipherSuite, CryptoProfile, EndpointUrl, KeyExchangeGroup, KeyType, LARGEST_RSA_KEY,
-        PathPattern, SMALLEST_RSA_KEY, Selector, SpiffeId, TrustDomain,
-    },
+    identity::{SpiffeId, TrustDomain},
     policy::Unselected,
     privileges::Confinement,
     workload::NamedPort,
     yaml::{
         Located,
-        values::{Ip, Labels, Name, Network, Port, PortName, duration, number, positive_duration},
+        values::{Ip, Labels, Name, Network, Port, PortName, number},
     },
 };
 
@@ -145,119 +149,6 @@ pub(super) struct RawPolicies {
     pub(super) unselected: Unselected,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawCertificates {
-    #[serde(default)]
-    pub(super) sources: Vec<Located<RawSource>>,
-    #[serde(default)]
-    pub(super) trust_bundles: BTreeMap<TrustDomain, PathText>,
-    #[serde(default)]
-    pub(super) revocation_lists: BTreeMap<TrustDomain, Vec<PathText>>,
-    #[serde(default)]
-    pub(super) bundle_endpoints: Vec<Located<RawBundleEndpoint>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawBundleEndpoint {
-    pub(super) trust_domain: Option<Located<TrustDomain>>,
-    pub(super) url: Option<UrlText>,
-    pub(super) profile: Option<RawProfile>,
-    pub(super) authorities: Option<PathText>,
-    pub(super) spiffe_id: Option<SpiffeId>,
-    pub(super) bootstrap: Option<PathText>,
-}
-
-/// The profiles of bundle endpoints, by the names that the standard gives them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum RawProfile {
-    HttpsWeb,
-    HttpsSpiffe,
-}
-
-/// URL of a bundle endpoint.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "String")]
-pub(super) struct UrlText(pub(super) EndpointUrl);
-
-/// Exactly one of the kinds is there.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawSource {
-    pub(super) name: Option<Name>,
-    pub(super) embedded: Option<RawEmbeddedCa>,
-    pub(super) files: Option<Located<RawFiles>>,
-    pub(super) workload_api: Option<Located<RawWorkloadApi>>,
-    pub(super) delegated_identity: Option<Located<RawDelegatedIdentity>>,
-    pub(super) broker: Option<Located<RawBroker>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawFiles {
-    pub(super) folder: Option<Pattern>,
-    pub(super) certificate: Option<Pattern>,
-    pub(super) key: Option<Pattern>,
-    #[serde(default = "default_bundle")]
-    pub(super) bundle: Option<Pattern>,
-    pub(super) revocation_lists: Option<Pattern>,
-}
-
-/// A path with parts of an identity in it.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "String")]
-pub(super) struct Pattern(pub(super) PathPattern);
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawEmbeddedCa {
-    pub(super) ca_dir: Option<PathText>,
-    #[serde(default)]
-    pub(super) leaf_lifetime: Option<LeafLifetime>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawTls {
-    #[serde(default)]
-    pub(super) profile: CryptoProfile,
-    pub(super) key_types: Option<Located<Vec<KeyType>>>,
-    pub(super) min_rsa_bits: Option<RsaBits>,
-    pub(super) max_lifetime: Option<MaxLifetime>,
-    pub(super) groups: Option<Located<Vec<KeyExchangeGroup>>>,
-    pub(super) cipher_suites: Option<Located<Vec<CipherSuite>>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawWorkloadApi {
-    pub(super) socket: Option<PathText>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawDelegatedIdentity {
-    pub(super) socket: Option<PathText>,
-    #[serde(default)]
-    pub(super) selectors: BTreeMap<String, Vec<SelectorText>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RawBroker {
-    pub(super) socket: Option<PathText>,
-    pub(super) agent: Option<SpiffeId>,
-    pub(super) identity: Option<SpiffeId>,
-    pub(super) workload_api: Option<PathText>,
-}
-
-/// One of SPIRE's selectors, as in `k8s:ns:shop`.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "String")]
-pub(super) struct SelectorText(pub(super) Selector);
-
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RawMetrics {
@@ -302,41 +193,13 @@ pub(super) struct UnitName(pub(super) String);
 #[serde(try_from = "String")]
 pub(super) struct SocketText(pub(super) SocketAddr);
 
-/// Least size of an RSA key.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(transparent)]
-pub(super) struct RsaBits(
-    #[serde(
-        deserialize_with = "number::<_, _, { SMALLEST_RSA_KEY as u64 }, { LARGEST_RSA_KEY as u64 }>"
-    )]
-    pub(super) u32,
-);
-
-/// Longest lifetime of a workload's certificate.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(transparent)]
-pub(super) struct MaxLifetime(#[serde(deserialize_with = "positive_duration")] pub(super) Duration);
-
-/// Lifetime of a leaf certificate.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LeafLifetime(pub(super) Duration);
-
 /// Default of `metrics.address`.
 const METRICS_ADDRESS: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 15020);
 
-/// Bounds of a leaf's lifetime: time to renew it, and no longer than a day, since nothing revokes
-/// it before.
-const LEAF_LIFETIME: std::ops::RangeInclusive<Duration> =
-    Duration::from_secs(60)..=Duration::from_secs(24 * 3600);
-
 // === defaults ===
 
 // `Option` with a default of its own: the field can be switched off with `null`.
-fn default_bundle() -> Option<Pattern> {
-    Pattern::try_from("ca.crt".to_owned()).ok()
-}
-
 fn default_metrics_address() -> Option<SocketText> {
     Some(SocketText(METRICS_ADDRESS))
 }
@@ -365,18 +228,6 @@ impl Default for RawAdmin {
 
 fn default_recent_events() -> u32 {
     4096
-}
-
-// === impl SelectorText ===
-
-impl TryFrom<String> for SelectorText {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        Selector::parse(&text).map(Self).ok_or_else(|| {
-            format!("`{text}` is no selector; write `TYPE:VALUE`, as in `k8s:ns:shop`")
-        })
-    }
 }
 
 // === impl RawTunnel ===
@@ -448,23 +299,6 @@ impl<'de> Deserialize<'de> for RawNamedPort {
     }
 }
 
-// === impl LeafLifetime ===
-
-impl<'de> Deserialize<'de> for LeafLifetime {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let lifetime = duration(deserializer)?;
-        if LEAF_LIFETIME.contains(&lifetime) {
-            return Ok(Self(lifetime));
-        }
-        Err(serde::de::Error::custom(format!(
-            "found {}; expected a lifetime from {} to {}",
-            humantime::format_duration(lifetime),
-            humantime::format_duration(*LEAF_LIFETIME.start()),
-            humantime::format_duration(*LEAF_LIFETIME.end()),
-        )))
-    }
-}
-
 // === impl TryFrom ===
 
 impl TryFrom<String> for PathText {
@@ -475,22 +309,6 @@ impl TryFrom<String> for PathText {
             return Err("found an empty path; expected one as in `/etc/reeve/policies`".into());
         }
         Ok(Self(text.into()))
-    }
-}
-
-impl TryFrom<String> for UrlText {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        EndpointUrl::parse(&text).map(Self)
-    }
-}
-
-impl TryFrom<String> for Pattern {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        PathPattern::parse(&text).map(Self)
     }
 }
 

@@ -1,0 +1,99 @@
+//! Ends what is under way and no longer allowed: connections by their sockets, flows by their
+//! entries.
+
+use std::{io, os::fd::AsFd};
+
+use aya::maps::MapError;
+use reeve_common::{FlowEntry, FlowKey, ToldKey};
+
+use super::{Datapath, Error, LiveSocket, diag::Diagnosis, lock, netns::Netns, sys};
+
+impl Datapath {
+    /// Ends the connections of a namespace that `is_over` says are. TCP's other ends get a reset,
+    /// and the applications an error. Gives those that were ended here, and not by themselves
+    /// meanwhile. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel; its `sock_diag` may lack the ending (`CONFIG_INET_DIAG_DESTROY`). Packets
+    /// of connections that are not allowed are refused all the same.
+    pub fn end_connections(
+        &self,
+        netns: &Netns,
+        mut is_over: impl FnMut(&LiveSocket) -> bool,
+    ) -> Result<Vec<LiveSocket>, Error> {
+        let failed = |doing| {
+            move |source| Error::Namespace {
+                inode: netns.inode,
+                doing,
+                source,
+            }
+        };
+        let mut diagnosis = Diagnosis::open(netns).map_err(failed("open a netlink socket"))?;
+        let mut sockets = diagnosis
+            .sockets(self.tags.as_fd())
+            .map_err(failed("list the sockets (sock_diag)"))?;
+        sockets.retain(&mut is_over);
+        let mut ended = Vec::with_capacity(sockets.len());
+        for socket in sockets {
+            if diagnosis
+                .destroy(&socket)
+                .map_err(failed("end a connection (sock_diag)"))?
+            {
+                ended.push(socket);
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Whether it is for the caller to tell that a socket's connection is refused in a generation:
+    /// no program has. True once for each socket and generation.
+    #[must_use]
+    pub fn tells(&self, socket: &LiveSocket, generation: u32) -> bool {
+        /// `BPF_NOEXIST` of `linux/bpf.h`.
+        const NEW_ONLY: u64 = 1;
+        let key = ToldKey {
+            cookie: socket.cookie,
+            generation,
+            reserved: 0,
+        };
+        match lock(&self.told).insert(key, 0, NEW_ONLY) {
+            Err(MapError::SyscallError(error)) => {
+                error.io_error.kind() != io::ErrorKind::AlreadyExists
+            }
+            _ => true,
+        }
+    }
+
+    /// Forgets the flows, connections without a handshake, that `is_over` says are no longer
+    /// allowed, and gives those that no program has forgotten meanwhile. Walks the map: for a
+    /// change of policy, not for every packet. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn end_flows(
+        &self,
+        mut is_over: impl FnMut(&FlowKey, &FlowEntry) -> bool,
+    ) -> Result<Vec<(FlowKey, FlowEntry)>, Error> {
+        let over: Vec<FlowKey> = self
+            .flows
+            .0
+            .iter()
+            // A walk that entries are removed from meanwhile may come to its end early.
+            .map_while(Result::ok)
+            .filter(|(key, entry)| is_over(key, entry))
+            .map(|(key, _)| key)
+            .collect();
+        let mut ended = Vec::with_capacity(over.len());
+        for key in over {
+            let taken = sys::take(self.revoked.as_fd(), &key).map_err(|source| Error::Pin {
+                doing: "take an entry out of the map",
+                path: lock(&self.pins).folder().join("FLOWS"),
+                source,
+            })?;
+            ended.extend(taken.map(|entry| (key, entry)));
+        }
+        Ok(ended)
+    }
+}
