@@ -111,7 +111,10 @@ fn every_metric_in_the_rules_is_one_that_the_daemon_has() {
     let sources = crate::documents::root().join("daemon/src/telemetry");
     let code: String = fs::read_dir(sources)
         .unwrap()
-        .map(|file| fs::read_to_string(file.unwrap().path()).unwrap())
+        .map(|file| file.unwrap().path())
+        // Folders beside a file are its tests, which prove nothing here.
+        .filter(|path| path.is_file())
+        .map(|path| fs::read_to_string(path).unwrap())
         .collect();
     let rules = fs::read_to_string(folder().join("alerts.yaml")).unwrap();
     let mut seen = 0;
