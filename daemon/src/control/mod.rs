@@ -234,6 +234,7 @@ impl Control {
                 // What must start behind reeve may start. Whether all of it is served, `/readyz`
                 // says: systemd would end a daemon that is not up in time.
                 process::notify_ready();
+                process::give_back_code();
                 told = true;
             }
             let failed = !self.daemon.view.load().problems.is_empty();

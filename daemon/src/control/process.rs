@@ -1,6 +1,6 @@
 //! The daemon as a process: what it may use, what may look into it, and what systemd is told.
 
-use std::time::Duration;
+use std::{fs, ops::Range, path::Path, time::Duration};
 
 use nix::sys::{
     prctl,
@@ -20,6 +20,36 @@ pub fn prepare() {
     if let Err(error) = dumps {
         tracing::warn!(%error, "core dumps cannot be switched off; one would hold private keys");
     }
+}
+
+/// Unmaps the program's code: what only the start needed is not mapped again, and no longer counts as
+/// the daemon's resident memory. Where this fails it stays, as it does for any program.
+pub(super) fn give_back_code() {
+    let (Ok(maps), Ok(program)) = (
+        fs::read_to_string("/proc/self/maps"),
+        fs::read_link("/proc/self/exe"),
+    ) else {
+        return;
+    };
+    for code in maps.lines().filter_map(|line| code_of(&program, line)) {
+        // SAFETY: these pages are a file's, private and never written to: what is needed is read from
+        // the file again, and is the same.
+        unsafe {
+            libc::madvise(code.start as *mut _, code.len(), libc::MADV_DONTNEED);
+        }
+    }
+}
+
+/// The addresses in a line of `/proc/PID/maps` (proc_pid_maps(5)), if it is of the program's code.
+fn code_of(program: &Path, line: &str) -> Option<Range<usize>> {
+    let mut words = line.split_ascii_whitespace();
+    let (addresses, access) = (words.next()?, words.next()?);
+    let path = words.nth(3)?;
+    if access != "r-xp" || Path::new(path) != program {
+        return None;
+    }
+    let (start, end) = addresses.split_once('-')?;
+    Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
 
 /// For how long systemd waits to hear that the daemon is well before it starts another; none where
@@ -59,5 +89,32 @@ pub(super) fn notify_stopping() {
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_programs_code_is_given_back() {
+        let program = Path::new("/usr/bin/reeve");
+        let code = "55d0a000-55d0b000 r-xp 00001000 fe:01 1234    /usr/bin/reeve";
+        assert_eq!(code_of(program, code), Some(0x55d0_a000..0x55d0_b000));
+        // Data may have been written to, as by the loader.
+        for other in [
+            "55d0a000-55d0b000 r--p 00001000 fe:01 1234    /usr/bin/reeve",
+            "55d0a000-55d0b000 rw-p 00001000 fe:01 1234    /usr/bin/reeve",
+            "7f00a000-7f00b000 r-xp 00001000 fe:01 1235    /usr/lib/libc.so.6",
+            "7f00a000-7f00b000 r-xp 00000000 00:00 0",
+        ] {
+            assert_eq!(code_of(program, other), None);
+        }
+    }
+
+    #[test]
+    fn a_program_that_gave_its_code_back_goes_on() {
+        give_back_code();
+        assert_eq!(std::hint::black_box(2) + 2, 4);
     }
 }
