@@ -33,16 +33,17 @@ pub fn reeve_sock_ops(ctx: SockOpsContext) -> u32 {
 
 #[inline(always)]
 fn changed(ctx: &SockOpsContext) {
-    let Some(settings) = settings() else { return };
-    if settings.cgroup_depths == 0 {
-        return;
-    }
+    // First: the kernel asks about much more than this.
     let op = ctx.op();
     if op != BPF_SOCK_OPS_TCP_CONNECT_CB
         && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB
         && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
         && op != BPF_SOCK_OPS_STATE_CB
     {
+        return;
+    }
+    let Some(settings) = settings() else { return };
+    if settings.cgroup_depths == 0 {
         return;
     }
     // SAFETY: a field of the context.
