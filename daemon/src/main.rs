@@ -113,6 +113,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
             &config.limits,
             &config.timeouts,
             config.ports,
+            config.congestion_control,
             config.sandbox,
         )?;
         let listening: HashSet<u64> = inherited.listeners.keys().copied().collect();

@@ -307,18 +307,57 @@ fn what_stays_on_a_node_is_not_paced() {
         pair.allowing_at_one().start(),
         pair.allowing_at_two().start(),
     );
-    let _echo = serve(&pair.server, PORT, &[]);
+    let _open = hold_one_connection(&pair);
+    for (place, port) in [(&pair.client, 15001), (&pair.server, PORT)] {
+        assert_eq!(congestion_controls(place, port), ["reno", "reno"]);
+    }
+}
+
+#[test]
+fn tunnels_have_the_congestion_control_that_the_configuration_names() {
+    for (at_one, at_two) in [("cubic", "reno"), ("reno", "cubic")] {
+        let pair = Pair::new();
+        for place in [&*pair.client, &*pair.server] {
+            place.sysctl("ipv4/tcp_congestion_control", "reno");
+        }
+        let start = |reeve: harness::Reeve<'_>, expected: &str| match expected {
+            // The default.
+            "cubic" => reeve.start(),
+            _ => reeve
+                .set("/tunnel/congestionControl", json!("host"))
+                .start(),
+        };
+        let _one = start(pair.allowing_at_one(), at_one);
+        let _two = start(pair.allowing_at_two(), at_two);
+        let _open = hold_one_connection(&pair);
+        assert_eq!(congestion_controls(&pair.client, 15008), [at_one]);
+        assert_eq!(congestion_controls(&pair.server, 15008), [at_two]);
+    }
+}
+
+/// Until it is dropped.
+fn hold_one_connection(pair: &Pair) -> (Process, Process) {
+    let echo = serve(&pair.server, PORT, &[]);
     let to = pair.server.addresses().port4(PORT).to_string();
     let mut open = pair
         .client
         .spawn_peer(["flood", &to, "--connections", "1", "--hold", "60"]);
     open.wait_for("open");
-    for (place, port) in [(&pair.client, 15001), (&pair.server, PORT)] {
-        let ends = format!("( sport = :{port} or dport = :{port} )");
-        let said = place
-            .exec(["ss", "-tin", "state", "established", &ends])
-            .ok();
-        assert_eq!(said.matches("reno wscale").count(), 2, "{said}");
-        assert!(!said.contains("cubic"), "{said}");
-    }
+    (echo, open)
+}
+
+/// What the kernel says of the ends that are in the workload's namespace, of connections from or to
+/// this port.
+fn congestion_controls(workload: &Workload, port: u16) -> Vec<String> {
+    let ends = format!("( sport = :{port} or dport = :{port} )");
+    let said = workload
+        .exec(["ss", "-tin", "state", "established", &ends])
+        .ok();
+    ["reno", "cubic", "bbr"]
+        .into_iter()
+        .flat_map(|name| {
+            let ends = said.matches(&format!("{name} wscale")).count();
+            std::iter::repeat_n(name.to_owned(), ends)
+        })
+        .collect()
 }

@@ -15,7 +15,7 @@ pub(super) use certificates::{
     RawFiles, RawProfile, RawSource, RawTls, RawWorkloadApi,
 };
 
-use super::{Limits, Log, Maps, Ports, Timeouts};
+use super::{CongestionControl, Limits, Log, Maps, Ports, Timeouts};
 use crate::{
     identity::{SpiffeId, TrustDomain},
     policy::Unselected,
@@ -50,6 +50,8 @@ pub(super) struct RawConfig {
     pub(super) tls: Option<Located<RawTls>>,
     pub(super) ports: Option<Located<Ports>>,
     #[serde(default)]
+    pub(super) tunnel: RawTunnelTransport,
+    #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]
     pub(super) timeouts: Timeouts,
@@ -74,6 +76,12 @@ pub(super) struct RawNode {
     pub(super) cgroup_root: Option<PathText>,
     pub(super) bpffs: Option<PathText>,
     pub(super) proc: Option<PathText>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct RawTunnelTransport {
+    pub(super) congestion_control: CongestionControl,
 }
 
 #[derive(Debug, Deserialize)]

@@ -29,7 +29,7 @@ pub use settings::{
     Admin, Broker, Certificates, DelegatedIdentity, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel,
     Maps, Metrics, Node, Source, WorkloadApi,
 };
-pub use tunnel::{Limits, Ports, Timeouts};
+pub use tunnel::{CongestionControl, Limits, Ports, Timeouts};
 
 pub use crate::yaml::{Mistake, Mistakes as ConfigErrors};
 use crate::{
@@ -74,6 +74,8 @@ pub struct Config {
     pub tls: CryptoRules,
     /// Ports that reeve takes.
     pub ports: Ports,
+    /// TCP's below tunnels.
+    pub congestion_control: CongestionControl,
     /// Bounds of the tunnel.
     pub limits: Limits,
     /// Time-outs of the tunnel.

@@ -111,6 +111,7 @@ pub(super) fn settle(
         policies: policies(raw.policies, &folder),
         tls,
         ports,
+        congestion_control: raw.tunnel.congestion_control,
         limits: raw.limits,
         timeouts: raw.timeouts,
         maps: raw.maps,

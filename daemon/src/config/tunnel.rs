@@ -1,4 +1,5 @@
-//! What bounds the tunnel: ports, limits and time-outs, with their defaults.
+//! What shapes and bounds the tunnel: ports, congestion control, limits and time-outs, with their
+//! defaults.
 
 use std::time::Duration;
 
@@ -23,6 +24,40 @@ impl Default for Ports {
         Self {
             outbound: reeve_common::DEFAULT_OUTBOUND_PORT,
             tunnel: reeve_common::DEFAULT_TUNNEL_PORT,
+        }
+    }
+}
+
+/// How fast TCP sends what a tunnel carries (`TCP_CONGESTION` of tcp(7)), on this node's side of it.
+///
+/// A tunnel carries many connections, and between the nodes of a cluster there is little distance:
+/// what paces a bulk stream there, as BBR does, keeps all others waiting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CongestionControl {
+    /// Whatever the host uses: `net.ipv4.tcp_congestion_control`.
+    Host,
+    /// The kernel's own default.
+    #[default]
+    Cubic,
+    /// Without CUBIC's growth; every kernel has it.
+    Reno,
+    /// For long ways that lose packets.
+    Bbr,
+    /// Where switches mark packets with ECN before they lose any.
+    Dctcp,
+}
+
+impl CongestionControl {
+    /// The kernel's name; none for whatever the host uses.
+    #[must_use]
+    pub const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Host => None,
+            Self::Cubic => Some("cubic"),
+            Self::Reno => Some("reno"),
+            Self::Bbr => Some("bbr"),
+            Self::Dctcp => Some("dctcp"),
         }
     }
 }
@@ -67,7 +102,7 @@ pub struct Limits {
     /// Tunnels from one identity to one peer, per worker. Default 16.
     #[serde(deserialize_with = "number::<_, _, 1, 1024>")]
     pub tunnels_per_peer: usize,
-    /// Bytes that a stream's receiver may have outstanding. Default 1 MiB.
+    /// Bytes that a stream's receiver may have outstanding. Default 512 KiB.
     #[serde(deserialize_with = "size::<_, _, 65_535, 0x7fff_ffff>")]
     pub stream_window: u32,
     /// Bytes that a tunnel's receiver may have outstanding. Default 4 MiB.
@@ -92,7 +127,7 @@ impl Default for Limits {
             control_frames: 1000,
             streams_per_tunnel: 200,
             tunnels_per_peer: 16,
-            stream_window: 1 << 20,
+            stream_window: 512 << 10,
             tunnel_window: 4 << 20,
             header_list: 16 << 10,
         }

@@ -47,7 +47,7 @@ pub use self::{
     diag::{LiveSocket, Remembered},
     error::Error,
     events::Events,
-    socket::speak_as,
+    socket::{control_congestion, speak_as},
     sockets::Sockets,
     state::Order,
     usage::{Counters, MapUsage},

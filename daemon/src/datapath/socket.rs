@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Once,
 };
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
@@ -10,6 +11,7 @@ use reeve_common::{LOCAL_CONGESTION_CONTROL, ONWARD_MARK};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::netns::Netns;
+use crate::config::CongestionControl;
 
 /// Connections that wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -95,6 +97,25 @@ pub fn speak_as(socket: &Socket, client: IpAddr, to: SocketAddr) -> io::Result<(
         ));
     }
     socket.bind(&SocketAddr::new(client, 0).into())
+}
+
+/// Has a tunnel's socket, or what a listening one will accept, use this congestion control. Where the
+/// kernel has none of that name the host's own stays, which is said once: tunnels work all the same.
+pub fn control_congestion(socket: &Socket, congestion_control: CongestionControl) {
+    static SAID: Once = Once::new();
+    let Some(name) = congestion_control.name() else {
+        return;
+    };
+    if let Err(error) = socket.set_tcp_congestion(name.as_bytes()) {
+        SAID.call_once(|| {
+            tracing::warn!(
+                name,
+                %error,
+                "tunnels use the host's congestion control: the kernel does not give the one that \
+                 `tunnel.congestionControl` names"
+            );
+        });
+    }
 }
 
 /// A non-blocking TCP socket that sends what it is given at once: a tunnel has gathered what

@@ -13,8 +13,8 @@ use std::{
 use socket2::{Domain, Socket};
 use tokio::sync::oneshot;
 
-use super::netns::Netns;
-use crate::privileges::Confinement;
+use super::{control_congestion, netns::Netns};
+use crate::{config::CongestionControl, privileges::Confinement};
 
 /// The thread that opens sockets. It ends with the last clone.
 #[derive(Clone, Debug)]
@@ -41,11 +41,14 @@ enum Wanted {
 // === impl Sockets ===
 
 impl Sockets {
-    /// Starts the thread.
+    /// Starts the thread. Tunnels' sockets get this congestion control.
     ///
     /// # Errors
     /// When there can be no thread.
-    pub fn start(confinement: Confinement) -> io::Result<Self> {
+    pub fn start(
+        confinement: Confinement,
+        congestion_control: CongestionControl,
+    ) -> io::Result<Self> {
         let (requests, inbox) = mpsc::channel::<Request>();
         thread::Builder::new()
             .name("sockets".into())
@@ -53,7 +56,9 @@ impl Sockets {
                 if let Err(error) = confinement.enter_sockets() {
                     tracing::warn!(%error, "the thread that opens sockets keeps its privileges");
                 }
-                inbox.into_iter().for_each(Request::serve);
+                for request in inbox {
+                    request.serve(congestion_control);
+                }
             })?;
         Ok(Self { requests })
     }
@@ -103,10 +108,12 @@ impl Sockets {
 
 impl Request {
     /// Whoever asked may have given up: what is opened is closed then.
-    fn serve(self) {
+    fn serve(self, congestion_control: CongestionControl) {
         match self.wanted {
             Wanted::Tunnel(answer) => {
-                let _ = answer.send(self.netns.tunnel_socket(self.domain));
+                let opened = self.netns.tunnel_socket(self.domain);
+                let _ = answer
+                    .send(opened.inspect(|socket| control_congestion(socket, congestion_control)));
             }
             Wanted::Onward(count, answer) => {
                 let _ = answer.send(self.netns.onward_sockets(self.domain, count));

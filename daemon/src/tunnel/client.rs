@@ -26,7 +26,7 @@ use super::{
     registry::Registered,
     server::not_after,
     socket,
-    wire::{Wire, WireControl, wire},
+    wire::{FULL_FRAME, SMALL_FRAMES, Wire, WireControl, wire},
     worker::Worker,
 };
 
@@ -202,6 +202,8 @@ pub(super) fn builder(worker: &Worker) -> Builder {
         .initial_max_send_streams(STREAMS_BEFORE_SETTINGS)
         .initial_window_size(limits.stream_window)
         .initial_connection_window_size(limits.tunnel_window)
+        .max_frame_size(FULL_FRAME)
+        .data_frame_budget(SMALL_FRAMES)
         .max_header_list_size(limits.header_list)
         .max_send_buffer_size(SEND_BUFFER);
     builder

@@ -1,7 +1,7 @@
 //! Copies bytes between an application's TCP connection and its stream in a tunnel.
 //!
 //! Both directions live in one task. Nothing is held for a connection that moves nothing: bytes
-//! from the application go through a buffer of the thread, and bytes from the tunnel are the frames
+//! from the application are read into a buffer of the thread, and bytes from the tunnel are the frames
 //! that HTTP/2 received. A direction waits when the other side of it does: HTTP/2 sends only as much
 //! as the stream's window allows, and gives the window back only for what the application has taken.
 
@@ -19,15 +19,15 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use reeve_common::Reason;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::{io::AsyncWrite, net::TcpStream};
+use tokio_util::io::poll_read_buf;
 
-use super::{connection::Connection, socket};
+use super::{connection::Connection, socket, wire::FULL_FRAME};
 
-/// One read from the application.
-const CHUNK: usize = 64 << 10;
+/// One read from the application: what one frame carries.
+const CHUNK: usize = FULL_FRAME as usize;
+/// What a read must bring to keep the memory that it was read into. Less is copied out of it.
+const WORTH_ITS_MEMORY: usize = CHUNK / 4;
 /// Frames that are written to the application at once: at least a chunk in frames of 16 KiB.
 const FRAMES: usize = 8;
 /// A frame with less in it costs more to keep than it holds: behind an application that does not
@@ -36,10 +36,11 @@ const FRAMES: usize = 8;
 const SMALL: usize = 512;
 /// Bytes in one direction after which a connection lets others run: a bulk transfer must not make small requests
 /// wait.
-const TURN: usize = 128 << 10;
+const TURN: usize = 256 << 10;
 
 thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into());
+    /// What the next read goes into: empty.
+    static ROOM: RefCell<BytesMut> = RefCell::default();
 }
 
 /// Copies both ways until both have ended. Gives the reason why the connection ended.
@@ -225,12 +226,17 @@ impl Out {
     }
 }
 
-/// Reads at most a chunk; empty at the end.
+/// Reads about a chunk at most; empty at the end.
 fn poll_read(cx: &mut Context<'_>, app: &mut TcpStream) -> Poll<io::Result<Bytes>> {
-    SCRATCH.with_borrow_mut(|scratch| {
-        let mut buf = ReadBuf::new(scratch);
-        ready!(Pin::new(app).poll_read(cx, &mut buf))?;
-        Poll::Ready(Ok(Bytes::copy_from_slice(buf.filled())))
+    ROOM.with_borrow_mut(|room| {
+        room.reserve(CHUNK);
+        let read = ready!(poll_read_buf(Pin::new(app), cx, room))?;
+        if read >= WORTH_ITS_MEMORY {
+            return Poll::Ready(Ok(mem::take(room).freeze()));
+        }
+        let data = Bytes::copy_from_slice(room);
+        room.clear();
+        Poll::Ready(Ok(data))
     })
 }
 

@@ -37,7 +37,7 @@ use super::{
     frames::FrameMeter,
     inbound,
     link::{Ends, Link},
-    wire::{Wire, WireControl, wire},
+    wire::{FULL_FRAME, SMALL_FRAMES, Wire, WireControl, wire},
     worker::Worker,
 };
 
@@ -248,6 +248,8 @@ pub(super) fn builder(worker: &Worker) -> Builder {
         .max_concurrent_streams(limits.streams_per_tunnel)
         .initial_window_size(limits.stream_window)
         .initial_connection_window_size(limits.tunnel_window)
+        .max_frame_size(FULL_FRAME)
+        .data_frame_budget(SMALL_FRAMES)
         .max_header_list_size(limits.header_list)
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_reset_streams(REMEMBERED_RESETS)

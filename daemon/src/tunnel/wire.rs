@@ -1,10 +1,11 @@
 //! TLS over TCP as HTTP/2 sees it, built for many small frames and for few large ones.
 //!
 //! A plain `TlsStream` makes a record, and often a system call, of each frame that HTTP/2 writes,
-//! and reads 4 KiB at a time. Here what HTTP/2 writes is gathered, and sealed and sent when 64 KiB
-//! are there or when [`WireControl::poll_send`] is called at the end of a turn of the tunnel's
-//! driver; reads from the socket take 64 KiB. The buffers are borrowed from the thread while they
-//! hold something, so that an idle tunnel has none.
+//! and reads 4 KiB at a time. Here what HTTP/2 writes in small pieces is gathered, and sealed and
+//! sent when 64 KiB are there or when [`WireControl::poll_send`] is called at the end of a turn of
+//! the tunnel's driver; a large frame is sealed from where it is. Reads from the socket take 64 KiB.
+//! The buffers are borrowed from the thread while they hold something, so that an idle tunnel has
+//! none.
 
 use std::{
     cell::{Cell, RefCell},
@@ -28,11 +29,23 @@ use super::{frames::FrameMeter, socket};
 
 /// One read from the socket, and what is gathered before it is sealed and sent: four records.
 const CHUNK: usize = 64 << 10;
+/// The most that a TLS record holds (RFC 8446, section 5.1).
+const RECORD: usize = 16 << 10;
+/// Before the payload of a frame (RFC 9113, section 4.1).
+const FRAME_HEAD: usize = 9;
+/// The payload with which a DATA frame fills a chunk's records to the last byte.
+pub(super) const FULL_FRAME: u32 = (CHUNK - FRAME_HEAD) as u32;
+/// Less than this is not worth a record of its own where more is to come.
+const WORTH_A_RECORD: usize = 4 << 10;
 /// Room for a chunk that is one byte short and one more HTTP/2 frame.
 const OUTGOING: usize = CHUNK + (16 << 10) + 64;
 /// Bytes in one direction after which the driver lets other tasks run: a bulk transfer must not
-/// make small requests wait.
-const TURN: usize = 128 << 10;
+/// make small requests wait. As much as several streams need for a full write each.
+const TURN: usize = 512 << 10;
+/// For HTTP/2, which counts each DATA frame as if it held 256 bytes, and ends a tunnel in which too much is
+/// counted that no stream has taken yet: streams get to take something after a turn, which may
+/// bring nothing but frames of a byte.
+pub(super) const SMALL_FRAMES: usize = TURN / (FRAME_HEAD + 1) * 256;
 /// For the last packets of a tunnel that has ended: several round trips of a slow network.
 const LINGER: Duration = Duration::from_secs(2);
 /// Buffers kept by a thread for the next tunnel that needs one.
@@ -63,6 +76,8 @@ struct Session {
     unopened: std::ops::Range<usize>,
     /// Bytes that HTTP/2 wrote and that are not sealed yet.
     outgoing: Vec<u8>,
+    /// How many bytes are sealed and not sent yet.
+    sealed: usize,
     /// [`NOTICE`] is to be sent between two frames.
     notice: bool,
     reading: Turn,
@@ -89,6 +104,7 @@ pub(super) fn wire(tcp: TcpStream, mut tls: Connection, meter: FrameMeter) -> (W
         incoming: Box::default(),
         unopened: 0..0,
         outgoing: Vec::new(),
+        sealed: 0,
         notice: false,
         reading: Turn::default(),
         writing: Turn::default(),
@@ -264,20 +280,36 @@ impl Session {
         cx: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.outgoing.len() >= CHUNK {
+        if self.outgoing.len() + self.sealed >= CHUNK {
             ready!(self.poll_send(cx))?;
         }
+        let size = parts.iter().map(|part| part.len()).sum();
+        let written = if fills_records(size) {
+            if self.writing.is_over() {
+                return self.writing.give_way(cx);
+            }
+            self.seal()?;
+            let written = self.tls.writer().write_vectored(parts)?;
+            self.sealed += written;
+            written
+        } else {
+            self.gather(parts)
+        };
+        self.meter.sent(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn gather(&mut self, parts: &[io::IoSlice<'_>]) -> usize {
         self.lend_outgoing();
         let mut written = 0;
         for part in parts {
-            // A frame is 16 KiB and its head: only a caller with larger pieces is cut short.
+            // What is larger is cut short, and its rest comes again.
             let room = OUTGOING.saturating_sub(self.outgoing.len());
             let taken = part.len().min(room);
             self.outgoing.extend_from_slice(&part[..taken]);
             written += taken;
         }
-        self.meter.sent(written);
-        Poll::Ready(Ok(written))
+        written
     }
 
     fn lend_outgoing(&mut self) {
@@ -303,17 +335,33 @@ impl Session {
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             }
+            self.sealed = 0;
             if self.outgoing.is_empty() {
                 return Poll::Ready(Ok(()));
             }
             if self.writing.is_over() {
                 return self.writing.give_way(cx);
             }
+            self.seal()?;
+        }
+    }
+
+    /// Seals what is gathered.
+    fn seal(&mut self) -> io::Result<()> {
+        if !self.outgoing.is_empty() {
             self.tls.writer().write_all(&self.outgoing)?;
+            self.sealed += self.outgoing.len();
             self.outgoing.clear();
             WRITE_BUFFERS.give_back(&mut self.outgoing);
         }
+        Ok(())
     }
+}
+
+/// Whether so many bytes fill records, and leave no rest that is not worth one. Others are gathered
+/// first, at the price of copying them.
+fn fills_records(size: usize) -> bool {
+    size >= WORTH_A_RECORD && !(1..WORTH_A_RECORD).contains(&(size % RECORD))
 }
 
 enum Opened {
@@ -470,5 +518,23 @@ impl Write for TryWrite<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fills_records_is_sealed_from_where_it_is_and_nothing_else() {
+        let full = FULL_FRAME as usize + FRAME_HEAD;
+        assert_eq!(full % RECORD, 0);
+        for size in [full, RECORD, 2 * RECORD - 1, RECORD + WORTH_A_RECORD] {
+            assert!(fills_records(size), "{size}");
+        }
+        // A frame of the size that HTTP/2 begins with is one record and nine bytes.
+        for size in [0, 100, WORTH_A_RECORD - 1, RECORD + FRAME_HEAD] {
+            assert!(!fills_records(size), "{size}");
+        }
     }
 }

@@ -23,8 +23,8 @@ use tokio::{
 };
 
 use crate::{
-    config::{Limits, Ports, Timeouts},
-    datapath::{Sockets, netns::Netns},
+    config::{CongestionControl, Limits, Ports, Timeouts},
+    datapath::{Sockets, control_congestion, netns::Netns},
     privileges::Confinement,
 };
 
@@ -48,6 +48,7 @@ pub struct Tunnels {
     workers: Vec<mpsc::UnboundedSender<Command>>,
     bounds: Arc<Bounds>,
     ports: Ports,
+    congestion_control: CongestionControl,
     /// Namespaces with listeners, by cookie.
     serving: Mutex<HashMap<u64, Serving>>,
     /// Listeners of a daemon before, by the cookie of their namespace.
@@ -93,10 +94,12 @@ impl Tunnels {
         limits: &Limits,
         timeouts: &Timeouts,
         ports: Ports,
+        congestion_control: CongestionControl,
         confinement: Confinement,
     ) -> Result<Self, StartError> {
         let bounds = Bounds::new(limits);
-        let sockets = Sockets::start(confinement).map_err(StartError::Sockets)?;
+        let sockets =
+            Sockets::start(confinement, congestion_control).map_err(StartError::Sockets)?;
         let mut workers = Vec::new();
         for number in 0..worker_count(limits) {
             let (commands, inbox) = mpsc::unbounded_channel();
@@ -143,6 +146,7 @@ impl Tunnels {
             workers,
             bounds,
             ports,
+            congestion_control,
             serving: Mutex::default(),
             inherited: Mutex::default(),
             held: Mutex::default(),
@@ -236,6 +240,9 @@ impl Tunnels {
                 outbound,
                 tunnel: vec![tunnel],
             });
+        }
+        for tunnel in opened.iter().flat_map(|listeners| &listeners.tunnel) {
+            control_congestion(tunnel, self.congestion_control);
         }
         let sockets = opened
             .iter()

@@ -21,7 +21,7 @@ use tokio::{
 
 use super::rig::{Table, id, identities_from};
 use crate::{
-    config::{Limits, Ports, Timeouts},
+    config::{CongestionControl, Limits, Ports, Timeouts},
     datapath::netns::Netns,
     identity::{CertificateSource, IdentityStore},
     policy::{Inputs, Known, PolicySet, Snapshot, Unselected},
@@ -150,6 +150,7 @@ impl Node {
             &limits,
             &timeouts,
             Ports::default(),
+            CongestionControl::default(),
             Confinement::default(),
         )
         .unwrap();

@@ -27,7 +27,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
-    config::{Limits, Ports, Timeouts},
+    config::{CongestionControl, Limits, Ports, Timeouts},
     datapath::Sockets,
     identity::{
         CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
@@ -173,7 +173,7 @@ pub(super) fn worker(
         timeouts,
         Ports::default(),
         Bounds::new(&limits),
-        Sockets::start(Confinement::default()).unwrap(),
+        Sockets::start(Confinement::default(), CongestionControl::default()).unwrap(),
     )
 }
 
