@@ -1,9 +1,13 @@
 //! Ways around: what a workload can do with sockets of another kind, from another time or from
 //! another place changes no verdict.
 
-use std::sync::Arc;
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
 
 use harness::eventually;
+use socket2::{Domain, Socket, Type};
 
 use crate::arrange::{
     ICMP, PORT, Pair, TCP, UDP, denials, fails_fast, is_denied, of, say, send, serve, tcp,
@@ -139,6 +143,54 @@ fn nobody_else_takes_reeves_ports() {
         }
     }
     assert_eq!(denials(&one, "ingress", "reserved_port"), 8.0);
+}
+
+#[test]
+fn who_listens_on_reeves_ports_before_the_enrolment_is_closed_by_it() {
+    let pair = Pair::new();
+    let nobody = Arc::new(pair.one.cgroup().child("nobody"));
+    let nobody = pair.client.with_cgroup(nobody);
+    let mut before = [("127.0.0.1", 15001), ("[::]", 15008)].map(|(ip, port)| {
+        let mut server = nobody.spawn_peer(["serve", &format!("{ip}:{port}")]);
+        server.wait_for("listening");
+        server
+    });
+    let mut one = pair.allowing_at_one().start();
+    let _two = pair.allowing_at_two().start();
+    for (server, at) in before.iter_mut().zip(["127.0.0.1:15001", "[::]:15008"]) {
+        let line = one.wait_for_log(&["listener on one of reeve's ports was closed", at]);
+        assert!(line.contains(&nobody.cgroup().below_mount()), "{line}");
+        eventually("its process has noticed", || server.ended().is_some());
+        assert!(server.stderr().contains("Invalid argument"));
+    }
+    let _echo = serve(&pair.server, PORT, &[]);
+    say(&pair.client, pair.server.addresses().port4(PORT), "as ever");
+    // What is reeve's own stays with it, from one daemon to the next.
+    let _old = one.take_over();
+    one.wait_until_ready();
+    assert!(one.logged(&["was closed: it was here"]).is_empty());
+    say(&pair.client, pair.server.addresses().port4(PORT), "again");
+}
+
+#[test]
+fn a_port_that_its_holder_shares_with_nobody_is_waited_for_and_said() {
+    let pair = Pair::new();
+    let netns = pair.client.netns().unwrap();
+    let holder = netns.enter(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let at: SocketAddr = (Ipv4Addr::LOCALHOST, 15001).into();
+        socket.bind(&at.into()).unwrap();
+        socket.listen(1).unwrap();
+        socket
+    });
+    let mut one = pair.allowing_at_one().start_unready();
+    one.wait_for_log(&["was closed", "127.0.0.1:15001"]);
+    let said = |answer: String| answer.contains("port 15001") && answer.contains("in use");
+    eventually("it says what is missing", || {
+        one.get("/readyz").is_some_and(said)
+    });
+    drop(holder);
+    one.wait_until_ready();
 }
 
 #[test]

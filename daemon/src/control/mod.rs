@@ -18,6 +18,7 @@ mod guard;
 mod health;
 mod numbers;
 mod own_cgroup;
+mod ports;
 mod process;
 mod reconcile;
 mod reload;

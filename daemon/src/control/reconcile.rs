@@ -158,6 +158,10 @@ impl Control {
         let identities = identities.collect();
         self.daemon.identities.ensure(&identities);
 
+        let new = ready
+            .iter()
+            .filter(|netns| !listening.contains(&netns.cookie));
+        self.clear_ports(new, &state);
         let flagged = listening;
         let results = block_in_place(|| self.daemon.tunnels.serve(&ready));
         let mut listening = HashSet::new();

@@ -1,10 +1,13 @@
-//! The sockets of a network namespace that carry a connection now, and their end: the kernel's
-//! `sock_diag` (`sock_diag(7)`, `linux/inet_diag.h`), which no maintained library speaks whole.
+//! The sockets of a network namespace that carry a connection now, or listen, and their end: the
+//! kernel's `sock_diag` (`sock_diag(7)`, `linux/inet_diag.h`), which no maintained library speaks
+//! whole. [`message`] is how its messages are written.
+
+mod message;
 
 use std::{
     io::{self, Read},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsRawFd, BorrowedFd},
+    net::SocketAddr,
+    os::fd::BorrowedFd,
 };
 
 use reeve_common::{
@@ -13,6 +16,10 @@ use reeve_common::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+use self::message::{
+    Answer, COOKIE, HEADER, IDENTITY_LENGTH, OTHER_ADDRESS, OTHER_PORT, OWN_ADDRESS, OWN_PORT,
+    ask_storage, decode, request, split_message, word,
+};
 use super::netns::Netns;
 
 /// `NETLINK_SOCK_DIAG`.
@@ -27,34 +34,16 @@ const REQUEST: u16 = 1;
 const ACKNOWLEDGE: u16 = 4;
 const DUMP: u16 = 0x300;
 
-/// Bytes of a message's header, of a request and of an answer behind it, and of an attribute's
-/// header; and what each is filled up to a multiple of.
-const HEADER: usize = 16;
-const REQUEST_LENGTH: usize = 56;
-const ANSWER_LENGTH: usize = 72;
-const ATTRIBUTE: usize = 4;
-const ALIGNMENT: usize = 4;
-/// Where an answer names its socket, and how long such a name is.
-const IDENTITY: usize = 4;
-const IDENTITY_LENGTH: usize = 48;
-/// Where in it the socket's number is.
-const COOKIE: usize = 40;
-
-/// Attributes: what is asked of the sockets' storage, and what is answered.
-const ASK_STORAGES: u16 = 2;
-const ASK_MAP_FD: u16 = 1;
-const STORAGES: u16 = 20;
-const STORAGE: u16 = 1;
-const STORAGE_VALUE: u16 = 3;
-const CGROUP_ID: u16 = 21;
-/// What of an attribute's kind is not a flag.
-const KIND: u16 = 0x3fff;
-
 /// States of TCP in which there is a connection, and data may still pass: all but those of a
 /// listener, of a handshake that has no socket yet, and of what has ended.
 const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 /// A UDP socket that is connected.
 const ESTABLISHED: u32 = 1 << 1;
+/// A TCP socket that listens.
+const LISTENING: u32 = 1 << 10;
+/// Ports of a client that are tried for each of the listeners that share an address: that none of
+/// them leads to the one that is meant is as good as impossible.
+const TRIES: usize = 64;
 
 /// The kernel fills at most this much with one part of its answer.
 const PART: usize = 64 << 10;
@@ -105,6 +94,21 @@ impl LiveSocket {
     }
 }
 
+/// A TCP socket that listens.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Where.
+    pub local: SocketAddr,
+    /// Cgroup in which it was made.
+    pub cgroup: u64,
+    /// Number of the user who made it.
+    pub user: u32,
+    /// The programs know it for one of reeve's own.
+    pub of_reeve: bool,
+    family: u8,
+    identity: [u8; IDENTITY_LENGTH],
+}
+
 /// A conversation with the kernel about the sockets of one namespace.
 pub(super) struct Diagnosis {
     socket: Socket,
@@ -131,17 +135,48 @@ impl Diagnosis {
     pub(super) fn sockets(&mut self, tags: BorrowedFd<'_>) -> io::Result<Vec<LiveSocket>> {
         let mut sockets = Vec::new();
         for (protocol, states) in [(protocol::TCP, CONNECTED), (protocol::UDP, ESTABLISHED)] {
-            for family in [libc::AF_INET, libc::AF_INET6] {
-                let family = family as u8;
-                let mut request = request(family, protocol, states, &[0; IDENTITY_LENGTH]);
-                let fd = tags.as_raw_fd().to_ne_bytes();
-                request.extend(attribute(ASK_STORAGES, &attribute(ASK_MAP_FD, &fd)));
-                self.ask(BY_FAMILY, REQUEST | DUMP, &request, |answer| {
-                    sockets.extend(decode(answer, protocol));
-                })?;
-            }
+            self.list(protocol, states, 0, tags, |answer| {
+                sockets.extend(answer.live(protocol));
+            })?;
         }
         Ok(sockets)
+    }
+
+    /// Every TCP socket that listens on a port.
+    pub(super) fn listeners(
+        &mut self,
+        port: u16,
+        tags: BorrowedFd<'_>,
+    ) -> io::Result<Vec<Listener>> {
+        let mut listeners = Vec::new();
+        self.list(protocol::TCP, LISTENING, port, tags, |answer| {
+            listeners.extend(answer.listener());
+        })?;
+        Ok(listeners)
+    }
+
+    /// Calls `found` with each socket of either family in one of these states, and at this own port
+    /// unless it is 0.
+    fn list(
+        &mut self,
+        protocol: u8,
+        states: u32,
+        port: u16,
+        tags: BorrowedFd<'_>,
+        mut found: impl FnMut(Answer<'_>),
+    ) -> io::Result<()> {
+        let mut wanted = [0; IDENTITY_LENGTH];
+        wanted[OWN_PORT].copy_from_slice(&port.to_be_bytes());
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let mut request = request(family as u8, protocol, states, &wanted);
+            request.extend(ask_storage(tags));
+            self.ask(BY_FAMILY, REQUEST | DUMP, &request, |answer| {
+                if let Some(answer) = decode(answer) {
+                    found(answer);
+                }
+            })?;
+        }
+        Ok(())
     }
 
     /// Ends a connection: TCP's other end gets a reset, the application an error. False where it
@@ -153,6 +188,27 @@ impl Diagnosis {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Closes a listener, which is one of `sharing` at its address: whoever waits in its queue gets
+    /// a reset, and whoever accepts an error. False where it has gone by itself meanwhile.
+    ///
+    /// The kernel looks for it as it does for a client's connection: of listeners that share an
+    /// address, the client's port decides. So ports are tried until it is the one that is meant.
+    pub(super) fn close(&mut self, listener: &Listener, sharing: usize) -> io::Result<bool> {
+        let mut identity = listener.identity;
+        // As of a connection from an address to itself, which no program judges on its way.
+        identity.copy_within(OWN_ADDRESS, OTHER_ADDRESS.start);
+        for port in (0..=u16::MAX).take(sharing.saturating_mul(TRIES)) {
+            identity[OTHER_PORT].copy_from_slice(&port.to_be_bytes());
+            let request = request(listener.family, protocol::TCP, 0, &identity);
+            match self.ask(DESTROY, REQUEST | ACKNOWLEDGE, &request, |_| {}) {
+                Ok(()) => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
     }
 
     /// Sends a request, and calls `answer` with each part of the answer until the last.
@@ -195,79 +251,39 @@ impl Diagnosis {
     }
 }
 
-/// A `struct inet_diag_req_v2`.
-fn request(family: u8, protocol: u8, states: u32, identity: &[u8; IDENTITY_LENGTH]) -> Vec<u8> {
-    let mut request = Vec::with_capacity(REQUEST_LENGTH);
-    request.extend([family, protocol, 0, 0]);
-    request.extend(states.to_ne_bytes());
-    request.extend(identity);
-    request
-}
+// === impl Answer ===
 
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let length = (ATTRIBUTE + value.len()) as u16;
-    let mut attribute = length.to_ne_bytes().to_vec();
-    attribute.extend(kind.to_ne_bytes());
-    attribute.extend(value);
-    attribute.resize(attribute.len().next_multiple_of(ALIGNMENT), 0);
-    attribute
-}
-
-/// The kind and the body of the first message, and what follows it.
-fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
-    let length = word(bytes, 0)? as usize;
-    let kind = half(bytes, 4)?;
-    let body = bytes.get(HEADER..length)?;
-    let next = length.next_multiple_of(ALIGNMENT).min(bytes.len());
-    Some((kind, body, bytes.get(next..)?))
-}
-
-/// The value of the first attribute of a kind.
-fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    loop {
-        let length = usize::from(half(bytes, 0)?);
-        let value = bytes.get(ATTRIBUTE..length)?;
-        if half(bytes, 2)? & KIND == wanted {
-            return Some(value);
-        }
-        bytes = bytes.get(length.next_multiple_of(ALIGNMENT)..)?;
+impl Answer<'_> {
+    fn live(&self, protocol: u8) -> Option<LiveSocket> {
+        let identity = self.identity;
+        Some(LiveSocket {
+            protocol,
+            local: self.end(OWN_ADDRESS, OWN_PORT)?,
+            remote: self.end(OTHER_ADDRESS, OTHER_PORT)?,
+            cgroup: self.cgroup,
+            remembered: self.tag.and_then(remembered),
+            // Two words, the low one first.
+            cookie: u64::from(word(&identity, COOKIE)?)
+                | u64::from(word(&identity, COOKIE + 4)?) << 32,
+            family: self.family,
+            identity,
+        })
     }
-}
 
-/// A `struct inet_diag_msg` and its attributes.
-fn decode(answer: &[u8], protocol: u8) -> Option<LiveSocket> {
-    let family = *answer.first()?;
-    let identity: [u8; IDENTITY_LENGTH] = answer
-        .get(IDENTITY..IDENTITY + IDENTITY_LENGTH)?
-        .try_into()
-        .ok()?;
-    let attributes = answer.get(ANSWER_LENGTH..)?;
-    let [a, b, c, d, ..] = identity;
-    let storage = find(attributes, STORAGES)
-        .and_then(|storages| find(storages, STORAGE))
-        .and_then(|storage| find(storage, STORAGE_VALUE));
-    Some(LiveSocket {
-        protocol,
-        local: SocketAddr::new(ip(family, &identity, 4)?, u16::from_be_bytes([a, b])),
-        remote: SocketAddr::new(ip(family, &identity, 20)?, u16::from_be_bytes([c, d])),
-        cgroup: find(attributes, CGROUP_ID)
-            .and_then(|id| id.try_into().ok())
-            .map_or(0, u64::from_ne_bytes),
-        remembered: storage.and_then(remembered),
-        // Two words, the low one first.
-        cookie: u64::from(word(&identity, COOKIE)?) | u64::from(word(&identity, COOKIE + 4)?) << 32,
-        family,
-        identity,
-    })
-}
-
-fn ip(family: u8, identity: &[u8; IDENTITY_LENGTH], at: usize) -> Option<IpAddr> {
-    if i32::from(family) == libc::AF_INET {
-        let octets: [u8; 4] = identity.get(at..at + 4)?.try_into().ok()?;
-        return Some(Ipv4Addr::from(octets).into());
+    fn listener(&self) -> Option<Listener> {
+        let flags = |tag| word(tag, std::mem::offset_of!(SocketTag, flags));
+        Some(Listener {
+            local: self.end(OWN_ADDRESS, OWN_PORT)?,
+            cgroup: self.cgroup,
+            user: self.user,
+            of_reeve: self
+                .tag
+                .and_then(flags)
+                .is_some_and(|flags| flags & TAG_REEVE != 0),
+            family: self.family,
+            identity: self.identity,
+        })
     }
-    let octets: [u8; 16] = identity.get(at..at + 16)?.try_into().ok()?;
-    Some(Ipv6Addr::from(octets).to_canonical())
 }
 
 /// A [`SocketTag`] as it lies in the map.
@@ -288,18 +304,4 @@ fn remembered(value: &[u8]) -> Option<Remembered> {
         generation: at(std::mem::offset_of!(SocketTag, generation))?,
         allowed: flags & TAG_ALLOWED != 0,
     })
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes
-        .get(at..)?
-        .first_chunk()
-        .map(|bytes| u32::from_ne_bytes(*bytes))
-}
-
-fn half(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes
-        .get(at..)?
-        .first_chunk()
-        .map(|bytes| u16::from_ne_bytes(*bytes))
 }

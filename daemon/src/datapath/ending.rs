@@ -1,12 +1,12 @@
 //! Ends what is under way and no longer allowed: connections by their sockets, flows by their
-//! entries.
+//! entries; and what others listen with where reeve is to.
 
 use std::{io, os::fd::AsFd};
 
 use aya::maps::MapError;
 use reeve_common::{FlowEntry, FlowKey, ToldKey};
 
-use super::{Datapath, Error, LiveSocket, diag::Diagnosis, lock, netns::Netns, sys};
+use super::{Datapath, Error, Listener, LiveSocket, diag::Diagnosis, lock, netns::Netns, sys};
 
 impl Datapath {
     /// Ends the connections of a namespace that `is_over` says are. TCP's other ends get a reset,
@@ -44,6 +44,49 @@ impl Datapath {
             }
         }
         Ok(ended)
+    }
+
+    /// Closes the TCP sockets of a namespace that listen on one of reeve's ports and that `is_foreign`
+    /// says are somebody else's; no program knows them for reeve's. Gives those that were closed.
+    /// Their ports stay taken for as long as their sockets are held: where reeve's cannot be bound
+    /// beside them, the one who holds them has to let go. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Datapath::end_connections`]. Whoever listens there still gets nothing of a tunnel.
+    pub fn close_listeners(
+        &self,
+        netns: &Netns,
+        mut is_foreign: impl FnMut(&Listener) -> bool,
+    ) -> Result<Vec<Listener>, Error> {
+        let failed = |doing| {
+            move |source| Error::Namespace {
+                inode: netns.inode,
+                doing,
+                source,
+            }
+        };
+        let mut diagnosis = Diagnosis::open(netns).map_err(failed("open a netlink socket"))?;
+        let mut closed = Vec::new();
+        for port in [self.settings.ports.outbound, self.settings.ports.tunnel] {
+            let listeners = diagnosis
+                .listeners(port, self.tags.as_fd())
+                .map_err(failed("list the listeners (sock_diag)"))?;
+            for listener in &listeners {
+                if listener.of_reeve || !is_foreign(listener) {
+                    continue;
+                }
+                let same = |other: &&Listener| other.local == listener.local;
+                let sharing = listeners.iter().filter(same).count();
+                if diagnosis
+                    .close(listener, sharing)
+                    .map_err(failed("close a listener (sock_diag)"))?
+                {
+                    closed.push(listener.clone());
+                }
+            }
+        }
+        Ok(closed)
     }
 
     /// Whether it is for the caller to tell that a socket's connection is refused in a generation:

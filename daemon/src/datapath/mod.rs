@@ -44,7 +44,7 @@ use reeve_common::{
 };
 
 pub use self::{
-    diag::{LiveSocket, Remembered},
+    diag::{Listener, LiveSocket, Remembered},
     error::Error,
     events::Events,
     socket::{control_congestion, speak_as},

@@ -178,6 +178,19 @@ impl CgroupTree {
         found
     }
 
+    /// Cgroup path of the cgroup with this id, if it is below the root. Reads the tree.
+    #[must_use]
+    pub fn find(&self, wanted: u64) -> Option<String> {
+        let mut waiting = vec![self.root.clone()];
+        while let Some(folder) = waiting.pop() {
+            if id(&folder).is_ok_and(|id| id == wanted) {
+                return Some(self.path(&folder));
+            }
+            waiting.extend(children(&folder));
+        }
+        None
+    }
+
     /// The folder of the cgroup that this process is in.
     ///
     /// # Errors

@@ -4,8 +4,10 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    time::Instant,
 };
 
+use reeve::datapath::Listener;
 use reeve_common::{
     Direction, Hook, NAMESPACE_LISTENING, NamespaceEntry, PEER_TUNNEL, Reason, protocol::TCP,
 };
@@ -17,6 +19,11 @@ use crate::world::{MOMENT, PATIENCE, Scope, World};
 /// cgroup tells its sockets from theirs.
 fn sharing() -> World {
     let mut world = World::new();
+    share(&mut world);
+    world
+}
+
+fn share(world: &mut World) {
     let (id, depth) = (world.workload.id(), world.workload.depth());
     world.add_workload(id, depth, 1);
     let shared = NamespaceEntry::default();
@@ -25,7 +32,6 @@ fn sharing() -> World {
         .namespaces
         .push((world.here.netns.cookie, shared));
     world.apply();
-    world
 }
 
 #[test]
@@ -118,6 +124,115 @@ fn who_took_reeves_port_before_gets_nothing_of_a_tunnel() {
             "by a stranger: {by_stranger}"
         );
     }
+}
+
+#[test]
+fn who_listens_on_reeves_ports_before_is_closed() {
+    let mut world = World::new();
+    let nobody = world.state.clone();
+    for (at, shared) in [
+        ("127.0.0.1:15001", false),
+        ("[::1]:15001", false),
+        ("0.0.0.0:15001", false),
+        ("10.0.0.1:15001", false),
+        ("[::]:15008", false),
+        ("0.0.0.0:15008", false),
+        ("127.0.0.1:15001", true),
+        ("[::]:15008", true),
+    ] {
+        world.state = nobody.clone();
+        world.apply();
+        let address: SocketAddr = at.parse().unwrap();
+        // With a client in its queue, and another listener that is in nobody's way.
+        let (listener, mut waiting, _other) = world.here.run(&world.stranger, || {
+            let listener = listen_at(address, shared);
+            let waiting = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            waiting.set_read_timeout(Some(PATIENCE)).unwrap();
+            (listener, waiting, TcpListener::bind("[::]:80").unwrap())
+        });
+        share(&mut world);
+        let closed = close_listeners(&world);
+        let told: Vec<_> = closed
+            .iter()
+            .map(|closed| (closed.local, closed.cgroup, closed.user))
+            .collect();
+        assert_eq!(told, [(address, world.stranger.id(), 0)], "{at}");
+        let error = listener.accept().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{at}");
+        let reset = waiting.read(&mut [0]).unwrap_err();
+        assert_eq!(reset.kind(), ErrorKind::ConnectionReset, "{at}");
+        // And reeve has its ports, while who had them still holds the socket.
+        world.as_reeve(|netns| {
+            netns.outbound_listeners(15001).unwrap();
+            netns.tunnel_listener(15008).unwrap();
+        });
+    }
+}
+
+#[test]
+fn of_listeners_that_share_reeves_ports_only_others_are_closed() {
+    let mut world = World::new();
+    let at = (Ipv4Addr::LOCALHOST, 15001).into();
+    let others: Vec<_> = (0..3)
+        .map(|_| world.here.run(&world.stranger, || listen_at(at, true)))
+        .collect();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    share(&mut world);
+    let own: Vec<_> = (0..8)
+        .flat_map(|_| world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap()))
+        .collect();
+    world.listening();
+    world.apply();
+    assert_eq!(close_listeners(&world).len(), 3);
+    assert_eq!(close_listeners(&world).len(), 0);
+    assert!(others.iter().all(|other| other.accept().is_err()));
+    // Each connection reaches one of reeve's.
+    let to = world.there.port4(80);
+    for _ in 0..40 {
+        let _client = world.as_workload(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap());
+        let deadline = Instant::now() + PATIENCE;
+        while !own.iter().any(|listener| listener.accept().is_ok()) {
+            assert!(Instant::now() < deadline, "nobody has it");
+        }
+    }
+}
+
+#[test]
+fn a_port_whose_holder_shares_it_with_nobody_is_free_once_he_lets_go() {
+    let mut world = World::new();
+    let holder = world.here.run(&world.stranger, || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let at: SocketAddr = (Ipv4Addr::LOCALHOST, 15001).into();
+        socket.bind(&at.into()).unwrap();
+        socket.listen(8).unwrap();
+        socket
+    });
+    share(&mut world);
+    assert_eq!(close_listeners(&world).len(), 1);
+    let open = || world.as_reeve(|netns| netns.outbound_listeners(15001));
+    assert_eq!(open().unwrap_err().kind(), ErrorKind::AddrInUse);
+    drop(holder);
+    open().unwrap();
+}
+
+/// Closes what listens on reeve's ports and that no program knows for reeve's.
+fn close_listeners(world: &World) -> Vec<Listener> {
+    let closed = world
+        .datapath()
+        .close_listeners(&world.here.netns, |_| true);
+    closed.unwrap()
+}
+
+/// A listener beside which others may listen later, or with leave to share its port now, as reeve's
+/// own have it.
+fn listen_at(address: SocketAddr, shared: bool) -> TcpListener {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.set_reuse_port(shared).unwrap();
+    socket.bind(&address.into()).unwrap();
+    socket.listen(8).unwrap();
+    socket.into()
 }
 
 #[test]
