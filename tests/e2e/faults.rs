@@ -1,8 +1,8 @@
 //! Faults, made for real: what happens is what docs/faults.md says.
 
-use std::{fs, net::SocketAddr, process::Command, thread, time::Duration};
+use std::{fs, net::SocketAddr, process::Command, time::Duration};
 
-use harness::{Daemon, Process, Workload, eventually};
+use harness::{Cut, CutPlan, Daemon, Patience, Process, Workload, eventually};
 use serde_json::json;
 
 use crate::arrange::{PORT, Pair, Probe, TCP, is_denied, of, quickly, say, send, serve};
@@ -83,51 +83,26 @@ fn a_daemon_without_file_descriptors_left_recovers() {
 // === the network and the peer ===
 
 #[test]
-fn a_network_that_is_cut_for_seconds_breaks_nothing() {
-    let (pair, _one, _two) = Pair::started();
-    let _server = serve(&pair.server, PORT, &[]);
-    let mut heart = beat(&pair.client, pair.server.addresses().port4(PORT));
-    for _ in 0..2 {
-        pair.server.cut(&pair.network);
-        thread::sleep(Duration::from_secs(3));
-        assert!(heart.ended().is_none(), "{}", heart.stderr());
-        pair.server.mend(&pair.network);
-        goes_on(&mut heart);
-    }
-    say(
-        &pair.client,
-        pair.server.addresses().port4(PORT),
-        "as before",
-    );
-}
-
-#[test]
-fn a_network_that_is_cut_for_long_ends_connections_and_heals_by_itself() {
-    let pair = Pair::new();
-    let short = |reeve: harness::Reeve<'_>| {
-        ["ping", "pingAnswer", "user", "connect"]
-            .into_iter()
-            .fold(reeve, |reeve, name| {
-                reeve.set(&format!("/timeouts/{name}"), json!("2s"))
-            })
-            .start()
-    };
-    let one = short(pair.allowing_at_one());
-    let two = short(pair.allowing_at_two());
-    let _server = serve(&pair.server, PORT, &[]);
-    let to = pair.server.addresses().port4(PORT);
-    let mut heart = beat(&pair.client, to);
-    pair.server.cut(&pair.network);
-    eventually("the connection has ended at both ends", || {
-        let streams = |daemon: &Daemon| daemon.metrics().sum("reeve_streams_open", &[]);
-        heart.ended().is_some() && streams(&one) == 0.0 && streams(&two) == 0.0
+fn a_network_that_is_cut_breaks_nothing_for_seconds_and_ends_connections_for_long() {
+    // `cargo xtask faults` does the same with the time-outs that hold by default.
+    let cut = Cut::run(&CutPlan {
+        short: Duration::from_secs(2),
+        long: Duration::from_secs(25),
+        patience: Patience {
+            ping: 2,
+            ping_answer: 8,
+            user: 10,
+            connect: 3,
+            request: 3,
+            tunnel_idle: 2,
+        },
     });
-    pair.server.mend(&pair.network);
-    eventually("others are served", || {
-        send(&pair.client, to, &["--text", "again", "--patience", "3"])
-            .status
-            .success()
-    });
+    println!("{cut}");
+    assert_eq!(cut.wrong, [""; 0], "{cut}");
+    // All of it was seen indeed.
+    assert!(cut.lived_on >= 8 && cut.stood >= 8, "{cut}");
+    assert!(cut.ended[0] >= Duration::from_secs(3), "{cut}");
+    assert!(cut.attempts >= 5, "{cut}");
 }
 
 #[test]

@@ -27,6 +27,7 @@ mod capture;
 pub mod certs;
 mod cgroup;
 mod config;
+mod cut;
 mod daemon;
 mod file_issuer;
 #[cfg(feature = "certificates")]
@@ -49,6 +50,7 @@ mod workload;
 pub use capture::{Capture, Captured};
 pub use cgroup::Cgroup;
 pub use config::Reeve;
+pub use cut::{Cut, CutPlan, Patience};
 pub use daemon::{Daemon, Thread};
 pub use file_issuer::FileIssuer;
 pub use machine::Machine;

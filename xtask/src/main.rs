@@ -9,6 +9,8 @@ mod bench;
 mod build;
 mod demo;
 mod dist;
+mod duration;
+mod faults;
 mod fuzz;
 mod licences;
 mod lint;
@@ -47,6 +49,8 @@ enum Command {
     Storm(storm::Options),
     /// Carry mixed traffic for as long as it is told, and fail if anything fails or grows
     Soak(soak::Options),
+    /// Cut the network for minutes, and fail if anything happens but what docs/faults.md promises
+    Faults(faults::Options),
     /// Fuzz the parsers that meet others' bytes
     Fuzz(fuzz::Options),
     /// Make what is released: a tarball with the static binary, and the container image
@@ -76,6 +80,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(&options),
         Command::Storm(options) => storm::run(&options),
         Command::Soak(options) => soak::run(&options),
+        Command::Faults(options) => faults::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Lint => lint::run(),

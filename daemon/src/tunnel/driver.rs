@@ -23,7 +23,7 @@ use super::{
 };
 
 /// More than this is never outstanding in one tunnel, however many of its streams are stalled.
-const MOST_OUTSTANDING: u32 = 64 << 20;
+pub(super) const MOST_OUTSTANDING: u32 = 64 << 20;
 
 /// Between the GOAWAY from which a peer learns that it is to open no more streams here, and the PING
 /// whose answer says that it has. HTTP/2's library answers a PING before it sends requests that are
@@ -67,6 +67,9 @@ pub(super) enum End {
     /// A PING was not answered in time.
     #[error("the peer did not answer a PING in time")]
     Silent,
+    /// The kernel has given up on the peer, which acknowledges nothing or cannot be reached.
+    #[error("the peer acknowledges nothing any more: {0}")]
+    Lost(String),
 }
 
 /// The future that carries a tunnel until it ends.
@@ -157,7 +160,19 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
         if error.is_library() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) {
             return End::Flood(error.to_string());
         }
-        self.broken(error)
+        match error.get_io() {
+            Some(error) => self.failed_below(error),
+            None => self.broken(error),
+        }
+    }
+
+    /// TLS or TCP failed.
+    fn failed_below(&self, error: &io::Error) -> End {
+        use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};
+        match error.kind() {
+            TimedOut | HostUnreachable | NetworkUnreachable => End::Lost(error.to_string()),
+            _ => self.broken(error),
+        }
     }
 
     fn broken(&self, error: &dyn std::fmt::Display) -> End {
@@ -208,7 +223,7 @@ impl<P: Protocol, F: FnMut(Incoming) + Unpin> Future for Driver<P, F> {
             Poll::Pending => {}
         }
         match this.control.poll_send(cx) {
-            Poll::Ready(Err(error)) => Poll::Ready(this.broken(&error)),
+            Poll::Ready(Err(error)) => Poll::Ready(this.failed_below(&error)),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
         }
     }

@@ -136,6 +136,12 @@ pub enum TunnelError {
         /// What broke it.
         detail: Arc<str>,
     },
+    /// The tunnel was given up while the CONNECT request was under way: nobody answers there.
+    #[error("the tunnel to {to} ended before it answered: the peer answers nothing any more")]
+    Silent {
+        /// The far end.
+        to: SocketAddr,
+    },
     /// The peer answered something other than 200.
     #[error("the peer {to} answered CONNECT with {status}")]
     Answer {
@@ -189,6 +195,7 @@ impl TunnelError {
                 Stage::Stream => Reason::Limit,
             },
             Self::Handshake { reason, .. } => of_handshake(*reason),
+            Self::Silent { .. } => Reason::Timeout,
             Self::Broken { .. } | Self::ClientGone => Reason::Reset,
             Self::Answer { status: 401, .. } => Reason::PeerDenied,
             Self::Answer { status: 400, .. } | Self::BadRequest => Reason::BadRequest,

@@ -17,6 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::SendRequest};
+use reeve_common::Reason;
 use tokio::{sync::oneshot, task::spawn_local, time::timeout};
 
 use crate::{
@@ -127,7 +128,7 @@ impl Pool {
                         recv,
                     });
                 }
-                Err(NoStream::Failed(error)) => return Err(error),
+                Err(NoStream::Failed(error)) => return Err(ready.slot.explain(error)),
                 Err(NoStream::Unprocessed) => ready.slot.link.retire(),
             }
         }
@@ -433,6 +434,16 @@ impl Slot {
     /// The tunnel.
     pub(super) fn link(&self) -> &Rc<Link> {
         &self.link
+    }
+
+    /// To HTTP/2 a tunnel that was given up is a broken one.
+    fn explain(&self, error: TunnelError) -> TunnelError {
+        match (self.link.order(), error) {
+            (Order::Close(Reason::Timeout), TunnelError::Broken { to, .. }) => {
+                TunnelError::Silent { to }
+            }
+            (_, error) => error,
+        }
     }
 }
 

@@ -145,10 +145,10 @@ impl Worker {
             End::Closed => Reason::Closed,
             End::Told(reason) => *reason,
             End::Broken(_) => Reason::Reset,
-            End::Silent => Reason::Timeout,
+            End::Silent | End::Lost(_) => Reason::Timeout,
             End::Flood(_) => Reason::Flood,
         });
-        if let End::Silent | End::Flood(_) = end {
+        if let End::Silent | End::Lost(_) | End::Flood(_) = end {
             // To HTTP/2 it is a reset; what it was is known here.
             self.stop_closed();
         }

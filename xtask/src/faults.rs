@@ -1,0 +1,48 @@
+//! `cargo xtask faults`: a network that is cut for minutes, with the time-outs that hold by default.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use harness::{Cut, CutPlan, Patience, Programs};
+
+use crate::{build, duration, setup, workspace::Workspace};
+
+/// For so long connections live through a cut.
+const SHORT: Duration = Duration::from_secs(5);
+/// By then what is promised of a longer one has happened: connections have ended, and others have
+/// been tried and have failed.
+const SHORTEST: Duration = Duration::from_secs(60);
+
+/// How long.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Options {
+    /// How long the network is cut, after it was cut for seconds; a minute at least
+    #[arg(long, default_value = "3m", value_parser = duration::parse)]
+    cut: Duration,
+    /// Use the build of the tests, which is not optimised
+    #[arg(long)]
+    debug: bool,
+}
+
+/// Sets up, builds, and fails if anything was not as docs/faults.md promises.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    ensure!(options.cut >= SHORTEST, "`--cut` is a minute at least");
+    let workspace = Workspace::find()?;
+    setup::for_running(&workspace)?;
+    let release = !options.debug;
+    let built = build::build(&workspace, &build::Options { release })?;
+    Programs {
+        reeve: built.daemon,
+        peer: built.peer,
+    }
+    .set();
+    let cut = Cut::run(&CutPlan {
+        short: SHORT,
+        long: options.cut,
+        patience: Patience::DEFAULT,
+    });
+    print!("{cut}");
+    ensure!(cut.wrong.is_empty(), "{}", cut.wrong.join("; "));
+    println!("all as promised");
+    Ok(())
+}
