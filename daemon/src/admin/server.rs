@@ -167,6 +167,11 @@ impl AdminSocket {
 
     /// Serves for as long as the future is polled.
     pub async fn serve(self, responder: Arc<impl Responder>) {
+        self.serve_within(CONNECTION_TIMEOUT, responder).await;
+    }
+
+    /// The same, with so long for each connection.
+    async fn serve_within(self, limit: Duration, responder: Arc<impl Responder>) {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let Ok(place) = places.clone().acquire_owned().await else {
@@ -176,12 +181,8 @@ impl AdminSocket {
                 Ok((stream, _)) => {
                     let responder = responder.clone();
                     tokio::spawn(async move {
-                        let observer = match timeout(
-                            CONNECTION_TIMEOUT,
-                            connection(stream, &*responder),
-                        )
-                        .await
-                        {
+                        let answered = timeout(limit, connection(stream, &*responder)).await;
+                        let observer = match answered {
                             Ok(Ok(observer)) => observer,
                             Ok(Err(error)) => {
                                 tracing::debug!(%error, "an admin request was not answered");
@@ -301,7 +302,10 @@ async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, Str
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::{
+        sync::atomic::{AtomicU32, Ordering},
+        time::Instant,
+    };
 
     use super::{super::*, *};
 
@@ -388,6 +392,28 @@ mod tests {
         ] {
             let answer = raw(&path, request).await;
             assert!(answer.contains(reason), "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_left_in_time_and_makes_others_wait_no_longer() {
+        let folder = Folder::new();
+        let path = folder.socket();
+        let limit = Duration::from_secs(1);
+        let socket = AdminSocket::bind(&path).unwrap();
+        tokio::spawn(socket.serve_within(limit, Arc::new(Fixed)));
+        let started = Instant::now();
+        let mut silent = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            silent.push(UnixStream::connect(&path).await.unwrap());
+        }
+        // As many as are served at once: the next one's turn comes with their end.
+        let request = b"{\"version\":1,\"command\":\"status\"}\n";
+        let answer = timeout(limit * 10, raw(&path, request)).await.unwrap();
+        assert!(answer.contains("here"), "{answer}");
+        assert!(started.elapsed() >= limit, "{:?}", started.elapsed());
+        for mut one in silent {
+            assert_eq!(one.read(&mut [0; 1]).await.unwrap(), 0);
         }
     }
 

@@ -331,4 +331,16 @@ mod tests {
         assert_eq!(log.take(1, Kind::Refused, later), Some(900));
         assert_eq!(log.take(1, Kind::Refused, later), None);
     }
+    #[test]
+    fn workloads_without_end_share_one_allowance_and_nothing_more_is_remembered() {
+        let log = ConnectionLog::new(Metrics::default(), Observers::new(0));
+        let now = Instant::now();
+        let known = MAX_WORKLOADS as WorkloadId;
+        let written = |id| log.take(id, Kind::Refused, now).is_some();
+        assert!((1..=known).all(written));
+        let others = (known + 1..=known + 1000).filter(|id| written(*id));
+        assert_eq!(others.count(), BURST as usize);
+        assert!(written(1), "who is known has its own");
+        assert_eq!(log.allowances.lock().unwrap().len(), MAX_WORKLOADS + 1);
+    }
 }

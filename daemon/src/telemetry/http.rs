@@ -76,6 +76,8 @@ pub struct Told {
 pub struct HttpServer {
     listener: std::net::TcpListener,
     shared: Arc<Shared>,
+    /// Life of a connection.
+    lifetime: Duration,
 }
 
 /// The endpoint, serving; it accepts nothing more once this is dropped.
@@ -166,6 +168,7 @@ impl HttpServer {
                 told,
                 gather: Handle::current(),
             }),
+            lifetime: CONNECTION_TIMEOUT,
         })
     }
 
@@ -224,6 +227,7 @@ impl HttpServer {
             }
         };
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let lifetime = self.lifetime;
         loop {
             // Taken before `accept`, so that a flood waits in the kernel's bounded queue.
             let Ok(place) = places.clone().acquire_owned().await else {
@@ -240,7 +244,7 @@ impl HttpServer {
                 Ok((stream, _)) => {
                     let shared = self.shared.clone();
                     tokio::spawn(async move {
-                        let _ = timeout(CONNECTION_TIMEOUT, connection(stream, shared)).await;
+                        let _ = timeout(lifetime, connection(stream, shared)).await;
                         drop(place);
                     });
                 }
@@ -330,111 +334,4 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    use super::*;
-
-    struct Tell {
-        readiness: watch::Sender<Readiness>,
-        health: watch::Sender<Health>,
-    }
-
-    fn start(readiness: Readiness) -> (SocketAddr, Tell) {
-        let (readiness, ready) = watch::channel(readiness);
-        let (health, healthy) = watch::channel(Health::starting());
-        let told = Told {
-            readiness: ready,
-            health: healthy,
-        };
-        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
-        let server = HttpServer::bind(loopback, Metrics::default(), told).unwrap();
-        let address = server.local_addr().unwrap();
-        // Until the process ends.
-        std::mem::forget(server.start(Confinement::default()).unwrap());
-        (address, Tell { readiness, health })
-    }
-
-    async fn request(address: SocketAddr, head: &str) -> String {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let head = format!("{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
-    }
-
-    #[tokio::test]
-    async fn metrics_are_prometheus_text() {
-        let (address, _tell) = start(Readiness::default());
-        let answer = request(address, "GET /metrics").await;
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        assert!(answer.contains("content-type: text/plain; version=0.0.4"));
-        assert!(answer.contains("# TYPE reeve_build_info gauge"));
-    }
-
-    #[tokio::test]
-    async fn readyz_says_what_is_missing_and_changes_with_it() {
-        let (address, tell) = start(Readiness {
-            missing: vec!["workload web has no certificate".into()],
-        });
-        let answer = request(address, "GET /readyz").await;
-        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-        assert!(answer.contains("- workload web has no certificate\n"));
-        assert!(
-            request(address, "GET /healthz")
-                .await
-                .starts_with("HTTP/1.1 200")
-        );
-
-        tell.readiness.send(Readiness::default()).unwrap();
-        assert!(
-            request(address, "GET /readyz")
-                .await
-                .starts_with("HTTP/1.1 200")
-        );
-    }
-
-    #[tokio::test]
-    async fn healthz_says_what_does_not_answer_and_when_nothing_is_heard() {
-        let (address, tell) = start(Readiness::default());
-        tell.health.send_modify(|health| {
-            health.problem = Some("tunnel worker 1 does not answer".into());
-        });
-        let answer = request(address, "GET /healthz").await;
-        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-        assert!(answer.contains("tunnel worker 1"), "{answer}");
-
-        tell.health.send_modify(|health| {
-            health.problem = None;
-            health.valid = Duration::ZERO;
-        });
-        let answer = request(address, "GET /healthz").await;
-        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-        assert!(answer.contains("nothing has been heard"), "{answer}");
-    }
-
-    #[tokio::test]
-    async fn other_methods_and_paths_are_refused() {
-        let (address, _tell) = start(Readiness::default());
-        assert!(
-            request(address, "POST /metrics")
-                .await
-                .starts_with("HTTP/1.1 405")
-        );
-        assert!(request(address, "GET /").await.starts_with("HTTP/1.1 404"));
-    }
-
-    #[tokio::test]
-    async fn a_client_that_sends_nothing_is_dropped() {
-        let (address, _tell) = start(Readiness::default());
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\n")
-            .await
-            .unwrap();
-        let mut answer = Vec::new();
-        let read = stream.read_to_end(&mut answer).await;
-        assert!(read.is_err() || answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"));
-    }
-}
+mod tests;

@@ -67,6 +67,27 @@ fn verdicts_are_counted_by_rule_within_a_bound() {
     }
 }
 
+#[test]
+fn ends_of_connections_have_series_of_their_own_within_a_bound() {
+    let metrics = Metrics::default();
+    for number in 0..NAME_PAIRS + 500 {
+        metrics.connection_opened(ConnectionLabels {
+            direction: Direction::Egress,
+            transport: Transport::Tunnel,
+            source: "web",
+            destination: &format!("db-{number}"),
+        });
+    }
+    let text = metrics.render().unwrap();
+    let series = text
+        .lines()
+        .filter(|line| line.starts_with("reeve_connections_opened_total{"));
+    assert_eq!(series.count(), NAME_PAIRS + 1);
+    assert!(text.contains(
+        r#"reeve_connections_opened_total{destination="other",direction="egress",source="other",transport="tunnel"} 500"#
+    ));
+}
+
 fn identity(at: impl Fn(u64) -> SystemTime) -> IdentityStatus {
     IdentityStatus {
         spiffe_id: SpiffeId::parse("spiffe://example.org/ns/shop/sa/cart").unwrap(),

@@ -1,5 +1,6 @@
 //! The data path with real TLS over real sockets.
 
+mod bounds;
 mod calls;
 mod copy;
 mod life;

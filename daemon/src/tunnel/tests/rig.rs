@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use h2::{RecvStream, SendStream};
+use h2::{RecvStream, SendStream, client::ResponseFuture};
 use http::{Request, Response};
 use reeve_common::Origin;
 use tokio::{
@@ -40,11 +40,11 @@ use crate::{
         bounds::Bounds,
         connection::{Call, Connection, Parties, Would},
         copy::copy,
-        driver::{Driver, sending},
+        driver::{Driver, Incoming, sending},
         frames::FrameMeter,
         link::{Ends, Link},
         registry::Registered,
-        wire::wire,
+        wire::{Wire, wire},
         worker::Worker,
     },
 };
@@ -185,13 +185,36 @@ pub(super) async fn tcp_pair() -> (TcpStream, TcpStream) {
     (client.unwrap(), server.unwrap().0)
 }
 
+/// A TLS connection between two identities: the client's end and the server's.
+async fn secured(client: &Svid, server: &Svid) -> [(TcpStream, rustls::Connection); 2] {
+    let (near, far) = tcp_pair().await;
+    let connector = TlsConnector::from(client.client(&server.id));
+    let acceptor = TlsAcceptor::from(server.server.clone());
+    let (near, far) = tokio::join!(
+        connector.connect(server_name_for(&server.id), near),
+        acceptor.accept(far)
+    );
+    let (near, near_tls) = near.unwrap().into_inner();
+    let (far, far_tls) = far.unwrap().into_inner();
+    [(near, near_tls.into()), (far, far_tls.into())]
+}
+
+/// HTTP/2's end of a tunnel, and the socket of a peer that reads nothing.
+pub(super) async fn unread_wire() -> (Wire, TcpStream) {
+    let store = identities_from(authority(), &["cart", "stock"]).await;
+    let [cart, stock] = ["cart", "stock"].map(|name| store.current(&id(name)).unwrap());
+    let [(near, tls), (far, _)] = secured(&cart, &stock).await;
+    let (wire, _) = wire(near, tls, FrameMeter::of_server(1000));
+    (wire, far)
+}
+
 /// A tunnel between two ends in this thread.
 pub(super) struct Pair {
     pub(super) worker: Rc<Worker>,
     client: Registered<Link>,
     server: Registered<Link>,
     request: RefCell<h2::client::SendRequest<Bytes>>,
-    incoming: RefCell<tokio::sync::mpsc::UnboundedReceiver<crate::tunnel::driver::Incoming>>,
+    incoming: RefCell<tokio::sync::mpsc::UnboundedReceiver<Incoming>>,
 }
 
 /// An application connection through a tunnel.
@@ -225,18 +248,10 @@ impl Pair {
         let (cart, stock) = (store.current(&id("cart")), store.current(&id("stock")));
         let (cart, stock) = (cart.unwrap(), stock.unwrap());
         let worker = worker(store, limits, timeouts);
-        let (near, far) = tcp_pair().await;
-        let connector = TlsConnector::from(cart.client(&stock.id));
-        let acceptor = TlsAcceptor::from(stock.server.clone());
-        let (near, far) = tokio::join!(
-            connector.connect(server_name_for(&stock.id), near),
-            acceptor.accept(far)
-        );
+        let [(near, near_tls), (far, far_tls)] = secured(&cart, &stock).await;
         let meter = |of: fn(usize) -> FrameMeter| of(limits.control_frames);
-        let (tcp, tls) = near.unwrap().into_inner();
-        let (near_wire, near_control) = wire(tcp, tls.into(), meter(FrameMeter::of_server));
-        let (tcp, tls) = far.unwrap().into_inner();
-        let (far_wire, far_control) = wire(tcp, tls.into(), meter(FrameMeter::of_client));
+        let (near_wire, near_control) = wire(near, near_tls, meter(FrameMeter::of_server));
+        let (far_wire, far_control) = wire(far, far_tls, meter(FrameMeter::of_client));
         let server = crate::tunnel::server::builder(&worker);
         let client = crate::tunnel::client::builder(&worker);
         let (client, server) =
@@ -278,17 +293,22 @@ impl Pair {
 
     /// A stream with its far end.
     pub(super) async fn stream(&self) -> [(SendStream<Bytes>, RecvStream); 2] {
+        let (response, near_send, (far, mut respond)) = self.asked().await;
+        let far_send = respond.send_response(Response::new(()), false).unwrap();
+        let near_recv = response.await.unwrap().into_body();
+        [(near_send, near_recv), (far_send, far.into_body())]
+    }
+
+    /// A request that waits for its answer, and what the far end has of it.
+    pub(super) async fn asked(&self) -> (ResponseFuture, SendStream<Bytes>, Incoming) {
         let mut request = self.request.borrow().clone();
         std::future::poll_fn(|cx| request.poll_ready(cx))
             .await
             .unwrap();
         let connect = Request::connect("10.0.0.7:80").body(()).unwrap();
-        let (response, near_send) = request.send_request(connect, false).unwrap();
+        let (response, send) = request.send_request(connect, false).unwrap();
         let incoming = std::future::poll_fn(|cx| self.incoming.borrow_mut().poll_recv(cx));
-        let (far, mut respond) = incoming.await.unwrap();
-        let far_send = respond.send_response(Response::new(()), false).unwrap();
-        let near_recv = response.await.unwrap().into_body();
-        [(near_send, near_recv), (far_send, far.into_body())]
+        (response, send, incoming.await.unwrap())
     }
 
     /// An application connection.
