@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use harness::Programs;
 
 use crate::{run, setup, workspace::Workspace};
 
@@ -55,4 +56,18 @@ pub(crate) fn build(workspace: &Workspace, options: &Options) -> Result<Built> {
         daemon: folder.join("reeve"),
         peer: folder.join("peer"),
     })
+}
+
+/// Sets up and builds what a scene with real daemons needs, and has all scenes of this process run
+/// that.
+pub(crate) fn for_scenes(release: bool) -> Result<Workspace> {
+    let workspace = Workspace::find()?;
+    setup::for_running(&workspace)?;
+    let built = build(&workspace, &Options { release })?;
+    Programs {
+        reeve: built.daemon,
+        peer: built.peer,
+    }
+    .set();
+    Ok(workspace)
 }

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Cut, CutPlan, Patience, Programs};
+use harness::{Cut, CutPlan, Patience};
 
-use crate::{build, duration, setup, workspace::Workspace};
+use crate::{build, duration};
 
 /// For so long connections live through a cut.
 const SHORT: Duration = Duration::from_secs(5);
@@ -27,15 +27,7 @@ pub(crate) struct Options {
 /// Sets up, builds, and fails if anything was not as docs/faults.md promises.
 pub(crate) fn run(options: &Options) -> Result<()> {
     ensure!(options.cut >= SHORTEST, "`--cut` is a minute at least");
-    let workspace = Workspace::find()?;
-    setup::for_running(&workspace)?;
-    let release = !options.debug;
-    let built = build::build(&workspace, &build::Options { release })?;
-    Programs {
-        reeve: built.daemon,
-        peer: built.peer,
-    }
-    .set();
+    build::for_scenes(!options.debug)?;
     let cut = Cut::run(&CutPlan {
         short: SHORT,
         long: options.cut,

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Programs, Soak};
+use harness::Soak;
 
-use crate::{build, duration, setup, workspace::Workspace};
+use crate::{build, duration};
 
 /// How long.
 #[derive(clap::Args, Debug)]
@@ -20,15 +20,7 @@ pub(crate) struct Options {
 
 /// Sets up, builds, and fails if a connection did or something grew.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let workspace = Workspace::find()?;
-    setup::for_running(&workspace)?;
-    let release = !options.debug;
-    let built = build::build(&workspace, &build::Options { release })?;
-    Programs {
-        reeve: built.daemon,
-        peer: built.peer,
-    }
-    .set();
+    build::for_scenes(!options.debug)?;
     let soak = Soak::run(options.duration);
     print!("{soak}");
     ensure!(soak.wrong.is_empty(), "{}", soak.wrong.join("; "));

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Programs, Storm};
+use harness::Storm;
 
-use crate::{build, setup, workspace::Workspace};
+use crate::build;
 
 /// How long.
 #[derive(clap::Args, Debug)]
@@ -17,14 +17,7 @@ pub(crate) struct Options {
 
 /// Sets up, builds with optimisation, and fails if a single connection did.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let workspace = Workspace::find()?;
-    setup::for_running(&workspace)?;
-    let built = build::build(&workspace, &build::Options { release: true })?;
-    Programs {
-        reeve: built.daemon,
-        peer: built.peer,
-    }
-    .set();
+    build::for_scenes(true)?;
     let storm = Storm::run(Duration::from_secs(options.minutes * 60));
     println!(
         "{} rotations, {} certificates in force one after the other, {} connections, {} transfers",

@@ -17,12 +17,11 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use harness::Programs;
 use measure::Measurement;
 use report::Report;
 use scene::{Scene, Way};
 
-use crate::{build, setup, workspace::Workspace};
+use crate::{build, workspace::Workspace};
 
 /// What to measure, and how long.
 #[derive(clap::Args, Debug)]
@@ -49,14 +48,7 @@ pub(crate) struct Options {
 
 /// Sets up, builds with optimisation, measures, and prints.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let workspace = Workspace::find()?;
-    setup::for_running(&workspace)?;
-    let built = build::build(&workspace, &build::Options { release: true })?;
-    Programs {
-        reeve: built.daemon,
-        peer: built.peer,
-    }
-    .set();
+    let workspace = build::for_scenes(true)?;
 
     let mut report = Report::default();
     if options.reload {

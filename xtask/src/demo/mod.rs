@@ -13,11 +13,10 @@ mod stage;
 use std::panic;
 
 use anyhow::{Result, bail};
-use harness::Programs;
 use scene::Scene;
 use stage::Stage;
 
-use crate::{build, setup, workspace::Workspace};
+use crate::build;
 
 /// How to show it.
 #[derive(clap::Args, Debug)]
@@ -32,19 +31,7 @@ pub(crate) struct Options {
 
 /// Sets up, builds, plays, and cleans up.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let workspace = Workspace::find()?;
-    setup::for_running(&workspace)?;
-    let built = build::build(
-        &workspace,
-        &build::Options {
-            release: options.release,
-        },
-    )?;
-    Programs {
-        reeve: built.daemon,
-        peer: built.peer,
-    }
-    .set();
+    build::for_scenes(options.release)?;
 
     // What breaks is told like the rest; where in the source it broke helps nobody here.
     panic::set_hook(Box::new(|panic| {
