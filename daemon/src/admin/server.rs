@@ -389,6 +389,10 @@ mod tests {
             (b"{\"version\":1,\"command\":\"stop\"}\n", "unknown variant"),
             (b"{\"version\":9,\"command\":\"status\"}\n", "version 1"),
             (&[b'x'; 2 * MAX_REQUEST], "at most 4096 bytes"),
+            (
+                &[&[b'x'; MAX_REQUEST][..], b"\n"].concat(),
+                "at most 4096 bytes",
+            ),
         ] {
             let answer = raw(&path, request).await;
             assert!(answer.contains(reason), "{answer}");

@@ -330,6 +330,12 @@ mod tests {
         let later = start + Duration::from_millis(101);
         assert_eq!(log.take(1, Kind::Refused, later), Some(900));
         assert_eq!(log.take(1, Kind::Refused, later), None);
+        // What was not used is no leave for a flood.
+        let much_later = start + Duration::from_secs(3600);
+        let written = (0..1000)
+            .filter(|_| log.take(1, Kind::Refused, much_later).is_some())
+            .count();
+        assert_eq!(written, 100);
     }
     #[test]
     fn workloads_without_end_share_one_allowance_and_nothing_more_is_remembered() {

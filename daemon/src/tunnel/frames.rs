@@ -162,6 +162,14 @@ mod tests {
     }
 
     #[test]
+    fn what_was_carried_in_a_good_hour_is_no_leave_for_a_flood() {
+        let mut meter = FrameMeter::of_server(10);
+        meter.sent(1 << 30);
+        assert!((0..1000).all(|_| meter.received(&frame(HEADERS, 0))));
+        assert!(!meter.received(&frame(PING, 8).repeat(40)));
+    }
+
+    #[test]
     fn as_many_may_come_again_after_a_while() {
         let mut meter = FrameMeter::of_server(10);
         assert!(meter.received(&frame(PING, 8).repeat(9)));

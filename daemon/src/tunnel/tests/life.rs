@@ -267,6 +267,45 @@ fn a_tunnel_without_connections_is_closed() {
 }
 
 #[test]
+fn a_tunnel_that_is_old_takes_no_new_connections_and_keeps_those_it_has() {
+    run(async {
+        let timeouts = Timeouts {
+            tunnel_age: Duration::from_secs(1),
+            ..Timeouts::default()
+        };
+        let node = Node::with(ALLOW, Limits::default(), timeouts).await;
+        let accepted = accept(node.listen("10.0.0.2:80"));
+        let mut old = node.connect("10.0.0.2:80").await;
+        stands(&mut old).await;
+        until("the tunnel is not retired", async || {
+            let status = node.status().await;
+            status.tunnels.iter().any(|tunnel| tunnel.retired)
+        })
+        .await;
+        let mut new = node.connect("10.0.0.2:80").await;
+        stands(&mut new).await;
+        assert_eq!(node.client_tunnels().await, 2);
+        old.write_all(b"more").await.unwrap();
+        let mut text = [0; 4];
+        let mut accepted = accepted.lock().await;
+        accepted[0].read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"more");
+    });
+}
+
+#[test]
+fn attempts_at_a_peer_that_fails_are_few_handshakes() {
+    run(async {
+        let node = Node::new(ALLOW).await;
+        for _ in 0..100 {
+            is_reset(node.try_connect("10.0.0.3:80").await).await;
+        }
+        let handshakes = client_handshakes(&node);
+        assert!(handshakes <= 30.0, "{handshakes} handshakes");
+    });
+}
+
+#[test]
 fn a_burst_to_a_peer_that_fails_is_few_handshakes() {
     run(async {
         let node = Node::new(ALLOW).await;
@@ -278,12 +317,16 @@ fn a_burst_to_a_peer_that_fails_is_few_handshakes() {
         for stream in streams {
             is_reset(stream).await;
         }
-        let text = node.shared.metrics.render().unwrap();
-        let handshakes: f64 = text
-            .lines()
-            .filter(|line| line.contains("handshakes_total") && line.contains("client"))
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum();
+        let handshakes = client_handshakes(&node);
         assert!(handshakes <= 10.0, "{handshakes} handshakes");
     });
+}
+
+/// Handshakes that the node has begun.
+fn client_handshakes(node: &Node) -> f64 {
+    let text = node.shared.metrics.render().unwrap();
+    text.lines()
+        .filter(|line| line.contains("handshakes_total") && line.contains("client"))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
 }
