@@ -5,6 +5,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::Write,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -34,6 +35,45 @@ fn a_state_folder_that_becomes_read_only_stops_nothing_but_what_must_be_written(
     cannot_be_written(&guarded, &state, "Read-only file system");
     remount(&guarded.daemon, &state, "remount,rw");
     is_written_again(&guarded, &state);
+}
+
+#[test]
+fn on_a_full_disk_a_ca_does_what_needs_no_room_and_leaves_nothing_half_written() {
+    let (guarded, state) = with_state_of_its_own();
+    let daemon = &guarded.daemon;
+    let files = || {
+        let folder = fs::read_dir(daemon.sees(&state).join("ca")).unwrap();
+        let read = |file: fs::DirEntry| (file.file_name(), fs::read(file.path()).unwrap());
+        let mut files: Vec<_> = folder.flatten().map(read).collect();
+        files.sort();
+        files
+    };
+    let has_no_room = |command: &str, words: &[&str]| {
+        let before = files();
+        let error = ca(daemon, &state, command, words).fails();
+        assert!(error.contains("No space left on device"), "{error}");
+        assert!(error.contains(&state.display().to_string()), "{error}");
+        assert_eq!(files(), before);
+        ca(daemon, &state, "show", &[]).ok();
+    };
+    // A next root is a key, its certificate, and a bundle with both roots: a block for each.
+    for blocks in 0..3 {
+        fill(&daemon.sees(&state));
+        make_room(&daemon.sees(&state), blocks);
+        has_no_room("rotate", &[]);
+    }
+    make_room(&daemon.sees(&state), 8);
+    rotate(daemon, &state).ok();
+    daemon.wait_for_log(&["the embedded CA has changed"]);
+    fill(&daemon.sees(&state));
+    has_no_room("revoke", &["--serial", "0a"]);
+    // That a root which is trusted already begins to sign gives other names to files, and no more.
+    ca(daemon, &state, "rotate", &["--switch"]).ok();
+    eventually("the daemon follows", || {
+        daemon.logged(&["the embedded CA has changed"]).len() == 2
+    });
+    guarded.still_serves();
+    assert!(daemon.is_ready());
 }
 
 #[test]
@@ -88,6 +128,15 @@ fn fill(folder: &Path) {
     assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
 }
 
+/// Gives back so many blocks of what [`fill`] took.
+fn make_room(folder: &Path, blocks: u64) {
+    let filler = fs::File::options().write(true).open(folder.join("filler"));
+    let filler = filler.unwrap();
+    let metadata = filler.metadata().unwrap();
+    let less = metadata.len() - blocks * metadata.blksize();
+    filler.set_len(less).unwrap();
+}
+
 fn remount(daemon: &Daemon, folder: &Path, how: &str) {
     let words = ["mount", "-o", how].map(OsStr::new);
     daemon
@@ -96,11 +145,17 @@ fn remount(daemon: &Daemon, folder: &Path, how: &str) {
 }
 
 fn rotate(daemon: &Daemon, state: &Path) -> Output {
+    ca(daemon, state, "rotate", &[])
+}
+
+/// Runs `reeve ca` for the daemon's authority, among its mounts.
+fn ca(daemon: &Daemon, state: &Path, command: &str, words: &[&str]) -> Output {
     let reeve = Programs::get().reeve.as_os_str();
     let folder = state.join("ca");
-    let words = ["ca", "rotate", "--dir"].map(OsStr::new);
-    let words = std::iter::once(reeve).chain(words);
-    daemon.beside(words.chain([folder.as_os_str()]))
+    let first = ["ca", command, "--dir"].map(OsStr::new);
+    let first = std::iter::once(reeve).chain(first);
+    let words = words.iter().map(OsStr::new);
+    daemon.beside(first.chain([folder.as_os_str()]).chain(words))
 }
 
 /// Certificates of the server that have been put in force.

@@ -7,12 +7,13 @@
 //! | `next.key`, `next.pem` | a root that is trusted and does not sign yet |
 //! | `bundle.pem` | every root that is trusted; where it is missing, `root.pem` is |
 //! | `crl.pem` | revocation lists; where it is missing, revocation is not checked |
-//! | `lock` | held by whoever works in the folder |
+//!
+//! Whoever works in the folder holds a lock of the folder itself, which needs no room on its disk.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, ErrorKind, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    io::{self, ErrorKind, Read},
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -20,22 +21,20 @@ use rcgen::KeyPair;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
 use zeroize::Zeroizing;
 
-use super::CaError;
+use super::{CaError, changes::Changes};
 
 pub(super) const ROOT: Names = Names("root.key", "root.pem");
 pub(super) const NEXT: Names = Names("next.key", "next.pem");
 pub(super) const INTERMEDIATE: Names = Names("intermediate.key", "intermediate.pem");
 pub(super) const BUNDLE: &str = "bundle.pem";
 pub(super) const LISTS: &str = "crl.pem";
-const LOCK: &str = "lock";
 
 const FOLDER_MODE: u32 = 0o700;
-const KEY_MODE: u32 = 0o600;
-const PUBLIC_MODE: u32 = 0o644;
+pub(super) const KEY_MODE: u32 = 0o600;
 
 /// Names of a key and of its certificate.
 #[derive(Clone, Copy)]
-pub(super) struct Names(&'static str, &'static str);
+pub(super) struct Names(pub(super) &'static str, pub(super) &'static str);
 
 /// A key and its certificate, with those above it but the root.
 pub(super) struct Pair {
@@ -62,8 +61,8 @@ pub(super) struct Contents {
 /// A folder that nobody else works in for as long as this value lives.
 pub(super) struct Folder {
     path: PathBuf,
+    /// Locked.
     opened: File,
-    _lock: Option<File>,
 }
 
 // === impl Folder ===
@@ -71,11 +70,7 @@ pub(super) struct Folder {
 impl Folder {
     /// Opens and locks a folder, and makes it where it is not there.
     pub(super) fn create(path: &Path) -> Result<Self, CaError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(FOLDER_MODE)
-            .create(path)
-            .map_err(io_error("create", path))?;
+        make(path)?;
         Self::open(path)
     }
 
@@ -88,10 +83,11 @@ impl Folder {
             _ => io_error("open", path)(error),
         })?;
         check_private(&opened, path, FOLDER_MODE)?;
+        // Waits until nobody else is at work here.
+        opened.lock().map_err(io_error("lock", path))?;
         Ok(Self {
             path: path.to_owned(),
             opened,
-            _lock: lock(path)?,
         })
     }
 
@@ -167,39 +163,9 @@ impl Folder {
         })
     }
 
-    /// Writes a key and its certificates.
-    pub(super) fn write_pair(
-        &self,
-        names: Names,
-        key: &KeyPair,
-        chain: &[CertificateDer<'_>],
-    ) -> Result<(), CaError> {
-        let Names(key_name, chain_name) = names;
-        let pem = Zeroizing::new(key.serialize_pem());
-        write(&self.path, key_name, KEY_MODE, pem.as_bytes())?;
-        write(
-            &self.path,
-            chain_name,
-            PUBLIC_MODE,
-            pem_of("CERTIFICATE", chain).as_bytes(),
-        )?;
-        self.sync()
-    }
-
-    /// Writes the roots that are trusted.
-    pub(super) fn write_bundle(&self, roots: &[CertificateDer<'_>]) -> Result<(), CaError> {
-        let pem = pem_of("CERTIFICATE", roots);
-        write(&self.path, BUNDLE, PUBLIC_MODE, pem.as_bytes())?;
-        self.sync()
-    }
-
-    /// Writes the revocation lists.
-    pub(super) fn write_lists(
-        &self,
-        lists: &[CertificateRevocationListDer<'_>],
-    ) -> Result<(), CaError> {
-        let pem = pem_of("X509 CRL", lists);
-        write(&self.path, LISTS, PUBLIC_MODE, pem.as_bytes())?;
+    /// Writes files, all of them or none. What is there already and the same is left alone.
+    pub(super) fn write(&self, changes: Changes) -> Result<(), CaError> {
+        changes.write_in(&self.path)?;
         self.sync()
     }
 
@@ -221,6 +187,21 @@ impl Folder {
         let (from, to) = (self.path.join(NEXT.1), self.path.join(ROOT.1));
         fs::rename(&from, &to).map_err(io_error("rename a file to", &to))?;
         self.sync()
+    }
+
+    /// A key and its certificates that are about to be written.
+    pub(super) fn new_pair(
+        &self,
+        names: Names,
+        key: KeyPair,
+        chain: Vec<CertificateDer<'static>>,
+    ) -> Pair {
+        Pair {
+            key,
+            key_path: self.path.join(names.0),
+            chain,
+            chain_path: self.path.join(names.1),
+        }
     }
 
     fn pair(&self, names: Names) -> Result<Option<Pair>, CaError> {
@@ -259,14 +240,13 @@ impl Folder {
     }
 }
 
-/// Writes what another machine is to have: only its owner may read it, be it secret or not.
-pub(super) fn write_private(folder: &Path, name: &str, contents: &[u8]) -> Result<(), CaError> {
+/// Makes a folder that is its owner's alone, where there is none.
+pub(super) fn make(path: &Path) -> Result<(), CaError> {
     DirBuilder::new()
         .recursive(true)
         .mode(FOLDER_MODE)
-        .create(folder)
-        .map_err(io_error("create", folder))?;
-    write(folder, name, KEY_MODE, contents)
+        .create(path)
+        .map_err(io_error("create", path))
 }
 
 /// PEM of DER values.
@@ -275,25 +255,6 @@ pub(super) fn pem_of(label: &str, ders: &[impl AsRef<[u8]>]) -> String {
     let block =
         |der: &dyn AsRef<[u8]>| pem::encode_config(&pem::Pem::new(label, der.as_ref()), config);
     ders.iter().map(|der| block(der)).collect()
-}
-
-/// Waits until nobody else is at work in the folder; the lock ends with the value. Where nothing can
-/// be written nobody can be at work.
-fn lock(folder: &Path) -> Result<Option<File>, CaError> {
-    let path = folder.join(LOCK);
-    let opened = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(KEY_MODE)
-        .open(&path);
-    let lock = match opened {
-        Ok(lock) => lock,
-        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => return Ok(None),
-        Err(error) => return Err(io_error("open", &path)(error)),
-    };
-    lock.lock().map_err(io_error("lock", &path))?;
-    Ok(Some(lock))
 }
 
 /// Looks at the open file, not at the path, which could be another file by now.
@@ -350,30 +311,10 @@ fn read_pem<T: PemObject>(
         })
 }
 
-/// Writes a file that is whole or not there, even after a power cut.
-fn write(folder: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaError> {
-    let path = folder.join(name);
-    let unfinished = folder.join(format!(".{name}.new"));
-    // Left by a process that was killed at this; nobody else is at it, since we hold the lock.
-    match fs::remove_file(&unfinished) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(io_error("remove", &unfinished)(error));
-        }
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(&unfinished)
-        .map_err(io_error("create", &unfinished))?;
-    file.write_all(contents)
-        .and_then(|()| file.sync_all())
-        .map_err(io_error("write", &unfinished))?;
-    fs::rename(&unfinished, &path).map_err(io_error("rename a file to", &path))
-}
-
-fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> CaError + 'a {
+pub(super) fn io_error<'a>(
+    action: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(io::Error) -> CaError + 'a {
     move |error| CaError::Io {
         action,
         path: path.to_owned(),

@@ -6,6 +6,7 @@
 //! read again while the daemon runs: checked as a whole, and put in force as a whole.
 
 mod authority;
+mod changes;
 mod error;
 mod folder;
 mod lists;

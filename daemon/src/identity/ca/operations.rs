@@ -8,11 +8,11 @@ use std::{
 
 use rcgen::{Issuer, KeyPair};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
-use zeroize::Zeroizing;
 
 use super::{
     CaError,
     authority::{Authority, CaKey, Signer},
+    changes::Changes,
     folder::{self, Contents, Folder, INTERMEDIATE, NEXT, ROOT, pem_of},
     lists::{self, Crl, Split},
     template,
@@ -53,8 +53,11 @@ pub(super) fn make_root(
     let key = CaKey::new(KeyPair::generate()?);
     let root = template::root(trust_domain, lifetime)?.self_signed(&key)?;
     let root = [root.into()];
-    folder.write_bundle(&root)?;
-    folder.write_pair(ROOT, key.pair(), &root)
+    folder.write(
+        Changes::default()
+            .bundle(&root)
+            .pair(ROOT, key.pair(), &root),
+    )
 }
 
 /// Makes an intermediate, signed by the root in another folder, in a folder that has no CA. It
@@ -108,9 +111,9 @@ fn make_intermediate(
     let own = lists::sign(&issuer, &[], not_after)?;
     let mut all = with_own_list(contents.lists, &signer, root)?;
     all.push(own);
-    root.write_lists(&all)?;
+    root.write(Changes::default().lists(&all))?;
 
-    folder.write_bundle(&trusted)?;
+    let mut changes = Changes::default().bundle(&trusted);
     if !old_lists.is_empty() {
         let mut merged = all.clone();
         for list in old_lists {
@@ -122,9 +125,9 @@ fn make_intermediate(
                 merged.push(list);
             }
         }
-        folder.write_lists(&merged)?;
+        changes = changes.lists(&merged);
     }
-    folder.write_pair(INTERMEDIATE, issuer.key().pair(), &[certificate])
+    folder.write(changes.pair(INTERMEDIATE, issuer.key().pair(), &[certificate]))
 }
 
 /// Makes the root that is to come, which is trusted from now on and signs nothing yet. Does nothing
@@ -135,14 +138,16 @@ fn make_intermediate(
 pub fn prepare_root(path: &Path, lifetime: Duration) -> Result<(), CaError> {
     let folder = Folder::open(path)?;
     let mut contents = root_contents(&folder)?;
+    let mut changes = Changes::default();
     if contents.next.is_none() {
-        let trust_domain = Signer::check(contents.signer, None)?.trust_domain;
-        let key = CaKey::new(KeyPair::generate()?);
+        let trust_domain = Signer::check(root_contents(&folder)?.signer, None)?.trust_domain;
+        let key = KeyPair::generate()?;
         let next = template::root(&trust_domain, lifetime)?.self_signed(&key)?;
-        folder.write_pair(NEXT, key.pair(), &[next.into()])?;
-        contents = root_contents(&folder)?;
+        let chain = vec![next.into()];
+        changes = changes.pair(NEXT, &key, &chain);
+        contents.next = Some(folder.new_pair(NEXT, key, chain));
     }
-    trust_next(&folder, contents)
+    folder.write(trust_next(&folder, contents, changes)?)
 }
 
 /// Begins to sign with the next root. The one before stays trusted, and its key is gone.
@@ -158,7 +163,7 @@ pub fn switch_root(path: &Path) -> Result<(), CaError> {
             folder: path.to_owned(),
         });
     }
-    trust_next(&folder, contents)?;
+    folder.write(trust_next(&folder, contents, Changes::default())?)?;
     folder.switch_root()
 }
 
@@ -183,7 +188,7 @@ pub fn drop_old_roots(path: &Path) -> Result<usize, CaError> {
             folder: path.to_owned(),
         });
     }
-    folder.write_bundle(&current)?;
+    let mut changes = Changes::default().bundle(&current);
     if !contents.lists.is_empty() {
         let mut kept = contents.lists;
         for root in &old {
@@ -191,8 +196,9 @@ pub fn drop_old_roots(path: &Path) -> Result<usize, CaError> {
                 kept = split(&folder, kept, root.subject().as_raw())?.others;
             }
         }
-        folder.write_lists(&kept)?;
+        changes = changes.lists(&kept);
     }
+    folder.write(changes)?;
     Ok(old.len())
 }
 
@@ -213,20 +219,19 @@ pub fn issue(
     let crls = contents.lists.clone();
     let authority = Authority::check(path, contents, None)?;
     let material = authority.issue(id, lifetime)?;
-    let key = Zeroizing::new(pem_of("PRIVATE KEY", &[material.key.secret_der()]));
-    folder::write_private(out, "svid.key", key.as_bytes())?;
-    for (name, pem) in [
-        ("svid.pem", pem_of("CERTIFICATE", &material.chain)),
-        (
-            "bundle.pem",
-            pem_of("CERTIFICATE", authority.bundle.certificates()),
-        ),
-    ] {
-        folder::write_private(out, name, pem.as_bytes())?;
-    }
+    let roots = authority.bundle.certificates();
+    let mut files = Changes::default()
+        .private(
+            "svid.key",
+            pem_of("PRIVATE KEY", &[material.key.secret_der()]),
+        )
+        .private("svid.pem", pem_of("CERTIFICATE", &material.chain))
+        .private("bundle.pem", pem_of("CERTIFICATE", roots));
     if !crls.is_empty() {
-        folder::write_private(out, "crl.pem", pem_of("X509 CRL", &crls).as_bytes())?;
+        files = files.private("crl.pem", pem_of("X509 CRL", &crls));
     }
+    folder::make(out)?;
+    files.write_in(out)?;
     Ok(material.chain)
 }
 
@@ -269,12 +274,16 @@ pub fn revoke(
         }
         Err(error) => return Err(error),
     }
-    folder.write_lists(&others)?;
+    folder.write(Changes::default().lists(&others))?;
     Ok(entries.len())
 }
 
-/// Trusts the next root, and gives it a revocation list where there are any.
-fn trust_next(folder: &Folder, contents: Contents) -> Result<(), CaError> {
+/// Has the next root trusted as well, with a revocation list where there are any.
+fn trust_next(
+    folder: &Folder,
+    contents: Contents,
+    mut changes: Changes,
+) -> Result<Changes, CaError> {
     let Contents {
         signer,
         next,
@@ -283,21 +292,28 @@ fn trust_next(folder: &Folder, contents: Contents) -> Result<(), CaError> {
         ..
     } = contents;
     let Some(next) = next else {
-        return Ok(());
+        return Ok(changes);
     };
     for root in &next.chain {
         if !trusted.contains(root) {
             trusted.push(root.clone());
         }
     }
-    folder.write_bundle(&trusted)?;
+    changes = changes.bundle(&trusted);
+    let signers = [Signer::check(signer, None)?, Signer::check(next, None)?];
     if !lists.is_empty() {
-        for pair in [signer, next] {
-            lists = with_own_list(lists, &Signer::check(pair, None)?, folder)?;
+        for signer in signers {
+            // Lists that are complete are not signed anew: that needs room on the disk.
+            if split(folder, lists.clone(), &signer.subject()?)?
+                .own
+                .is_none()
+            {
+                lists = with_own_list(lists, &signer, folder)?;
+            }
         }
-        folder.write_lists(&lists)?;
+        changes = changes.lists(&lists);
     }
-    Ok(())
+    Ok(changes)
 }
 
 /// The lists with one of this signer, which says what it said before.
