@@ -65,7 +65,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
     runtime.block_on(async {
         // Sockets of the daemon before: its own, where it hands over, or those that were kept.
         let asked = match takeover {
-            true => handover::ask(&config.admin.socket, config.ports)?,
+            true => handover::ask(&config.admin.socket, config.ports, config.sandbox)?,
             false => None,
         };
         let (takeover, sockets) = asked.map_or((None, kept), |(takeover, sockets)| {

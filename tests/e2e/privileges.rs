@@ -24,12 +24,15 @@ const BPF: u64 = 1 << 39;
 const NEEDED: u64 =
     DAC_READ_SEARCH | NET_BIND_SERVICE | NET_ADMIN | SYS_PTRACE | SYS_ADMIN | PERFMON | BPF;
 
+/// Of both daemons.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 /// `Seccomp:` of a thread whose system calls are filtered.
 const FILTERED: &str = "2";
 
 #[test]
 fn who_reads_what_strangers_send_has_no_privilege_and_the_others_only_what_they_need() {
-    let (pair, one, two) = Pair::started();
+    let (pair, mut one, two) = Pair::started();
     let _server = serve(&pair.server, PORT, &[]);
     // Each of these threads has done its work.
     for to in [
@@ -39,43 +42,53 @@ fn who_reads_what_strangers_send_has_no_privilege_and_the_others_only_what_they_
         say(&pair.client, to, "with few privileges");
     }
     for daemon in [&one, &two] {
-        let threads = daemon.threads();
-        let exposed =
-            |thread: &&Thread| thread.name.starts_with("tunnel-") || thread.name == "http";
-        let (exposed, others): (Vec<_>, Vec<_>) = threads.iter().partition(exposed);
-        assert!(exposed.len() >= 2, "{threads:?}");
-        for thread in exposed {
-            for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
-                assert_eq!(thread.capabilities(set), 0, "{set} of {}", thread.name);
-            }
-            // Its own filter, besides the process's.
-            assert_eq!(
-                thread.status("Seccomp_filters"),
-                filters(2),
-                "{}",
-                thread.name
-            );
+        has_no_surplus(daemon, &["tunnel-0", "http", "admin", "handover"]);
+    }
+    // What a daemon before says is read like what a stranger says.
+    let to = pair.server.addresses().port4(PORT).to_string();
+    let mut heart = pair.client.spawn_peer(["heartbeat", &to]);
+    heart.wait_for("beat 2");
+    let _old = one.take_over();
+    assert_eq!(one.status()["predecessors"][0]["version"], VERSION);
+    let threads = ["tunnel-0", "http", "admin", "handover", "predecessor"];
+    has_no_surplus(&one, &threads);
+}
+
+/// Checks that these threads are there and have no privilege, and the others only what they need.
+#[track_caller]
+fn has_no_surplus(daemon: &Daemon, exposed: &[&str]) {
+    let threads = daemon.threads();
+    for name in exposed {
+        let is_there = threads.iter().any(|thread| thread.name == *name);
+        assert!(is_there, "{name} is not among {threads:?}");
+    }
+    let is_exposed = |thread: &&Thread| {
+        exposed.contains(&thread.name.as_str()) || thread.name.starts_with("tunnel-")
+    };
+    let (exposed, others): (Vec<_>, Vec<_>) = threads.iter().partition(is_exposed);
+    for thread in exposed {
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(thread.capabilities(set), 0, "{set} of {}", thread.name);
         }
-        for thread in others {
-            let needed = match thread.name.as_str() {
-                "sockets" => SYS_ADMIN | NET_ADMIN,
-                _ => NEEDED,
-            };
-            for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
-                let surplus = thread.capabilities(set) & !needed;
-                assert_eq!(surplus, 0, "{set} of {}: {surplus:x}", thread.name);
-            }
-            assert_eq!(
-                thread.status("Seccomp_filters"),
-                filters(1),
-                "{}",
-                thread.name
-            );
+        // Its own filter, besides the process's.
+        let filtered = thread.status("Seccomp_filters");
+        assert_eq!(filtered, filters(2), "{}", thread.name);
+    }
+    for thread in others {
+        let needed = match thread.name.as_str() {
+            "sockets" => SYS_ADMIN | NET_ADMIN,
+            _ => NEEDED,
+        };
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            let surplus = thread.capabilities(set) & !needed;
+            assert_eq!(surplus, 0, "{set} of {}: {surplus:x}", thread.name);
         }
-        for thread in &threads {
-            assert_eq!(thread.status("Seccomp"), FILTERED, "{}", thread.name);
-            assert_eq!(thread.status("NoNewPrivs"), "1", "{}", thread.name);
-        }
+        let filtered = thread.status("Seccomp_filters");
+        assert_eq!(filtered, filters(1), "{}", thread.name);
+    }
+    for thread in &threads {
+        assert_eq!(thread.status("Seccomp"), FILTERED, "{}", thread.name);
+        assert_eq!(thread.status("NoNewPrivs"), "1", "{}", thread.name);
     }
 }
 

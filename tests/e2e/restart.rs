@@ -200,6 +200,15 @@ fn a_second_request_to_stop_waits_for_nobody() {
     one.signal(Signal::SIGTERM);
     eventually("it drains", || !one.is_ready());
     goes_on(&mut endless);
+    // Whoever asks why it is still there is told.
+    assert_eq!(one.metrics().sum("reeve_draining", &[]), 1.0);
+    let left = one.status()["draining"].clone();
+    assert_eq!(left["connections"], 1, "{left}");
+    assert_eq!(left["workloads"][0]["workload"], "client", "{left}");
+    let line = "connections left: 1 (client 1), for at most ";
+    let page = one.command(["status"]).ok();
+    assert!(page.contains(&format!("shutting down: {line}")), "{page}");
+    one.wait_for_log(&[&format!("draining: {line}")]);
     let asked = Instant::now();
     one.stop();
     assert!(

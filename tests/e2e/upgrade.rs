@@ -1,9 +1,14 @@
 //! One daemon takes over from another while both run: no connection notices, and where it does not
 //! come to that, nothing has changed.
 
-use std::{fs, io::Write, os::unix::fs::PermissionsExt, time::Duration};
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::fs::PermissionsExt,
+    time::Duration,
+};
 
-use harness::{Daemon, Process, SOON, Workload, eventually};
+use harness::{Daemon, Place, Process, SOON, Workload, eventually};
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -162,17 +167,104 @@ fn the_daemon_that_drains_still_obeys_the_policies() {
 }
 
 #[test]
+fn what_is_left_of_daemons_before_is_seen_at_the_one_that_serves() {
+    let (pair, mut one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT).to_string();
+    let beat = || {
+        let mut heart = pair.client.spawn_peer(["heartbeat", &to]);
+        heart.wait_for("beat 2");
+        heart
+    };
+    let gauges = |daemon: &Daemon| {
+        let metrics = daemon.metrics();
+        let names = ["reeve_predecessors", "reeve_predecessor_connections"];
+        names.map(|name| metrics.sum(name, &[]))
+    };
+    assert_eq!(gauges(&one), [0.0, 0.0]);
+    let first = beat();
+    let oldest = one.take_over();
+    let [second, third] = [beat(), beat()];
+    let old = one.take_over();
+    let left = |daemon: &Daemon| daemon.status()["predecessors"].clone();
+    eventually("both are told of", || gauges(&one) == [2.0, 3.0]);
+    let told = left(&one);
+    for (number, process, connections) in [(0, &old, 2), (1, &oldest, 1)] {
+        let told = &told[number];
+        assert_eq!(told["process"], process.id(), "{told}");
+        assert_eq!(told["left"]["connections"], connections, "{told}");
+        let whose = json!([{"workload": "client", "connections": connections}]);
+        assert_eq!(told["left"]["workloads"], whose, "{told}");
+        assert!(told["left"]["seconds"].as_u64().unwrap() > 0, "{told}");
+    }
+    let page = one.command(["status"]).ok();
+    let line = format!(
+        "a daemon before still drains: reeve {}, process {}: connections left: 2 (client 2)",
+        env!("CARGO_PKG_VERSION"),
+        old.id()
+    );
+    assert!(page.contains(&line), "{page}");
+    eventually("and in its own log", || {
+        old.stderr()
+            .contains("draining: connections left: 2 (client 2)")
+    });
+    // It is followed as it gets less, until nobody is left.
+    drop(third);
+    eventually("one has ended", || gauges(&one) == [2.0, 2.0]);
+    drop(first);
+    assert!(oldest.wait(LEAVES).status.success());
+    eventually("one daemon is left", || gauges(&one) == [1.0, 1.0]);
+    assert_eq!(left(&one)[0]["process"], old.id());
+    drop(second);
+    assert!(old.wait(LEAVES).status.success());
+    eventually("nobody is left", || gauges(&one) == [0.0, 0.0]);
+    assert_eq!(left(&one), json!([]));
+}
+
+#[test]
+fn a_daemon_of_before_that_says_nothing_of_what_is_left_is_taken_over_from() {
+    let (pair, mut one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    one.kill();
+    // In its place, one that speaks what was spoken first.
+    let path = one.handover_socket();
+    fs::remove_file(&path).unwrap();
+    let listener = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+    listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+    listener.listen(1).unwrap();
+    let place = place_for_another(&pair);
+    let _new = start_taking_over(&place, &one);
+    listener.set_read_timeout(Some(SOON)).unwrap();
+    let (old, _) = listener.accept().unwrap();
+    old.set_read_timeout(Some(SOON)).unwrap();
+    let hear = |what: &str| {
+        let said = hear(&old);
+        assert!(said.contains(what), "{said}");
+    };
+    let tell = |what: &str| (&old).write_all(what.as_bytes()).unwrap();
+    hear(r#"{"hello":{"protocol":1,"#);
+    tell(r#"{"offer":{"version":"0.0.9","process":7,"isReady":true,"ownCgroups":[],"sockets":0}}"#);
+    hear(r#""take""#);
+    tell(r#""taken""#);
+    let before = || one.status()["predecessors"].clone();
+    eventually("it has taken over", || one.is_ready());
+    let silent = json!([{"version": "0.0.9", "process": 7, "left": null}]);
+    assert_eq!(before(), silent);
+    // What a later version may say is passed over.
+    tell(r#"{"more":7}"#);
+    say(&pair.client, pair.server.addresses().port4(PORT), "served");
+    assert_eq!(before(), silent);
+    drop(old);
+    eventually("its end is seen", || before() == json!([]));
+}
+
+#[test]
 fn a_takeover_without_a_daemon_is_a_start() {
     let (pair, mut one, _two) = Pair::started();
     let _server = serve(&pair.server, PORT, &[]);
     one.kill();
-    let words = one.config().to_str().unwrap().to_owned();
-    let reeve = harness::Programs::get().reeve.to_str().unwrap();
-    let place = pair
-        .one
-        .host()
-        .with_cgroup(pair.one.cgroup().child("again").into());
-    let mut new = place.spawn([reeve, "run", "--takeover", "--config", &words]);
+    let place = place_for_another(&pair);
+    let mut new = start_taking_over(&place, &one);
     eventually("it is ready", || one.is_ready());
     assert!(new.ended().is_none());
     say(&pair.client, pair.server.addresses().port4(PORT), "served");
@@ -247,13 +339,30 @@ fn a_daemon_of_another_layout_or_protocol_is_refused_before_anything_changes() {
     assert!(one.is_ready());
 }
 
+/// Where a daemon runs after another one has ended; whatever runs there ends with it.
+fn place_for_another(pair: &Pair) -> Place {
+    let cgroup = pair.one.cgroup().child("again");
+    pair.one.host().with_cgroup(cgroup.into())
+}
+
+/// Starts a daemon with the files of one that has ended, which takes over from whoever is there.
+fn start_taking_over(place: &Place, ended: &Daemon) -> Process {
+    let config = ended.config().to_str().unwrap();
+    let reeve = harness::Programs::get().reeve.to_str().unwrap();
+    place.spawn([reeve, "run", "--takeover", "--config", config])
+}
+
 /// Says something at the hand-over socket, and hears the answer.
 fn greet(daemon: &Daemon, what: &str) -> String {
     let socket = connect(daemon);
     (&socket).write_all(what.as_bytes()).unwrap();
-    let mut answer = [0; 4096];
-    let length = std::io::Read::read(&mut (&socket), &mut answer).unwrap();
-    String::from_utf8_lossy(&answer[..length]).into_owned()
+    hear(&socket)
+}
+
+fn hear(socket: &Socket) -> String {
+    let mut said = [0; 4096];
+    let length = (&mut &*socket).read(&mut said).unwrap();
+    String::from_utf8_lossy(&said[..length]).into_owned()
 }
 
 fn connect(daemon: &Daemon) -> Socket {

@@ -8,12 +8,14 @@ mod client;
 mod protocol;
 mod reload;
 mod server;
+mod socket;
 mod status;
 
 pub use client::{AskError, Observing, ask, observe};
 pub use protocol::{Answer, Command, PROTOCOL_VERSION, Request};
 pub use reload::{ReloadPart, ReloadReport};
-pub use server::{AdminError, AdminSocket, Responder};
+pub use server::{AdminServing, Responder};
+pub use socket::{AdminError, AdminSocket};
 pub use status::{
     BundleEndpointStatus, BundleStatus, CertificateStatus, MapUsage, PolicyStatus, Status,
     TunnelStatus, TunnelsStatus, WorkloadState, WorkloadStatus,

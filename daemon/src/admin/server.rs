@@ -1,33 +1,28 @@
 //! The daemon's side of the admin socket.
+//!
+//! Requests are read, and answers written, by a thread without privileges. What has been understood
+//! crosses to where it may be answered, as a [`Command`].
 
-use std::{
-    fs, io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
-    },
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
+    runtime::Handle,
+    sync::{Semaphore, oneshot},
+    task::JoinSet,
     time::timeout,
 };
 
-use super::protocol::{Answer, Command, MAX_REQUEST, PROTOCOL_VERSION, Request};
-use crate::telemetry::{Observation, ObserveRequest};
+use super::{
+    protocol::{Answer, Command, MAX_REQUEST, PROTOCOL_VERSION, Request},
+    socket::{AdminError, AdminSocket, SocketFile},
+};
+use crate::{
+    privileges::Confinement,
+    telemetry::{Observation, ObserveRequest},
+};
 
-/// Mode of the socket: its owner alone may connect.
-const SOCKET_MODE: u32 = 0o600;
-/// Mode of its folder, where the daemon has to make it.
-const FOLDER_MODE: u32 = 0o755;
 /// Connections served at the same time.
 const MAX_CONNECTIONS: usize = 16;
 /// From the connection to the last byte of the answer.
@@ -46,184 +41,170 @@ pub trait Responder: Send + Sync + 'static {
     fn observe(&self, request: ObserveRequest) -> Result<Observation, String>;
 }
 
-/// The socket, bound. Its file goes with the value.
+/// The socket, served until this is dropped; its file goes with it.
 #[derive(Debug)]
-pub struct AdminSocket {
-    listener: UnixListener,
-    path: PathBuf,
-    inode: u64,
-    /// Whether the file goes with the value.
-    owns_file: Arc<AtomicBool>,
+pub struct AdminServing {
+    file: SocketFile,
+    _serving: oneshot::Sender<()>,
 }
 
-/// Why there can be no admin socket.
-#[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// Another daemon answers there.
-    #[error(
-        "another daemon answers on the admin socket {}: stop it, or give this one another `admin.socket`", .0.display()
-    )]
-    InUse(PathBuf),
-    /// The path is something else.
-    #[error(
-        "{} is there and is no socket: move it away, or set another `admin.socket`", .0.display()
-    )]
-    NotASocket(PathBuf),
-    /// From the kernel.
-    #[error("the admin socket {} cannot be made", .path.display())]
-    Io {
-        /// Where it should be.
-        path: PathBuf,
-        /// What went wrong.
-        source: io::Error,
-    },
+/// Where answers come from.
+struct Shared<R> {
+    responder: Arc<R>,
+    /// Where the responder runs: what it knows and does needs privileges that reading requests must
+    /// not have.
+    control: Handle,
+    /// For each connection.
+    limit: Duration,
 }
 
 // === impl AdminSocket ===
 
 impl AdminSocket {
-    /// Binds the socket at `path`, in place of one that nobody serves any more.
+    /// Answers on a thread of its own, which has no privileges, until what is given back is
+    /// dropped. Called in the runtime in which the responder is to run.
     ///
     /// # Errors
-    /// When another daemon serves it, the path is something else, or from the kernel.
-    pub fn bind(path: &Path) -> Result<Self, AdminError> {
-        let failed = |source| AdminError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(FOLDER_MODE)
-                .create(folder)
-                .map_err(failed)?;
-        }
-        if path.exists() {
-            use std::os::unix::fs::FileTypeExt;
-            let metadata = fs::symlink_metadata(path).map_err(failed)?;
-            if !metadata.file_type().is_socket() {
-                return Err(AdminError::NotASocket(path.to_owned()));
-            }
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(AdminError::InUse(path.to_owned()));
-            }
-        }
-        // Made under another name and moved: nobody ever finds it with a wider mode, and a left
-        // over socket is replaced in one step.
-        let mut new = path.as_os_str().to_owned();
-        new.push(format!(".{}", std::process::id()));
-        let new = PathBuf::from(new);
-        let _ = fs::remove_file(&new);
-        let listener = UnixListener::bind(&new).map_err(failed)?;
-        let inode = fs::set_permissions(&new, fs::Permissions::from_mode(SOCKET_MODE))
-            .and_then(|()| fs::rename(&new, path))
-            .and_then(|()| fs::symlink_metadata(path))
-            .map_err(|error| {
-                let _ = fs::remove_file(&new);
-                failed(error)
-            })?
-            .ino();
-        Ok(Self {
-            listener,
-            path: path.to_owned(),
-            inode,
-            owns_file: Arc::new(AtomicBool::new(true)),
-        })
-    }
-
-    /// Takes over the socket of a daemon before, which was bound at `path`. The file goes with
-    /// this value only once [`AdminSocket::share`]'s flag says so: until then it is the other
-    /// daemon's.
-    ///
-    /// # Errors
-    /// From the kernel.
-    pub fn adopt(
-        listener: std::os::unix::net::UnixListener,
-        path: &Path,
-    ) -> Result<Self, AdminError> {
-        let failed = |source| AdminError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        listener.set_nonblocking(true).map_err(failed)?;
-        let inode = fs::symlink_metadata(path).map_err(failed)?.ino();
-        Ok(Self {
-            listener: UnixListener::from_std(listener).map_err(failed)?,
-            path: path.to_owned(),
-            inode,
-            owns_file: Arc::new(AtomicBool::new(false)),
-        })
-    }
-
-    /// Another descriptor of the socket, for a daemon that takes over, and what says whether
-    /// the file shall go with this value: not once the socket has been handed over.
-    ///
-    /// # Errors
-    /// From the kernel.
-    pub fn share(&self) -> io::Result<(OwnedFd, Arc<AtomicBool>)> {
-        let socket = self.listener.as_fd().try_clone_to_owned()?;
-        Ok((socket, self.owns_file.clone()))
-    }
-
-    /// Serves for as long as the future is polled.
-    pub async fn serve(self, responder: Arc<impl Responder>) {
-        self.serve_within(CONNECTION_TIMEOUT, responder).await;
+    /// When the thread cannot be made, or keeps what it must not have.
+    pub fn start(
+        self,
+        responder: Arc<impl Responder>,
+        confinement: Confinement,
+    ) -> Result<AdminServing, AdminError> {
+        self.start_within(CONNECTION_TIMEOUT, responder, confinement)
     }
 
     /// The same, with so long for each connection.
-    async fn serve_within(self, limit: Duration, responder: Arc<impl Responder>) {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let Ok(place) = places.clone().acquire_owned().await else {
-                return;
-            };
-            match self.listener.accept().await {
-                Ok((stream, _)) => {
-                    let responder = responder.clone();
-                    tokio::spawn(async move {
-                        let answered = timeout(limit, connection(stream, &*responder)).await;
-                        let observer = match answered {
-                            Ok(Ok(observer)) => observer,
-                            Ok(Err(error)) => {
-                                tracing::debug!(%error, "an admin request was not answered");
-                                None
-                            }
-                            Err(_) => {
-                                tracing::debug!("an admin request took too long");
-                                None
-                            }
-                        };
-                        // Observers stay, within a bound of their own.
-                        drop(place);
-                        if let Some((stream, observation)) = observer
-                            && let Err(error) = observe(stream, observation).await
-                        {
-                            tracing::debug!(%error, "an observer has gone");
-                        }
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the admin socket could not accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
+    fn start_within(
+        self,
+        limit: Duration,
+        responder: Arc<impl Responder>,
+        confinement: Confinement,
+    ) -> Result<AdminServing, AdminError> {
+        let Self { listener, mut file } = self;
+        let shared = Arc::new(Shared {
+            responder,
+            control: Handle::current(),
+            limit,
+        });
+        let (serving, stopped) = oneshot::channel();
+        listener
+            .set_nonblocking(true)
+            .and_then(|()| confinement.serve_exposed("admin", || serve(listener, shared, stopped)))
+            .map_err(|source| AdminError::Serve {
+                path: file.path().to_owned(),
+                source,
+            })?;
+        file.is_own = true;
+        Ok(AdminServing {
+            file,
+            _serving: serving,
+        })
+    }
+}
+
+// === impl AdminServing ===
+
+impl AdminServing {
+    /// Accepts no more, and leaves the file to the daemon that does.
+    pub fn leave(mut self) {
+        self.file.is_own = false;
+    }
+}
+
+// === impl Shared ===
+
+impl<R: Responder> Shared<R> {
+    async fn respond(&self, command: Command) -> Answer {
+        let responder = self.responder.clone();
+        let answer = self.ask(async move { responder.respond(command).await });
+        answer.await.unwrap_or_else(Answer::Error)
+    }
+
+    async fn observe(&self, request: ObserveRequest) -> Result<Observation, String> {
+        let responder = self.responder.clone();
+        let observation = self.ask(async move { responder.observe(request) });
+        observation.await.flatten()
+    }
+
+    /// What comes of `work` where the responder runs. Nobody who waits has it ended.
+    async fn ask<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, String> {
+        let mut tasks = JoinSet::new();
+        tasks.spawn_on(work, &self.control);
+        match tasks.join_next().await {
+            Some(Ok(done)) => Ok(done),
+            Some(Err(error)) if error.is_panic() => {
+                Err("it failed at this; its log says more".to_owned())
             }
+            _ => Err("it is shutting down".to_owned()),
         }
     }
 }
 
-impl Drop for AdminSocket {
-    fn drop(&mut self) {
-        let own = fs::symlink_metadata(&self.path).is_ok_and(|file| file.ino() == self.inode);
-        if own && self.owns_file.load(Ordering::Relaxed) {
-            let _ = fs::remove_file(&self.path);
+/// Accepts until it is stopped, and serves what it has accepted.
+async fn serve<R: Responder>(
+    listener: std::os::unix::net::UnixListener,
+    shared: Arc<Shared<R>>,
+    mut stopped: oneshot::Receiver<()>,
+) {
+    let listener = match UnixListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "the admin socket cannot be served");
+            return;
         }
+    };
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
+        let accepted = tokio::select! {
+            // What comes now is for the daemon that takes over.
+            biased;
+            _ = &mut stopped => {
+                drop(place);
+                break;
+            }
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "the admin socket could not accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let served = timeout(shared.limit, connection(stream, &shared)).await;
+            // Observers stay, within a bound of their own.
+            drop(place);
+            match served {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some((stream, observation)))) => {
+                    if let Err(error) = observe(stream, observation).await {
+                        tracing::debug!(%error, "an observer has gone");
+                    }
+                }
+                Ok(Err(error)) => tracing::debug!(%error, "an admin request was not answered"),
+                Err(_) => tracing::debug!("an admin request took too long"),
+            }
+        });
     }
+    drop(listener);
+    // All places are free again: nobody is being served.
+    let _ = places.acquire_many(MAX_CONNECTIONS as u32).await;
 }
 
 /// Answers a request. Who observes is given back, to be told what happens from now on.
-async fn connection(
+async fn connection<R: Responder>(
     mut stream: UnixStream,
-    responder: &impl Responder,
+    shared: &Shared<R>,
 ) -> io::Result<Option<(UnixStream, Observation)>> {
     // The mode already says so; it does not hold for a descriptor that was passed on.
     let user = stream.peer_cred()?.uid();
@@ -233,11 +214,11 @@ async fn connection(
             Ok(Request {
                 command: Command::Observe(request),
                 ..
-            }) => match responder.observe(*request) {
+            }) => match shared.observe(*request).await {
                 Ok(observation) => return Ok(Some((stream, observation))),
                 Err(refusal) => Answer::Error(refusal),
             },
-            Ok(request) => responder.respond(request.command).await,
+            Ok(request) => shared.respond(request.command).await,
             Err(refusal) => Answer::Error(refusal),
         }
     } else {
@@ -303,6 +284,9 @@ async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, Str
 #[cfg(test)]
 mod tests {
     use std::{
+        fs,
+        os::unix::fs::MetadataExt,
+        path::{Path, PathBuf},
         sync::atomic::{AtomicU32, Ordering},
         time::Instant,
     };
@@ -350,6 +334,11 @@ mod tests {
         }
     }
 
+    fn serve_at(socket: AdminSocket) -> AdminServing {
+        let confinement = Confinement::default();
+        socket.start(Arc::new(Fixed), confinement).unwrap()
+    }
+
     async fn raw(path: &Path, request: &[u8]) -> String {
         let mut stream = UnixStream::connect(path).await.unwrap();
         let _ = stream.write_all(request).await;
@@ -365,7 +354,7 @@ mod tests {
         let path = folder.socket();
         let socket = AdminSocket::bind(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-        let server = tokio::spawn(socket.serve(Arc::new(Fixed)));
+        let server = serve_at(socket);
 
         let asked = path.clone();
         let answer = tokio::task::spawn_blocking(move || ask(&asked, Command::Status))
@@ -373,8 +362,7 @@ mod tests {
             .unwrap();
         assert!(matches!(answer, Ok(Answer::Status(status)) if status.node == "here"));
 
-        server.abort();
-        let _ = server.await;
+        drop(server);
         assert!(!path.exists(), "the file goes with the socket");
     }
 
@@ -382,7 +370,7 @@ mod tests {
     async fn what_is_no_request_is_refused_with_the_reason() {
         let folder = Folder::new();
         let path = folder.socket();
-        tokio::spawn(AdminSocket::bind(&path).unwrap().serve(Arc::new(Fixed)));
+        let _server = serve_at(AdminSocket::bind(&path).unwrap());
         for (request, reason) in [
             (&b"status\n"[..], "not understood"),
             (br#"{"version":1,"command":"stop"}"#, "one line"),
@@ -405,7 +393,8 @@ mod tests {
         let path = folder.socket();
         let limit = Duration::from_secs(1);
         let socket = AdminSocket::bind(&path).unwrap();
-        tokio::spawn(socket.serve_within(limit, Arc::new(Fixed)));
+        let confinement = Confinement::default();
+        let _server = socket.start_within(limit, Arc::new(Fixed), confinement);
         let started = Instant::now();
         let mut silent = Vec::new();
         for _ in 0..MAX_CONNECTIONS {

@@ -4,7 +4,11 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{datapath, workload::CgroupSelector};
+use crate::{
+    datapath,
+    handover::{Draining, Left},
+    workload::CgroupSelector,
+};
 
 /// The whole of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -24,6 +28,13 @@ pub struct Status {
     pub ready: bool,
     /// What is missing, one sentence each.
     pub not_ready: Vec<String>,
+    /// What is left of its connections, where it lets them end.
+    #[serde(default)]
+    pub draining: Option<Left>,
+    /// Daemons before, from which others took over and whose connections have not all ended; the last
+    /// one first.
+    #[serde(default)]
+    pub predecessors: Vec<Draining>,
     /// Number of the state that the kernel holds; raised at each change.
     pub generation: u32,
     /// Workloads of this node, in the order of their declaration.

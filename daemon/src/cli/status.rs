@@ -33,6 +33,12 @@ fn write(page: &mut String, status: &Status) -> fmt::Result {
             writeln!(page, "  - {missing}")?;
         }
     }
+    if let Some(left) = &status.draining {
+        writeln!(page, "shutting down: {left}")?;
+    }
+    for predecessor in &status.predecessors {
+        writeln!(page, "a daemon before still drains: {predecessor}")?;
+    }
     writeln!(page)?;
     workloads(page, status)?;
     certificates(page, status)?;
@@ -229,7 +235,10 @@ fn list(items: impl Iterator<Item = String>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::{CertificateStatus, MapUsage, PolicyStatus, WorkloadState, WorkloadStatus};
+    use crate::{
+        admin::{CertificateStatus, MapUsage, PolicyStatus, WorkloadState, WorkloadStatus},
+        handover::{Draining, Left},
+    };
 
     #[test]
     fn the_page_says_what_is_missing_and_what_is_there() {
@@ -239,6 +248,15 @@ mod tests {
             trust_domain: "example.org".into(),
             uptime_seconds: 75,
             not_ready: vec!["workload web has no certificate".into()],
+            predecessors: vec![Draining {
+                version: "0.0.9".into(),
+                process: 4711,
+                left: Some(Left {
+                    connections: 3,
+                    seconds: 75,
+                    ..Left::default()
+                }),
+            }],
             workloads: vec![WorkloadStatus {
                 name: "web".into(),
                 id: 1,
@@ -273,6 +291,7 @@ mod tests {
         for text in [
             "reeve 0.1.0 on node1, trust domain example.org, up 1m 15s",
             "NOT READY\n  - workload web has no certificate",
+            "before still drains: reeve 0.0.9, process 4711: connections left: 3, for at most 1m 15s",
             "web   running  yes        no           4026531840 shared  192.0.2.1  nginx.service",
             "the disk is full",
             "  web.yaml:1:1: is not a policy",

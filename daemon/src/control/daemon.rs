@@ -14,6 +14,7 @@ use crate::{
     answers,
     config::Config,
     datapath::Datapath,
+    handover::Draining,
     identity::{Federation, IdentityStore},
     policy::Snapshot,
     telemetry::{Metrics, Observation, ObserveRequest, Observers, Readiness, Readings},
@@ -45,6 +46,8 @@ pub struct Daemon {
     pub(super) view: ArcSwap<View>,
     /// Another daemon takes over, and writes the kernel's maps.
     pub(super) kernel_is_anothers: AtomicBool,
+    /// Daemons before that still drain, the last one first.
+    pub(super) predecessors: ArcSwap<Vec<Draining>>,
     started: Instant,
 }
 
@@ -57,7 +60,8 @@ pub(super) struct View {
     /// What could not be done, one sentence each.
     pub(super) problems: Vec<String>,
     pub(super) policies: admin::PolicyStatus,
-    pub(super) stopping: bool,
+    /// Connections end by themselves, and until when.
+    pub(super) draining: Option<Instant>,
 }
 
 // === impl Daemon ===
@@ -97,6 +101,7 @@ impl Daemon {
             reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
             kernel_is_anothers: AtomicBool::new(false),
+            predecessors: ArcSwap::default(),
             started: Instant::now(),
         }
     }
@@ -105,7 +110,7 @@ impl Daemon {
     pub(super) fn readiness(&self) -> Readiness {
         let view = self.view.load();
         let mut missing = view.problems.clone();
-        if view.stopping {
+        if view.draining.is_some() {
             missing.push("the daemon is shutting down".to_owned());
         }
         for running in &view.discovery.workloads {
@@ -146,6 +151,8 @@ impl Daemon {
             bundle_endpoints: self.federation.status(),
             workloads,
             ready: self.readiness().is_ready(),
+            draining: self.draining().is_some(),
+            predecessors: self.predecessors.load_full(),
         }
     }
 
@@ -164,6 +171,8 @@ impl Daemon {
             uptime_seconds: self.started.elapsed().as_secs(),
             ready: readiness.is_ready(),
             not_ready: readiness.missing,
+            draining: self.draining().and_then(|draining| draining.left),
+            predecessors: Vec::clone(&self.predecessors.load()),
             generation: self.datapath.generation(),
             workloads: workloads
                 .map(|running| self.workload(&view, running))

@@ -1,19 +1,10 @@
 //! Where others ask: the metrics endpoint and the admin socket.
 
-use std::{
-    net::SocketAddr,
-    os::fd::OwnedFd,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
-
-use tokio::task::JoinHandle;
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use super::{Daemon, RunError};
 use crate::{
-    admin::{AdminError, AdminSocket},
+    admin::{AdminServing, AdminSocket},
     config::Config,
     handover::Inherited,
     telemetry::{HttpServer, HttpServing, Metrics, Told},
@@ -26,16 +17,15 @@ pub struct Endpoints {
     admin: Option<AdminSocket>,
     /// The same sockets, for a daemon that takes over.
     shared: Vec<OwnedFd>,
-    owns_admin_file: Arc<AtomicBool>,
-    serving: Option<HttpServing>,
-    task: Option<JoinHandle<()>>,
+    http_serving: Option<HttpServing>,
+    admin_serving: Option<AdminServing>,
 }
 
 // === impl Endpoints ===
 
 impl Endpoints {
     /// Binds them, or takes over those of the daemon before. Called in the runtime in which
-    /// metrics are to be gathered.
+    /// metrics are to be gathered, and commands to be answered.
     ///
     /// # Errors
     /// When another daemon has them, or from the kernel.
@@ -61,35 +51,29 @@ impl Endpoints {
             Some(listener) => AdminSocket::adopt(listener, path)?,
             None => AdminSocket::bind(path)?,
         };
-        let (socket, owns_admin_file) = admin.share().map_err(|source| AdminError::Io {
-            path: path.clone(),
-            source,
-        })?;
-        shared.push(socket);
+        shared.push(admin.share()?);
         Ok(Self {
             http,
             admin: Some(admin),
             shared,
-            owns_admin_file,
-            serving: None,
-            task: None,
+            http_serving: None,
+            admin_serving: None,
         })
     }
 
     /// Begins to answer.
     ///
     /// # Errors
-    /// When the metrics endpoint cannot be served.
+    /// When one of them cannot be served.
     pub fn serve(&mut self, daemon: &Arc<Daemon>) -> Result<(), RunError> {
         let confinement = daemon.config.load().sandbox;
         if let Some((address, http)) = self.http.take() {
             let serving = http.start(confinement);
             let serving = serving.map_err(|source| RunError::Http { address, source })?;
-            self.serving = Some(serving);
+            self.http_serving = Some(serving);
         }
         if let Some(admin) = self.admin.take() {
-            self.owns_admin_file.store(true, Ordering::Relaxed);
-            self.task = Some(tokio::spawn(admin.serve(daemon.clone())));
+            self.admin_serving = Some(admin.start(daemon.clone(), confinement)?);
         }
         Ok(())
     }
@@ -104,10 +88,9 @@ impl Endpoints {
 
     /// Leaves them to the daemon that has taken over.
     pub(super) fn leave(&mut self) {
-        self.owns_admin_file.store(false, Ordering::Relaxed);
-        self.serving = None;
-        if let Some(task) = self.task.take() {
-            task.abort();
+        self.http_serving = None;
+        if let Some(serving) = self.admin_serving.take() {
+            serving.leave();
         }
         self.shared.clear();
     }

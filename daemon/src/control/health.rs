@@ -42,6 +42,8 @@ impl HealthLook {
             loop {
                 let problem = look(&daemon, &control, every).await.err();
                 match &problem {
+                    // systemd listens to the one that has taken over.
+                    None if daemon.has_handed_over() => {}
                     None => process::notify_watchdog(),
                     Some(problem) => {
                         tracing::error!("the daemon is not well: {problem}");
@@ -94,8 +96,8 @@ async fn look(
     let kernel = daemon.clone();
     let kernel = spawn_blocking(move || {
         // Of a daemon that is leaving, the next one has taken over the kernel's side.
-        let leaving =
-            kernel.view.load().stopping || kernel.kernel_is_anothers.load(Ordering::Relaxed);
+        let leaving = kernel.view.load().draining.is_some()
+            || kernel.kernel_is_anothers.load(Ordering::Relaxed);
         if leaving {
             Ok(())
         } else {

@@ -11,6 +11,7 @@ mod ca;
 mod certificates;
 mod daemon;
 mod desired;
+mod drain;
 mod endpoints;
 mod error;
 mod explain;
@@ -39,7 +40,7 @@ use crate::{
     admin::{PolicyStatus, ReloadReport},
     config::{Config, Declared},
     datapath::{self, Datapath},
-    handover::{Request, Takeover},
+    handover::{Draining, Request, Takeover},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Health, Readiness},
     watch::Files,
@@ -62,7 +63,7 @@ use health::{Asked, HealthLook};
 use reconcile::{Enforced, Namespaces};
 use reload::Doubt;
 use signals::{Signal, Signals};
-use succession::{READY_LOOK, Succession, gone};
+use succession::{READY_LOOK, Succession};
 
 /// First wait before what failed is tried again; doubled at each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -153,7 +154,8 @@ enum Change {
     /// `reeve reload`.
     Reload(oneshot::Sender<ReloadReport>),
     Request(Request),
-    PredecessorGone,
+    /// Of the daemon before: what is left of it, or that it has ended.
+    Predecessor(Option<Vec<Draining>>),
     RegistryEnded,
 }
 
@@ -255,7 +257,7 @@ impl Control {
                 Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
                 Ok(()) = certificates.changed() => Change::Certificates,
                 signal = signals.next() => Change::Signal(signal),
-                () = gone(&mut self.succession.predecessor) => Change::PredecessorGone,
+                news = self.succession.predecessor.news() => Change::Predecessor(news),
                 Some(request) = self.succession.requests.recv() => Change::Request(request),
                 () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
                 () = sleep_until(again), if failed => Change::Retry,
@@ -301,16 +303,21 @@ impl Control {
                 Change::Look => {}
                 Change::Request(Request::Freeze(answer)) => self.freeze(answer),
                 Change::Request(Request::Resume) => self.resume().await,
-                Change::Request(Request::Take { process, done }) => {
-                    self.hand_over(process, done, &mut signals, &mut asked)
+                Change::Request(Request::Take {
+                    process,
+                    done,
+                    left,
+                }) => {
+                    self.hand_over(process, done, left, &mut signals, &mut asked)
                         .await;
                     return Ok(());
                 }
-                Change::PredecessorGone => {
-                    tracing::info!("the daemon before has ended");
-                    self.succession.predecessor = None;
-                    self.succession.predecessors.clear();
-                    self.reconcile().await;
+                Change::Predecessor(news) => {
+                    let has_ended = news.is_none();
+                    self.hear_of_predecessor(news);
+                    if has_ended {
+                        self.reconcile().await;
+                    }
                 }
                 Change::RegistryEnded => return Err(RunError::RegistryEnded),
             }
@@ -328,9 +335,13 @@ impl Control {
         process::notify_stopping();
         let redirect = self.leave_listeners();
         self.stop_serving(redirect);
+        self.daemon.begin_draining(patience);
         self.tell_readiness();
         tokio::select! {
             () = self.daemon.tunnels.drain(patience) => {}
+            () = drain::tell(&self.daemon, |_| {
+                process::notify_status(&self.daemon.in_a_line());
+            }) => {}
             () = health::answer(asked) => {}
             () = signals.stop() => tracing::warn!("asked again: connections are ended"),
         }
@@ -368,6 +379,7 @@ impl Control {
                     _ => {}
                 }
                 *before = now;
+                process::notify_status(&self.daemon.in_a_line());
             }
             different
         });

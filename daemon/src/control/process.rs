@@ -8,6 +8,9 @@ use nix::sys::{
 };
 use sd_notify::NotifyState;
 
+/// Bytes of the longest status: systemd passes over messages of more than 4096.
+const LONGEST_STATUS: usize = 2000;
+
 /// Raises the number of file descriptors to what the system allows, and keeps private keys out of
 /// core dumps and other users' debuggers. What is refused is logged: the daemon runs without it.
 pub fn prepare() {
@@ -79,6 +82,13 @@ pub(super) fn notify_reloading() {
 /// Tells systemd that another process is the service now.
 pub(super) fn notify_successor(process: i32) {
     notify(&[NotifyState::MainPid(process.unsigned_abs())]);
+}
+
+/// Tells systemd how the daemon is, for `systemctl status`.
+pub(super) fn notify_status(status: &str) {
+    let mut line = status.replace('\n', " ");
+    line.truncate(line.floor_char_boundary(LONGEST_STATUS));
+    notify(&[NotifyState::Status(&line)]);
 }
 
 /// Tells systemd that the daemon is stopping.

@@ -190,13 +190,12 @@ impl Control {
             listening,
             problems,
             policies: self.policy_status.clone(),
-            stopping: before.stopping,
+            draining: before.draining,
         }));
     }
 
-    /// Is ready no more, and tells the kernel that nobody listens any more: what needs a tunnel
-    /// is refused at once. Where `redirect` is set, connections go on to the listeners, which the
-    /// next daemon gets.
+    /// Tells the kernel that nobody listens any more: what needs a tunnel is refused at once. Where
+    /// `redirect` is set, connections go on to the listeners, which the next daemon gets.
     pub(super) fn stop_serving(&mut self, redirect: bool) {
         let view = self.daemon.view.load_full();
         let snapshot = self.snapshot.load_full();
@@ -209,9 +208,6 @@ impl Control {
         for problem in &problems {
             tracing::error!("{problem}");
         }
-        let mut view = View::clone(&view);
-        view.stopping = true;
-        self.daemon.view.store(Arc::new(view));
     }
 
     fn apply(

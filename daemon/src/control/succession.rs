@@ -2,26 +2,27 @@
 
 use std::{
     collections::HashSet,
-    future::pending,
     os::fd::OwnedFd,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::block_in_place,
-    time::timeout,
+    time::sleep_until,
 };
 
 use super::{
-    Control, RunError, follow_events,
+    Control, RunError,
+    drain::{self, Predecessor},
+    follow_events,
     health::{self, Asked},
     process,
     reconcile::describe,
     signals::{Signal, Signals},
 };
-use crate::handover::{self, Offer, Request, Taken, Takeover, TakeoverError};
+use crate::handover::{self, Draining, Offer, Request, Takeover, TakeoverError};
 
 /// For this daemon to become ready, before it gives up taking over: certificates that are not
 /// there by then are not about to be.
@@ -40,8 +41,8 @@ pub(super) struct Succession {
     waiting_since: Option<Instant>,
     /// Own cgroups of daemons before that still drain.
     pub(super) predecessors: Vec<(u64, u32)>,
-    /// Ends with the daemon before.
-    pub(super) predecessor: Option<oneshot::Receiver<()>>,
+    /// The daemon before.
+    pub(super) predecessor: Predecessor,
     /// The kernel's maps are another daemon's.
     pub(super) frozen: bool,
     /// Whether events are left to another daemon.
@@ -64,7 +65,7 @@ impl Succession {
                 .unwrap_or_default(),
             takeover,
             waiting_since: waits.then(Instant::now),
-            predecessor: None,
+            predecessor: Predecessor::default(),
             frozen: false,
             events_paused: watch::Sender::new(false),
             requests,
@@ -80,15 +81,6 @@ impl Succession {
     /// Whether inherited listeners wait for this daemon to be ready.
     pub(super) fn is_waiting(&self) -> bool {
         self.waiting_since.is_some()
-    }
-}
-
-/// Waits for the end of the daemon before, where there is one.
-pub(super) async fn gone(predecessor: &mut Option<oneshot::Receiver<()>>) {
-    match predecessor {
-        // A closed channel says the same.
-        Some(gone) => drop(gone.await),
-        None => pending().await,
     }
 }
 
@@ -122,17 +114,13 @@ impl Control {
             return Ok(());
         };
         let offer = takeover.offer.clone();
-        let gone = match block_in_place(|| takeover.take())? {
-            Taken::Over(gone) => gone,
-            // Its sender is gone at once.
-            Taken::Alone => oneshot::channel().1,
-        };
+        let left = block_in_place(|| takeover.take())?;
         tracing::info!(
             version = offer.version,
             process = offer.process,
             "took over from another daemon, which drains"
         );
-        self.succession.predecessor = Some(gone);
+        self.succession.predecessor = Predecessor::new(left);
         self.endpoints.serve(&self.daemon)?;
         self.begin()
     }
@@ -152,7 +140,7 @@ impl Control {
         let config = self.daemon.config.load();
         if let Some(requests) = self.succession.sender.take() {
             handover::Listener::bind(&config.admin.socket)
-                .and_then(|listener| listener.serve(config.ports, requests))
+                .and_then(|listener| listener.serve(config.ports, config.sandbox, requests))
                 .map_err(RunError::HandOver)?;
         }
         Ok(())
@@ -196,6 +184,7 @@ impl Control {
         &mut self,
         process: i32,
         done: oneshot::Sender<()>,
+        left: mpsc::Sender<Vec<Draining>>,
         signals: &mut Signals,
         asked: &mut Asked,
     ) {
@@ -207,14 +196,25 @@ impl Control {
         );
         process::notify_successor(process);
         self.endpoints.leave();
+        self.daemon.begin_draining(patience);
         let daemon = self.daemon.clone();
         let mut ended = std::pin::pin!(daemon.tunnels.hand_over(patience));
+        let mut told = std::pin::pin!(drain::tell(&daemon, |all| {
+            // One that is told slowly misses some.
+            let _ = left.try_send(all);
+        }));
+        let mut drained: Option<Instant> = None;
         let mut certificates = self.daemon.identities.changes();
         // Whoever asked may be gone, and accepts all the same: there is no way back.
         let _ = done.send(());
-        loop {
+        // The next daemon knows of those before only through this one.
+        while drained.is_none() || !self.succession.predecessor.is_gone() {
+            let last = drained.unwrap_or_else(Instant::now) + patience;
             tokio::select! {
-                () = &mut ended => break,
+                () = &mut ended, if drained.is_none() => drained = Some(Instant::now()),
+                () = sleep_until(last.into()), if drained.is_some() => break,
+                () = &mut told => {}
+                news = self.succession.predecessor.news() => self.hear_of_predecessor(news),
                 () = health::answer(asked) => {}
                 signal = signals.next() => if signal == Signal::Stop {
                     tracing::warn!("asked to stop: connections are ended");
@@ -229,11 +229,22 @@ impl Control {
                 Ok(()) = certificates.changed() => self.daemon.tunnels.judge_again(),
             }
         }
-        // The next daemon knows of those before only through this one.
-        if self.succession.predecessor.is_some() {
-            let _ = timeout(patience, gone(&mut self.succession.predecessor)).await;
-        }
         tracing::info!("stopped, after another daemon has taken over");
+    }
+
+    /// Notes what the daemon before says is left of it, or that it has ended.
+    pub(super) fn hear_of_predecessor(&mut self, news: Option<Vec<Draining>>) {
+        match news {
+            Some(left) => self.daemon.predecessors.store(Arc::new(left)),
+            None => {
+                tracing::info!("the daemon before has ended");
+                self.daemon.predecessors.store(Arc::default());
+                self.succession.predecessors.clear();
+            }
+        }
+        if !self.daemon.has_handed_over() {
+            process::notify_status(&self.daemon.in_a_line());
+        }
     }
 
     fn set_frozen(&mut self, frozen: bool) {

@@ -7,7 +7,8 @@
 //! Follow a hand-over: the new daemon [`ask`]s, which changes nothing where the versions do not
 //! fit; the old one's control [freezes](Request::Freeze), which leaves the kernel's maps to the new
 //! one, and goes on serving; the new one gets ready, and [takes](Takeover::take); the old one accepts
-//! no more and drains. Whatever ends the new one before that has the old one go on as before.
+//! no more, drains, and says how much is [left](Draining). Whatever ends the new one before that has
+//! the old one go on as before. What either says is read on a thread without privileges.
 
 mod inherited;
 mod new;
@@ -16,9 +17,9 @@ mod packet;
 mod protocol;
 
 pub use inherited::{Inherited, forget_kept, from_service_manager, is_keeping, keep};
-pub use new::{Taken, Takeover, TakeoverError, ask};
+pub use new::{Takeover, TakeoverError, ask};
 pub use old::{Listener, Request};
-pub use protocol::Offer;
+pub use protocol::{Draining, Left, LeftOf, Offer};
 
 use std::path::{Path, PathBuf};
 

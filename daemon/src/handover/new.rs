@@ -4,18 +4,18 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    thread,
+    sync::mpsc,
     time::Duration,
 };
 
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
 use super::{
     packet::Connection,
-    protocol::{FromNew, FromOld, Hello, Offer},
+    protocol::{Draining, FromNew, FromOld, Hello, Offer},
     socket_beside,
 };
-use crate::config::Ports;
+use crate::{config::Ports, privileges::Confinement};
 
 /// For an answer of the old daemon.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -23,18 +23,23 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// A hand-over that has begun. Dropping it has the old daemon go on.
 #[derive(Debug)]
 pub struct Takeover {
-    connection: Connection,
+    /// To take; nobody to take any more has the connection closed.
+    take: mpsc::SyncSender<()>,
+    taken: mpsc::Receiver<Result<(), TakeoverError>>,
+    left: watch::Receiver<Vec<Draining>>,
     /// What the old daemon said.
     pub offer: Offer,
 }
 
-/// What became of a hand-over.
-#[derive(Debug)]
-pub enum Taken {
-    /// The old daemon accepts no more. The receiver ends when its process does.
-    Over(oneshot::Receiver<()>),
-    /// The old daemon has ended meanwhile, of itself.
-    Alone,
+/// What the thread does that alone hears what the old daemon says.
+struct Talk {
+    connection: Connection,
+    path: PathBuf,
+    ports: Ports,
+    answered: mpsc::SyncSender<Result<(Offer, Vec<OwnedFd>), TakeoverError>>,
+    take: mpsc::Receiver<()>,
+    taken: mpsc::SyncSender<Result<(), TakeoverError>>,
+    left: watch::Sender<Vec<Draining>>,
 }
 
 /// Why nothing is taken over.
@@ -71,8 +76,13 @@ pub enum TakeoverError {
 pub fn ask(
     admin_socket: &Path,
     ports: Ports,
+    confinement: Confinement,
 ) -> Result<Option<(Takeover, Vec<OwnedFd>)>, TakeoverError> {
     let path = socket_beside(admin_socket);
+    let broken = |source| TakeoverError::Broken {
+        path: path.clone(),
+        source,
+    };
     let connection = match Connection::connect(&path) {
         Ok(connection) => connection,
         Err(error)
@@ -83,50 +93,128 @@ pub fn ask(
         {
             return Ok(None);
         }
-        Err(source) => return Err(TakeoverError::Broken { path, source }),
+        Err(error) => return Err(broken(error)),
     };
-    let broken = |source| TakeoverError::Broken {
+    let (answered, answer) = mpsc::sync_channel(1);
+    let (take, asked) = mpsc::sync_channel(1);
+    let (told_taken, taken) = mpsc::sync_channel(1);
+    let (told_left, left) = watch::channel(Vec::new());
+    let talk = Talk {
+        connection,
         path: path.clone(),
-        source,
+        ports,
+        answered,
+        take: asked,
+        taken: told_taken,
+        left: told_left,
     };
-    connection
-        .send(&FromNew::Hello(Hello::new(ports)), &[])
+    confinement
+        .start_exposed("predecessor", || Ok(()), move |()| talk.run())
         .map_err(broken)?;
-    let offer = match connection.receive(ANSWER_TIMEOUT).map_err(broken)? {
-        (FromOld::Offer(offer), _) => offer,
-        (FromOld::Refused(why), _) => return Err(TakeoverError::Refused(why)),
-        _ => return Err(broken(io::Error::other("it answered something else"))),
+    let ended = |_| broken(io::Error::other("the thread that asks has ended"));
+    let (offer, sockets) = answer.recv().map_err(ended)??;
+    let takeover = Takeover {
+        take,
+        taken,
+        left,
+        offer,
     };
-    let mut sockets = Vec::with_capacity(offer.sockets);
-    while sockets.len() < offer.sockets {
-        match connection.receive(ANSWER_TIMEOUT).map_err(broken)? {
-            (FromOld::Sockets, some) if !some.is_empty() => sockets.extend(some),
-            _ => return Err(broken(io::Error::other("it sent no sockets"))),
-        }
-    }
-    Ok(Some((Takeover { connection, offer }, sockets)))
+    Ok(Some((takeover, sockets)))
 }
 
 // === impl Takeover ===
 
 impl Takeover {
     /// Tells the old daemon that this one accepts connections now, and waits until the old one
-    /// does not any more.
+    /// does not any more. Gives what is left of it, and of those before it, as often as it says so;
+    /// the channel is closed when its process ends.
     ///
     /// # Errors
     /// When the old daemon neither answers nor ends.
-    pub fn take(self) -> Result<Taken, TakeoverError> {
-        let broken = |source| TakeoverError::Broken {
+    pub fn take(self) -> Result<watch::Receiver<Vec<Draining>>, TakeoverError> {
+        let ended = || TakeoverError::Broken {
             path: PathBuf::from("the hand-over socket"),
-            source,
+            source: io::Error::other("the thread that asks has ended"),
         };
+        self.take.send(()).map_err(|_| ended())?;
+        self.taken.recv().map_err(|_| ended())??;
+        Ok(self.left)
+    }
+}
+
+// === impl Talk ===
+
+impl Talk {
+    fn run(self) {
+        let offer = match self.greet() {
+            Ok((offer, sockets)) => {
+                let said = offer.clone();
+                if self.answered.send(Ok((offer, sockets))).is_err() {
+                    return;
+                }
+                said
+            }
+            Err(error) => {
+                // Nobody to tell means that this daemon is ending, here and below.
+                let _ = self.answered.send(Err(error));
+                return;
+            }
+        };
+        if self.take.recv().is_err() {
+            return;
+        }
+        match self.take() {
+            Ok(true) => {
+                self.left.send_replace(vec![Draining::beginning(&offer)]);
+                let _ = self.taken.send(Ok(()));
+                hear(&self.connection, &self.left);
+            }
+            // It has ended meanwhile, of itself.
+            Ok(false) => {
+                let _ = self.taken.send(Ok(()));
+            }
+            Err(error) => {
+                let _ = self.taken.send(Err(error));
+            }
+        }
+    }
+
+    /// Says who we are, and hears what is handed over.
+    fn greet(&self) -> Result<(Offer, Vec<OwnedFd>), TakeoverError> {
+        let broken = |source| self.broken(source);
+        let peer = self.connection.peer().map_err(broken)?;
+        let own = nix::unistd::geteuid().as_raw();
+        if peer.uid() != 0 && peer.uid() != own {
+            let who = format!("user {} answers there", peer.uid());
+            return Err(broken(io::Error::other(who)));
+        }
+        let hello = FromNew::Hello(Hello::new(self.ports));
+        self.connection.send(&hello, &[]).map_err(broken)?;
+        let next = || self.connection.receive(ANSWER_TIMEOUT).map_err(broken);
+        let offer = match next()? {
+            (FromOld::Offer(offer), _) => offer,
+            (FromOld::Refused(why), _) => return Err(TakeoverError::Refused(why)),
+            _ => return Err(broken(io::Error::other("it answered something else"))),
+        };
+        let mut sockets = Vec::new();
+        while sockets.len() < offer.sockets {
+            match next()? {
+                (FromOld::Sockets, some) if !some.is_empty() => sockets.extend(some),
+                _ => return Err(broken(io::Error::other("it sent no sockets"))),
+            }
+        }
+        Ok((offer, sockets))
+    }
+
+    /// Whether the old daemon accepts no more and goes on; false where it has ended.
+    fn take(&self) -> Result<bool, TakeoverError> {
         let answer = self
             .connection
             .send(&FromNew::Take, &[])
-            .and_then(|()| self.connection.receive::<FromOld>(ANSWER_TIMEOUT));
+            .and_then(|()| self.connection.receive(ANSWER_TIMEOUT));
         match answer {
-            Ok((FromOld::Taken, _)) => {}
-            Ok(_) => return Err(broken(io::Error::other("it answered something else"))),
+            Ok((FromOld::Taken, _)) => Ok(true),
+            Ok(_) => Err(self.broken(io::Error::other("it answered something else"))),
             Err(error)
                 if matches!(
                     error.kind(),
@@ -135,23 +223,60 @@ impl Takeover {
                         | io::ErrorKind::ConnectionReset
                 ) =>
             {
-                return Ok(Taken::Alone);
+                Ok(false)
             }
-            Err(error) => return Err(broken(error)),
+            Err(error) => Err(self.broken(error)),
         }
-        let (gone, is_gone) = oneshot::channel();
-        let connection = self.connection;
-        let waiting = thread::Builder::new()
-            .name("predecessor".into())
-            .spawn(move || {
-                connection.wait_until_closed();
-                // Nobody to tell means that this daemon is ending.
-                let _ = gone.send(());
-            });
-        if let Err(error) = waiting {
-            // The channel is closed, which reads as its end.
-            tracing::warn!(%error, "the end of the daemon before is not waited for");
+    }
+
+    fn broken(&self, source: io::Error) -> TakeoverError {
+        TakeoverError::Broken {
+            path: self.path.clone(),
+            source,
         }
-        Ok(Taken::Over(is_gone))
+    }
+}
+
+/// Passes on what the old daemon says is left of it, until it has ended.
+fn hear(connection: &Connection, left: &watch::Sender<Vec<Draining>>) {
+    loop {
+        match connection.receive(None) {
+            Ok((FromOld::Left(now), _)) => {
+                left.send_replace(now);
+            }
+            Ok(_) => {}
+            // A later version may say more than this one understands.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+
+    #[test]
+    fn what_a_draining_daemon_says_is_heard_until_it_ends_and_nothing_else_is_an_end() {
+        let (old, new) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        let (old, new) = (Connection::new(old).unwrap(), Connection::new(new).unwrap());
+        let (left, heard) = watch::channel(Vec::new());
+        let hearing = std::thread::spawn(move || hear(&new, &left));
+        for later in ["", "of a later version"] {
+            old.send(&later, &[]).unwrap();
+        }
+        let draining = Draining {
+            process: 7,
+            ..Draining::default()
+        };
+        let said = FromOld::Left(vec![draining.clone()]);
+        old.send(&said, &[]).unwrap();
+        drop(old);
+        hearing.join().unwrap();
+        assert_eq!(*heard.borrow(), [draining]);
+        assert!(heard.has_changed().is_err(), "its end is heard as well");
     }
 }

@@ -16,10 +16,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     packet::{self, Connection, MAX_DESCRIPTORS},
-    protocol::{FromNew, FromOld, Offer},
+    protocol::{Draining, FromNew, FromOld, Offer},
     socket_beside,
 };
-use crate::config::Ports;
+use crate::{config::Ports, privileges::Confinement};
 
 /// Mode of the socket: its owner alone may connect.
 const MODE: u32 = 0o600;
@@ -41,6 +41,8 @@ pub enum Request {
         process: i32,
         /// To be told when nothing is accepted any more.
         done: oneshot::Sender<()>,
+        /// To be told again and again what is left, for the new daemon to know.
+        left: mpsc::Sender<Vec<Draining>>,
     },
     /// The new daemon has given up: go on as before.
     Resume,
@@ -56,7 +58,8 @@ pub struct Listener {
 enum Outcome {
     NotBegun,
     GivenUp,
-    Taken,
+    /// With what is to be told from now on.
+    Taken(mpsc::Receiver<Vec<Draining>>),
 }
 
 // === impl Listener ===
@@ -81,36 +84,55 @@ impl Listener {
         Ok(Self { socket })
     }
 
-    /// Waits for new daemons, on a thread of its own, until one has taken over or nobody takes
-    /// `requests` any more.
+    /// Waits for new daemons, on a thread of its own which has no privileges, until one has taken
+    /// over or nobody takes `requests` any more.
     ///
     /// # Errors
-    /// When the thread cannot be made.
-    pub fn serve(self, ports: Ports, requests: mpsc::Sender<Request>) -> io::Result<()> {
-        thread::Builder::new()
-            .name("handover".into())
-            .spawn(move || {
-                while !requests.is_closed() {
-                    let socket = match self.socket.accept() {
-                        Ok((socket, _)) => socket,
-                        Err(error) => {
-                            tracing::warn!(%error, "the hand-over socket could not accept a connection");
-                            thread::sleep(ACCEPT_PAUSE);
-                            continue;
-                        }
-                    };
-                    match serve(socket, ports, &requests) {
-                        Ok((Outcome::Taken, connection)) => {
-                            // Closed at the very end of the process, which is what its closing says.
-                            std::mem::forget(connection);
-                            return;
-                        }
-                        Ok((Outcome::NotBegun | Outcome::GivenUp, _)) => {}
-                        Err(error) => tracing::warn!(%error, "a hand-over was not begun"),
-                    }
+    /// When the thread cannot be made, or keeps what it must not have.
+    pub fn serve(
+        self,
+        ports: Ports,
+        confinement: Confinement,
+        requests: mpsc::Sender<Request>,
+    ) -> io::Result<()> {
+        confinement.start_exposed(
+            "handover",
+            || Ok(()),
+            move |()| self.accept(ports, &requests),
+        )
+    }
+
+    fn accept(self, ports: Ports, requests: &mpsc::Sender<Request>) {
+        while !requests.is_closed() {
+            let socket = match self.socket.accept() {
+                Ok((socket, _)) => socket,
+                Err(error) => {
+                    tracing::warn!(%error, "the hand-over socket could not accept a connection");
+                    thread::sleep(ACCEPT_PAUSE);
+                    continue;
                 }
-            })
-            .map(drop)
+            };
+            match serve(socket, ports, requests) {
+                Ok((Outcome::Taken(left), connection)) => {
+                    tell(&connection, left);
+                    // Closed at the very end of the process, which is what its closing says.
+                    std::mem::forget(connection);
+                    return;
+                }
+                Ok((Outcome::NotBegun | Outcome::GivenUp, _)) => {}
+                Err(error) => tracing::warn!(%error, "a hand-over was not begun"),
+            }
+        }
+    }
+}
+
+/// Tells the new daemon what is left of this one, for as long as either goes on.
+fn tell(connection: &Connection, mut left: mpsc::Receiver<Vec<Draining>>) {
+    while let Some(left) = left.blocking_recv() {
+        if let Err(error) = connection.send(&FromOld::Left(left), &[]) {
+            tracing::debug!(%error, "the daemon that took over does not listen");
+            return;
+        }
     }
 }
 
@@ -151,7 +173,7 @@ fn serve(
         "another daemon is about to take over"
     );
     let outcome = match offer(&connection, peer.pid(), requests) {
-        Ok(()) => Outcome::Taken,
+        Ok(left) => Outcome::Taken(left),
         Err(error) => {
             tracing::warn!(%error, "the other daemon has not taken over: this one goes on");
             // Nobody to tell means that this daemon is ending.
@@ -167,7 +189,7 @@ fn offer(
     connection: &Connection,
     process: i32,
     requests: &mpsc::Sender<Request>,
-) -> io::Result<()> {
+) -> io::Result<mpsc::Receiver<Vec<Draining>>> {
     let ending = || io::Error::other("this daemon is ending");
     let (answer, answered) = oneshot::channel();
     requests
@@ -186,8 +208,13 @@ fn offer(
         (FromNew::Hello(_), _) => return Err(io::Error::other("it said hello twice")),
     }
     let (done, taken) = oneshot::channel();
+    let (left, told) = mpsc::channel(1);
     requests
-        .blocking_send(Request::Take { process, done })
+        .blocking_send(Request::Take {
+            process,
+            done,
+            left,
+        })
         .map_err(|_| ending())?;
     // A daemon that is ending accepts no more either.
     let _ = taken.blocking_recv();
@@ -195,5 +222,5 @@ fn offer(
         // It has said that it accepts; there is nobody to go back to.
         tracing::warn!(%error, "the daemon that took over is not told that it may");
     }
-    Ok(())
+    Ok(told)
 }

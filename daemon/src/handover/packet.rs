@@ -1,7 +1,7 @@
 //! Messages with file descriptors, over a Unix socket that keeps them apart (`SOCK_SEQPACKET`).
 
 use std::{
-    io::{self, IoSlice, IoSliceMut, Read},
+    io::{self, IoSlice, IoSliceMut},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::Path,
     time::Duration,
@@ -71,12 +71,14 @@ impl Connection {
         Ok(())
     }
 
-    /// The next message, with its descriptors. `UnexpectedEof` where the other side has closed.
+    /// The next message, with its descriptors; waits for ever without a `patience`.
+    /// `UnexpectedEof` where the other side has closed, `InvalidData` where the message is not
+    /// understood: the next one may be.
     pub(super) fn receive<T: DeserializeOwned>(
         &self,
-        patience: Duration,
+        patience: impl Into<Option<Duration>>,
     ) -> io::Result<(T, Vec<OwnedFd>)> {
-        self.0.set_read_timeout(Some(patience))?;
+        self.0.set_read_timeout(patience.into())?;
         let mut text = vec![0; MAX_MESSAGE];
         let mut ancillary = cmsg_space!([std::os::fd::RawFd; MAX_DESCRIPTORS]);
         let mut parts = [IoSliceMut::new(&mut text)];
@@ -109,17 +111,9 @@ impl Connection {
                 ),
             ));
         }
-        let text = text.get(..length).unwrap_or_default();
-        Ok((serde_json::from_slice(text)?, descriptors))
-    }
-
-    /// Waits until the other side has closed.
-    pub(super) fn wait_until_closed(&self) {
-        if self.0.set_read_timeout(None).is_err() {
-            return;
-        }
-        // Nothing more is said; what comes all the same is not listened to.
-        while (&self.0).read(&mut [0; 64]).is_ok_and(|length| length > 0) {}
+        let message = serde_json::from_slice(text.get(..length).unwrap_or_default())
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok((message, descriptors))
     }
 }
 
@@ -147,8 +141,7 @@ mod tests {
         assert_eq!(passed.local_addr().unwrap(), listener.local_addr().unwrap());
         assert_eq!(two.receive::<String>(patience).unwrap().0, "second");
         drop(one);
-        let error = two.receive::<String>(patience).unwrap_err();
+        let error = two.receive::<String>(None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-        two.wait_until_closed();
     }
 }

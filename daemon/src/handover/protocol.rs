@@ -1,5 +1,7 @@
 //! What two daemons say to each other, and whether they fit.
 
+use std::{fmt, time::Duration};
+
 use reeve_common::LAYOUT_VERSION;
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +44,9 @@ pub(super) enum FromOld {
     Sockets,
     /// It accepts no more.
     Taken,
+    /// Again and again after that: what is left of it, and of daemons before it. A daemon that does
+    /// not know this passes it over.
+    Left(Vec<Draining>),
 }
 
 /// What is handed over.
@@ -58,6 +63,84 @@ pub struct Offer {
     pub own_cgroups: Vec<(u64, u32)>,
     /// Number of sockets that follow.
     pub sockets: usize,
+}
+
+/// How far a daemon has come that lets its connections end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Draining {
+    /// Version of the daemon.
+    pub version: String,
+    /// Its process, as it sees it itself.
+    pub process: u32,
+    /// What is left; none where the daemon is of a version that does not say.
+    pub left: Option<Left>,
+}
+
+/// What is left of a daemon's connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Left {
+    /// Application connections.
+    pub connections: usize,
+    /// Whose they are: those with the most, of which there is a bounded number.
+    pub workloads: Vec<LeftOf>,
+    /// Seconds until what is left is ended.
+    pub seconds: u64,
+}
+
+/// What is left of one workload's connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LeftOf {
+    /// Its name.
+    pub workload: String,
+    /// Its connections.
+    pub connections: usize,
+}
+
+// === impl Draining ===
+
+impl Draining {
+    /// Of a daemon that has just handed over, and has said nothing yet.
+    pub(super) fn beginning(offer: &Offer) -> Self {
+        Self {
+            version: offer.version.clone(),
+            process: offer.process,
+            left: None,
+        }
+    }
+}
+
+impl fmt::Display for Draining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "reeve {}, process {}: ", self.version, self.process)?;
+        match &self.left {
+            Some(left) => left.fmt(f),
+            None => f.write_str("it does not say how many connections are left"),
+        }
+    }
+}
+
+// === impl Left ===
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "connections left: {}", self.connections)?;
+        let mut unnamed = self.connections;
+        for (number, of) in self.workloads.iter().enumerate() {
+            let before = if number == 0 { " (" } else { ", " };
+            write!(f, "{before}{} {}", of.workload, of.connections)?;
+            unnamed = unnamed.saturating_sub(of.connections);
+        }
+        match (self.workloads.is_empty(), unnamed) {
+            (true, _) => {}
+            (false, 0) => f.write_str(")")?,
+            (false, more) => write!(f, ", others {more})")?,
+        }
+        let most = Duration::from_secs(self.seconds);
+        write!(f, ", for at most {}", humantime::format_duration(most))
+    }
 }
 
 // === impl Hello ===
@@ -143,6 +226,35 @@ mod tests {
             assert!(refusal.contains(said), "{refusal}");
             assert!(refusal.contains("start the new one instead"), "{refusal}");
         }
+    }
+
+    #[test]
+    fn what_is_left_is_said_with_whose_it_is() {
+        let of = |workload: &str, connections| LeftOf {
+            workload: workload.to_owned(),
+            connections,
+        };
+        let mut draining = Draining {
+            version: "0.1.0".into(),
+            process: 7,
+            left: Some(Left {
+                connections: 12,
+                workloads: vec![of("web", 7), of("jobs", 3)],
+                seconds: 90,
+            }),
+        };
+        assert_eq!(
+            draining.to_string(),
+            "reeve 0.1.0, process 7: connections left: 12 (web 7, jobs 3, others 2), for at most 1m 30s"
+        );
+        draining.left = Some(Left::default());
+        assert!(
+            draining
+                .to_string()
+                .contains("connections left: 0, for at most 0s")
+        );
+        draining.left = None;
+        assert!(draining.to_string().contains("it does not say"));
     }
 
     #[test]

@@ -5,10 +5,12 @@
 //! Capabilities, seccomp filters and Landlock domains belong to threads, and a thread passes its
 //! own on to those that it starts. So the whole process is confined before its second thread
 //! ([`Confinement::enter_process`]), and whoever reads what strangers send gives up all that is
-//! left ([`Confinement::enter_exposed`]): the tunnels' workers and the metrics endpoint have no
-//! capability, no file and no way to a new socket. [`crate::datapath::Sockets`] opens those.
+//! left ([`Confinement::enter_exposed`]): the tunnels' workers, the metrics endpoint, the admin and the
+//! hand-over socket have no capability, no file and no way to a new socket.
+//! [`crate::datapath::Sockets`] opens those.
 
 mod capabilities;
+mod exposed;
 mod seccomp;
 
 use landlock::{ABI, Access, AccessFs, BitFlags, Ruleset, RulesetAttr, RulesetStatus};

@@ -6,7 +6,6 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -20,7 +19,7 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    runtime::{Builder, Handle},
+    runtime::Handle,
     sync::{Semaphore, oneshot, watch},
     time::timeout,
 };
@@ -195,25 +194,7 @@ impl HttpServer {
     /// When the thread cannot be made, or keeps what it must not have.
     pub fn start(self, confinement: Confinement) -> io::Result<HttpServing> {
         let (serving, stopped) = oneshot::channel();
-        let (ready, started) = std::sync::mpsc::sync_channel(1);
-        thread::Builder::new().name("http".into()).spawn(move || {
-            let runtime = Builder::new_current_thread().enable_all().build();
-            let runtime = runtime.and_then(|runtime| {
-                confinement.enter_exposed().map_err(io::Error::other)?;
-                Ok(runtime)
-            });
-            match runtime {
-                Ok(runtime) => {
-                    // Nobody to tell means that starting was given up.
-                    let _ = ready.send(Ok(()));
-                    runtime.block_on(self.serve(stopped));
-                }
-                Err(error) => {
-                    let _ = ready.send(Err(error));
-                }
-            }
-        })?;
-        started.recv().map_err(io::Error::other)??;
+        confinement.serve_exposed("http", move || self.serve(stopped))?;
         Ok(HttpServing(serving))
     }
 
@@ -234,11 +215,13 @@ impl HttpServer {
                 return;
             };
             let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+                // What comes now is for the daemon that takes over.
+                biased;
                 _ = &mut stopped => {
                     drop(place);
                     break;
                 }
+                accepted = listener.accept() => accepted,
             };
             match accepted {
                 Ok((stream, _)) => {

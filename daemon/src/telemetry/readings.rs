@@ -20,6 +20,7 @@ use reeve_common::{COUNTER_SLOTS, Direction, DryRun, Reason, counter_slot, dry_r
 use super::{certificates::CertificateFamilies, labels::direction_name};
 use crate::{
     datapath::{Counters, MapUsage},
+    handover::Draining,
     identity::{BundleStatus, EndpointStatus, IdentityStatus, ReloadCounts},
 };
 
@@ -42,6 +43,10 @@ pub struct Readings {
     pub workloads: BTreeMap<&'static str, u64>,
     /// Whether nothing is missing, see [`super::Readiness`].
     pub ready: bool,
+    /// Whether this daemon lets its connections end.
+    pub draining: bool,
+    /// Daemons before that do.
+    pub predecessors: Arc<Vec<Draining>>,
 }
 
 type Source = Box<dyn Fn() -> Readings + Send + Sync>;
@@ -65,6 +70,9 @@ struct Families {
     certificates: CertificateFamilies,
     workloads: IntGaugeVec,
     ready: IntGaugeVec,
+    draining: IntGaugeVec,
+    predecessors: IntGaugeVec,
+    predecessor_connections: IntGaugeVec,
     open_files: IntGaugeVec,
     most_files: IntGaugeVec,
     resident: IntGaugeVec,
@@ -191,6 +199,19 @@ impl ReadingsCollector {
             .ready
             .with_label_values::<&str>(&[])
             .set(i64::from(readings.ready));
+        let before = &readings.predecessors;
+        let left = |daemon: &Draining| daemon.left.as_ref().map_or(0, |left| left.connections);
+        for (family, value) in [
+            (&families.draining, usize::from(readings.draining)),
+            (&families.predecessors, before.len()),
+            (
+                &families.predecessor_connections,
+                before.iter().map(left).sum(),
+            ),
+        ] {
+            let value = saturating(value as u64);
+            family.with_label_values::<&str>(&[]).set(value);
+        }
         let process = process();
         for (family, value) in [
             (&families.open_files, process.open_files),
@@ -275,6 +296,27 @@ impl Families {
                 Opts::new("reeve_ready", "1 when /readyz answers 200, else 0."),
                 &[],
             )?,
+            draining: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_draining",
+                    "1 when the daemon was asked to stop and lets its connections end, else 0.",
+                ),
+                &[],
+            )?,
+            predecessors: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_predecessors",
+                    "Daemons from which others took over and whose connections have not all ended.",
+                ),
+                &[],
+            )?,
+            predecessor_connections: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_predecessor_connections",
+                    "Connections that such daemons still carry, where they say so.",
+                ),
+                &[],
+            )?,
             open_files: IntGaugeVec::new(
                 Opts::new("process_open_fds", "File descriptors that are open."),
                 &[],
@@ -300,6 +342,9 @@ impl Families {
             &self.map_missing,
             &self.workloads,
             &self.ready,
+            &self.draining,
+            &self.predecessors,
+            &self.predecessor_connections,
             &self.open_files,
             &self.most_files,
             &self.resident,

@@ -152,6 +152,11 @@ impl Bounds {
     pub(super) fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
+
+    /// Connections open now, by workload.
+    pub(super) fn connections_by_workload(&self) -> Vec<(WorkloadId, usize)> {
+        self.workloads.all()
+    }
 }
 
 // === impl Arriving ===
@@ -181,6 +186,13 @@ impl<K: Clone + Eq + Hash> Shares<K> {
             most,
             taken: Mutex::default(),
         })
+    }
+
+    fn all(&self) -> Vec<(K, usize)> {
+        let all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter()
+            .map(|(key, taken)| (key.clone(), *taken))
+            .collect()
     }
 
     fn take(self: &Arc<Self>, key: &K) -> Option<Share<K>> {
@@ -229,6 +241,9 @@ mod tests {
         );
         assert_eq!(bounds.connections(), 3);
         let _second: Vec<_> = (0..2).map(|_| bounds.place(2, None).unwrap()).collect();
+        let mut whose = bounds.connections_by_workload();
+        whose.sort_unstable();
+        assert_eq!(whose, [(1, 3), (2, 2)]);
         let over = bounds.place(3, None).unwrap_err();
         assert!(over.to_string().contains("limits.connections`"), "{over}");
         first.pop();

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use reeve_common::WorkloadId;
 use socket2::Socket;
 use tokio::{
     runtime::{Builder, LocalOptions, LocalRuntime},
@@ -289,6 +290,13 @@ impl Tunnels {
             }
         }
         status
+    }
+
+    /// Connections open now: in all, and by workload.
+    #[must_use]
+    pub fn connections(&self) -> (usize, Vec<(WorkloadId, usize)>) {
+        let by_workload = self.bounds.connections_by_workload();
+        (self.bounds.connections(), by_workload)
     }
 
     /// The first worker, by its number, that does not answer within `patience`.
