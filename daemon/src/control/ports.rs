@@ -27,7 +27,7 @@ impl Control {
                     self.cgroups.nearest(&known.collect::<HashMap<_, _>>())
                 });
                 let owner = owners.get(&cgroup);
-                !owner.is_some_and(|owner| owner.flags & WORKLOAD_IS_REEVE != 0)
+                owner.is_none_or(|owner| owner.flags & WORKLOAD_IS_REEVE == 0)
             };
             for netns in namespaces {
                 self.clear_ports_of(netns, &mut is_foreign);

@@ -1,7 +1,7 @@
 //! Messages of `sock_diag`: netlink's header, a request or an answer, and attributes.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     ops::Range,
     os::fd::{AsRawFd, BorrowedFd},
 };
@@ -136,9 +136,9 @@ impl Answer<'_> {
         let octets: [u8; 16] = self.identity.get(address)?.try_into().ok()?;
         let ip = if i32::from(self.family) == libc::AF_INET {
             let [a, b, c, d, ..] = octets;
-            Ipv4Addr::from([a, b, c, d]).into()
+            IpAddr::from([a, b, c, d])
         } else {
-            IpAddr::from(Ipv6Addr::from(octets).to_canonical())
+            Ipv6Addr::from(octets).to_canonical()
         };
         let port = self.identity.get(port)?.try_into().ok()?;
         Some(SocketAddr::new(ip, u16::from_be_bytes(port)))
