@@ -53,6 +53,9 @@ pub type WorkloadId = u32;
 /// No workload.
 pub const NO_WORKLOAD: WorkloadId = 0;
 
+/// In a [`SocketTag`]: somebody below an enforced parent who is not enrolled, see [`WORKLOAD_UNKNOWN`].
+pub const UNKNOWN_WORKLOAD: WorkloadId = WorkloadId::MAX;
+
 /// `WORKLOADS`: hash from cgroup id (`u64`, inode number of the cgroup's folder) to this.
 /// Written by the daemon at enrolment; read by every program for the caller's or the socket's
 /// ancestors, deepest first, so that an inner entry wins over an outer one.
@@ -310,7 +313,7 @@ pub struct SocketTag {
     pub remote: Address,
     /// `CLOCK_MONOTONIC` nanoseconds at which the connection was established.
     pub since: u64,
-    /// The judged workload.
+    /// The judged workload, or [`UNKNOWN_WORKLOAD`].
     pub workload: WorkloadId,
     /// Number of the peer for events.
     pub peer: u32,

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use reeve_common::{
     Address, Direction, Hook, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, ONWARD_MARK,
     Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED,
-    WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
+    UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 
 use crate::{
@@ -267,16 +267,22 @@ fn forget(socket: *mut bpf_sock) {
 #[inline(always)]
 #[must_use]
 pub fn adopt(socket: *mut bpf_sock, caller: &WorkloadEntry, protocol: u8) -> bool {
+    let workload = if is_unknown(caller) {
+        UNKNOWN_WORKLOAD
+    } else {
+        caller.workload
+    };
     if let Some(tag) = tag(socket) {
-        if tag.workload == 0 {
-            tag.workload = caller.workload;
+        // Whoever was not enrolled yet may be now.
+        if tag.workload == NO_WORKLOAD || tag.workload == UNKNOWN_WORKLOAD {
+            tag.workload = workload;
         }
         return true;
     }
     let mut nothing = SocketTag {
         remote: [0; 16],
         since: 0,
-        workload: caller.workload,
+        workload,
         peer: 0,
         rule: 0,
         generation: 0,

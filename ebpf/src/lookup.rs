@@ -55,7 +55,7 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
         connection.local_port = field(&raw const (*ctx).local_port) as u16;
         connection.remote_port = u16::from_be(field(&raw const (*ctx).remote_port));
     }
-    if is_loopback(&connection.local) || connection.local == connection.remote {
+    if is_loopback(&connection.local) || is_loopback(&connection.remote) {
         return PASS;
     }
     if connection.local_port == settings.tunnel_port {
@@ -64,6 +64,10 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
     let Some(workload) = judge::workload_at(&connection.local) else {
         return PASS;
     };
+    // Who writes such a source from elsewhere is found out at the packet, which comes by a device.
+    if judge::workload_at(&connection.remote) == Some(workload) {
+        return PASS;
+    }
     connection.workload = workload;
     connection.protocol = protocol::TCP;
     connection.direction = Direction::Ingress as u8;

@@ -13,8 +13,8 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Arriving, Direction, FlowKey, Hook, NO_WORKLOAD, NamespaceEntry, Reason, Settings,
-    SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, WorkloadEntry,
-    WorkloadId, protocol,
+    SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, UNKNOWN_WORKLOAD,
+    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
 };
 
 use crate::{
@@ -239,7 +239,14 @@ fn subject(depths: u32, skb: *mut __sk_buff, remembered: u32) -> Option<(Workloa
         return Some((entry, true));
     }
     let workload = |workload| WorkloadEntry { workload, flags: 0 };
-    if remembered != 0 {
+    if remembered == UNKNOWN_WORKLOAD {
+        let unknown = WorkloadEntry {
+            workload: NO_WORKLOAD,
+            flags: WORKLOAD_UNKNOWN,
+        };
+        return Some((unknown, true));
+    }
+    if remembered != NO_WORKLOAD {
         return Some((workload(remembered), true));
     }
     let owner = namespace_owner(skb);

@@ -65,7 +65,7 @@ const V6_NEXT_HEADER: usize = 6;
 const DCCP: u8 = 33;
 const UDP_LITE: u8 = 136;
 
-/// Extension headers that a packet may have: twice what RFC 8200 recommends at most.
+/// Headers behind IPv6's own that are looked at, the protocol's among them.
 const MAX_EXTENSION_HEADERS: u32 = 8;
 
 /// "More fragments" and the fragment's offset, in an IPv4 header's seventh and eighth byte.

@@ -32,6 +32,9 @@ const BPFFS: &str = "/sys/fs/bpf/reeve";
 const PROC: &str = "/proc";
 const ADMIN_SOCKET: &str = "/run/reeve/admin.sock";
 const DEFAULT_NAMESPACE: &str = "default";
+/// Cgroups of reeve itself that its map of cgroups has room for: a daemon's, and that of the one before
+/// while they change over.
+const OWN_CGROUPS: usize = 2;
 /// Name of a node whose host has none.
 const NAMELESS_NODE: &str = "localhost";
 
@@ -93,6 +96,8 @@ pub(super) fn settle(
     let certificates = report.certificates(raw.certificates, &folder, &state_dir, &domain);
     let workloads = report.workloads(raw.workloads, &domain, &certificates);
     let peers = report.peers(raw.peers, &domain, ports.tunnel);
+    let cgroups = workloads.len() + raw.enforced_parents.len();
+    report.room_for_cgroups(root, cgroups, raw.maps.workloads);
 
     Some(Config {
         trust_domain: domain,
@@ -237,6 +242,23 @@ impl Report<'_> {
                 );
             }
         }
+    }
+
+    /// A workload without room in the map of cgroups would not be enrolled.
+    fn room_for_cgroups(&mut self, root: NodeId, declared: usize, capacity: u32) {
+        let needed = declared + OWN_CGROUPS;
+        if needed <= capacity as usize {
+            return;
+        }
+        let maps = self.document.child(root, "maps");
+        let field = maps.and_then(|maps| self.document.child(maps, "workloads"));
+        self.mistake(
+            field.or(maps).unwrap_or(root),
+            format!(
+                "`maps.workloads` is {capacity}; the workloads and enforced parents that are \
+                 declared need room for {needed} cgroups, reeve's own among them; raise it"
+            ),
+        );
     }
 
     fn ports(&mut self, raw: Option<Located<Ports>>) -> Ports {

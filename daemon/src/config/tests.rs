@@ -25,6 +25,30 @@ fn a_trust_domain_is_enough() {
 }
 
 #[test]
+fn there_is_room_for_every_workload_that_is_declared() {
+    let text = |room: &str| {
+        format!(
+            "\
+trustDomain: example.org
+workloads:
+- {{name: web, unit: nginx.service}}
+- {{name: cart, cgroup: /shop/cart}}
+enforcedParents: [/shop]
+{room}"
+        )
+    };
+    load(&text("maps: {workloads: 5}")).unwrap();
+    load(&text("")).unwrap();
+    assert_eq!(
+        mistakes(&text("maps:\n  workloads: 4\n")),
+        [
+            "/etc/reeve/reeve.yaml:7:14: maps.workloads: `maps.workloads` is 4; the workloads and enforced parents \
+          that are declared need room for 5 cgroups, reeve's own among them; raise it"
+        ]
+    );
+}
+
+#[test]
 fn a_workload_has_an_identity_by_its_names() {
     let config = load(
         "\

@@ -115,30 +115,24 @@ impl Control {
         let mut listening = before.listening.clone();
         listening.retain(|cookie| ready.iter().any(|netns| netns.cookie == *cookie));
         let old = old.filter(|old| old.policies != policies);
+        let order = match &old {
+            Some(_) => Order::Shrinks,
+            // After a start, or where others run or are peers.
+            None => Order::Replaces,
+        };
         if let Some(old) = old {
             let mut former = old.snapshot;
             if !old.around.is(&around) {
                 former = Arc::new(around.compile(&old.policies));
-                self.apply(
-                    &discovery,
-                    &listening,
-                    &former,
-                    Order::Shrinks,
-                    &mut problems,
-                );
+                let order = Order::Replaces;
+                self.apply(&discovery, &listening, &former, order, &mut problems);
             }
             for (between, order) in steps((&old.policies, &former), (&policies, &snapshot)) {
                 let step = around.compile(&between);
                 self.apply(&discovery, &listening, &step, order, &mut problems);
             }
         }
-        let state = self.apply(
-            &discovery,
-            &listening,
-            &snapshot,
-            Order::Shrinks,
-            &mut problems,
-        );
+        let state = self.apply(&discovery, &listening, &snapshot, order, &mut problems);
         self.enforced = Some(Enforced {
             policies,
             around,

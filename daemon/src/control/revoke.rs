@@ -16,7 +16,8 @@ use std::{
 
 use reeve_common::{
     Direction, DryRun, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
-    NO_WORKLOAD, Reason, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+    NO_WORKLOAD, Reason, UNKNOWN_WORKLOAD, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry,
+    WorkloadId, protocol,
 };
 use tokio::task::block_in_place;
 
@@ -235,9 +236,11 @@ impl<'a> Judge<'a> {
                 let of_socket = socket.remembered.map(|remembered| remembered.workload);
                 let of_namespace = self.namespaces.get(&netns).copied();
                 let known = |workload: &WorkloadId| *workload != NO_WORKLOAD;
-                of_socket
-                    .filter(known)
-                    .or_else(|| of_namespace.filter(known))?
+                match of_socket.filter(known) {
+                    Some(UNKNOWN_WORKLOAD) => NO_WORKLOAD,
+                    Some(workload) => workload,
+                    None => of_namespace.filter(known)?,
+                }
             }
         };
         let (local, remote) = (socket.local, socket.remote);

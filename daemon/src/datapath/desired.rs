@@ -35,9 +35,10 @@ pub(super) const NO_ROOM: VerdictEntry = VerdictEntry {
 /// A workload and a [`reeve_common::Direction`] as a number.
 pub(super) type Side = (WorkloadId, u8);
 
-/// Capacities of the maps that policies and peers fill.
+/// Capacities of the maps that workloads, policies and peers fill.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
+    pub(super) workloads: u32,
     pub(super) peers: u32,
     pub(super) peer_ports: u32,
     pub(super) verdicts: u32,
@@ -46,6 +47,7 @@ pub(super) struct Room {
 /// Entries that have no room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Shortage {
+    pub(super) workloads: usize,
     pub(super) peers: usize,
     pub(super) peer_ports: usize,
     pub(super) verdicts: usize,
@@ -95,17 +97,38 @@ impl Desired {
         }
     }
 
-    /// Leaves out what has no room, and has refused whatever that could have been about.
-    pub(super) fn fit(&mut self, room: Room) -> Shortage {
+    /// Leaves out what has no room, and has refused whatever that could have been about. `enrolled`
+    /// are the cgroups that are in the map.
+    pub(super) fn fit(&mut self, room: Room, enrolled: &HashMap<u64, WorkloadEntry>) -> Shortage {
+        let workloads = self.fit_workloads(room.workloads as usize, enrolled);
         let peer_ports = self.fit_peer_ports(room.peer_ports as usize);
         let peers = self.fit_peers((room.peers as usize).saturating_sub(SPARE));
         let (verdicts, closed) = self.fit_verdicts((room.verdicts as usize).saturating_sub(SPARE));
         Shortage {
+            workloads,
             peers,
             peer_ports,
             verdicts,
             closed,
         }
+    }
+
+    /// Enforced parents stay, which refuse what is left out below them, and who is enrolled already.
+    fn fit_workloads(&mut self, room: usize, enrolled: &HashMap<u64, WorkloadEntry>) -> usize {
+        let missing = self.workloads.len().saturating_sub(room);
+        if missing == 0 {
+            return 0;
+        }
+        let mut cgroups: Vec<_> = self
+            .workloads
+            .iter()
+            .map(|(id, entry)| (entry.flags == 0, !enrolled.contains_key(id), *id))
+            .collect();
+        cgroups.sort_unstable();
+        for (_, _, id) in cgroups.into_iter().skip(room) {
+            self.workloads.remove(&id);
+        }
+        missing
     }
 
     /// The workloads with the most verdicts go first, so that few do.
@@ -137,7 +160,7 @@ impl Desired {
         let said = closed
             .iter()
             .take(left)
-            .map(|side| (no_room(*side), NO_ROOM));
+            .map(|side| (every_connection(*side), NO_ROOM));
         self.verdicts.extend(said);
         (missing, closed)
     }
@@ -198,8 +221,8 @@ impl Desired {
     }
 }
 
-/// The entry of a workload and direction without room.
-pub(super) fn no_room((workload, direction): Side) -> (u32, VerdictKey) {
+/// The entry for everybody and everything of a workload and direction.
+pub(super) fn every_connection((workload, direction): Side) -> (u32, VerdictKey) {
     let key = VerdictKey {
         workload,
         class: 0,
@@ -216,7 +239,7 @@ pub(super) fn side(key: &VerdictKey) -> Side {
 }
 
 /// Clears what lies behind a prefix: the kernel takes such keys for the same, and so must we.
-fn masked(mut address: Address, bits: u32) -> Address {
+pub(super) fn masked(mut address: Address, bits: u32) -> Address {
     for (byte, first) in address.iter_mut().zip((0_u32..).step_by(8)) {
         let kept = bits.saturating_sub(first).min(8);
         *byte &= !(0xff_u8.checked_shr(kept).unwrap_or(0));
@@ -245,10 +268,39 @@ mod tests {
     use crate::policy::KernelTables;
 
     const PLENTY: Room = Room {
+        workloads: 100,
         peers: 100,
         peer_ports: 100,
         verdicts: 100,
     };
+
+    /// What is left out, where nobody is enrolled yet.
+    fn fit(desired: &mut Desired, room: Room) -> Shortage {
+        desired.fit(room, &HashMap::new())
+    }
+
+    #[test]
+    fn who_is_enrolled_already_and_who_refuses_others_stay() {
+        let entry = |workload, flags| WorkloadEntry { workload, flags };
+        let mut fits = Desired::new(&KernelState {
+            workloads: vec![
+                (1, 2, entry(1, 0)),
+                (2, 2, entry(2, 0)),
+                (3, 2, entry(3, 0)),
+                (4, 1, entry(0, reeve_common::WORKLOAD_UNKNOWN)),
+                (5, 1, entry(0, reeve_common::WORKLOAD_IS_REEVE)),
+            ],
+            ..KernelState::default()
+        });
+        let room = Room {
+            workloads: 3,
+            ..PLENTY
+        };
+        let enrolled = HashMap::from([(3, entry(3, 0))]);
+        assert_eq!(fits.fit(room, &enrolled).workloads, 2);
+        let left: BTreeSet<u64> = fits.workloads.keys().copied().collect();
+        assert_eq!(left, BTreeSet::from([3, 4, 5]));
+    }
 
     fn desired(tables: KernelTables) -> Desired {
         Desired::new(&KernelState {
@@ -279,19 +331,22 @@ mod tests {
             ..KernelTables::default()
         };
         let mut fits = desired(tables.clone());
-        assert_eq!(fits.fit(PLENTY), Shortage::default());
+        assert_eq!(fit(&mut fits, PLENTY), Shortage::default());
         assert_eq!(fits.verdicts.len(), 5);
 
         let mut fits = desired(tables);
         // One of five is left free.
-        let shortage = fits.fit(Room {
-            verdicts: 5,
-            ..PLENTY
-        });
+        let shortage = fit(
+            &mut fits,
+            Room {
+                verdicts: 5,
+                ..PLENTY
+            },
+        );
         assert_eq!(shortage.closed, BTreeSet::from([(2, 0)]));
         assert_eq!(shortage.verdicts, 3);
         assert_eq!(fits.verdicts.len(), 3);
-        assert_eq!(fits.verdicts[&no_room((2, 0))], NO_ROOM);
+        assert_eq!(fits.verdicts[&every_connection((2, 0))], NO_ROOM);
     }
 
     #[test]
@@ -306,7 +361,7 @@ mod tests {
             ],
             ..KernelTables::default()
         });
-        let shortage = fits.fit(Room { peers: 5, ..PLENTY });
+        let shortage = fit(&mut fits, Room { peers: 5, ..PLENTY });
         assert_eq!(shortage.peers, 2);
         let flags = |bits: u32, address| fits.peers.get(&(96 + bits, ipv4_mapped(address)));
         let marked = |bits, address| flags(bits, address).map(|entry| entry.flags);
@@ -323,7 +378,7 @@ mod tests {
             peers: vec![block(32, [10, 1, 0, 1]), block(32, [10, 1, 0, 2])],
             ..KernelTables::default()
         });
-        fits.fit(Room { peers: 2, ..PLENTY });
+        fit(&mut fits, Room { peers: 2, ..PLENTY });
         assert_eq!(fits.peers.len(), 1);
         assert_eq!(fits.peers[&(0, [0; 16])].flags, PEER_NO_ROOM);
     }
@@ -343,10 +398,13 @@ mod tests {
             peer_ports: vec![port(1, 80), port(2, 80), port(2, 81)],
             ..KernelTables::default()
         });
-        let shortage = fits.fit(Room {
-            peer_ports: 2,
-            ..PLENTY
-        });
+        let shortage = fit(
+            &mut fits,
+            Room {
+                peer_ports: 2,
+                ..PLENTY
+            },
+        );
         assert_eq!((shortage.peer_ports, fits.peer_ports.len()), (2, 1));
         let flags = |last| fits.peers[&(128, ipv4_mapped([10, 0, 0, last]))].flags;
         assert_eq!((flags(1), flags(2)), (0, PEER_NO_ROOM));

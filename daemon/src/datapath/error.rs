@@ -128,6 +128,18 @@ pub enum Error {
         /// Its capacity in entries.
         capacity: u32,
     },
+    /// The map of cgroups has no room left.
+    #[error(
+        "the map WORKLOADS is full ({capacity} entries), and {missing} cgroups of workloads are not \
+         enrolled: only an enforced parent above them refuses them; raise maps.workloads in the \
+         configuration, remove the pinned maps (`reeve detach`) and start reeve again"
+    )]
+    NotEnrolled {
+        /// Cgroups without room.
+        missing: usize,
+        /// The map's capacity in entries.
+        capacity: u32,
+    },
     /// A network namespace could not be prepared.
     #[error("cannot {doing} in the network namespace {inode}: {source}")]
     Namespace {

@@ -23,6 +23,7 @@ mod sockets;
 mod state;
 mod sys;
 mod table;
+mod transition;
 mod usage;
 
 use std::{

@@ -25,10 +25,11 @@ use reeve_common::{
 
 use super::{
     Error, KernelState, MapUsage, Numbers,
-    desired::{Desired, NO_ROOM, Room, Shortage, Side, no_room, side},
+    desired::{Desired, NO_ROOM, Room, Shortage, Side, every_connection, side},
     load::map_error,
     sys,
     table::{Table, Tracked},
+    transition::{Held, Peers, Transition, Verdicts},
 };
 use crate::config::Ports;
 
@@ -43,6 +44,9 @@ pub enum Order {
     Grows,
     /// Fewer are: they are not told apart once the rules have changed.
     Shrinks,
+    /// Nobody knows, or the far ends themselves are others: whoever changes goes by way of a
+    /// stand-in, where there is room for the old and the new at once.
+    Replaces,
 }
 
 /// The maps that the daemon writes.
@@ -136,13 +140,29 @@ impl State {
     /// else is in force.
     pub(super) fn apply(&mut self, desired: &KernelState, order: Order) -> Result<(), Error> {
         let mut desired = Desired::new(desired);
-        self.shortage = desired.fit(Room {
+        let room = Room {
+            workloads: self.workloads.capacity(),
             peers: self.peers.capacity(),
             peer_ports: self.peer_ports.capacity(),
             verdicts: self.verdicts.capacity(),
-        });
+        };
+        self.shortage = desired.fit(room, self.workloads.content());
         let mut changed = false;
         self.suspend(&desired)?;
+        let workloads = self.workloads.content().values();
+        let is_anybody_judged = workloads
+            .map(|entry| entry.workload)
+            .any(|id| id != NO_WORKLOAD);
+        if order == Order::Replaces
+            && is_anybody_judged
+            && let Some(way) = Transition::new(self.held(), &desired, room)
+        {
+            changed = true;
+            // What of it was not written is written below.
+            if let Err(error) = self.go(&way, &desired) {
+                tracing::warn!(%error, "the kernel's maps are changed in one step");
+            }
+        }
         let fits = self.put(&desired, order, &mut changed);
         if fits.is_err() {
             // What is surplus holds back what is not there yet.
@@ -166,7 +186,7 @@ impl State {
                 self.peers.holds(&desired.peers) && self.peer_ports.holds(&desired.peer_ports);
             let closed = self.close(&desired, all_known)?;
             // Without room for it they are refused all the same, as what no policy allows.
-            let said: Vec<_> = closed.iter().map(|side| no_room(*side)).collect();
+            let said: Vec<_> = closed.iter().map(|side| every_connection(*side)).collect();
             let _ = self.verdicts.put(said.iter().map(|key| (key, &NO_ROOM)));
             self.shortage.closed.extend(closed);
         }
@@ -188,6 +208,12 @@ impl State {
             _ => Err(Error::Full { map, capacity }),
         };
         let missing = &self.shortage;
+        if missing.workloads > 0 {
+            return Err(Error::NotEnrolled {
+                missing: missing.workloads,
+                capacity: self.workloads.capacity(),
+            });
+        }
         full(missing.peers, self.peers.name(), self.peers.capacity())?;
         let (name, capacity) = (self.peer_ports.name(), self.peer_ports.capacity());
         full(missing.peer_ports, name, capacity)?;
@@ -220,7 +246,7 @@ impl State {
     pub(super) fn usage(&self) -> Vec<MapUsage> {
         let missing = &self.shortage;
         vec![
-            usage(&self.workloads, 0),
+            usage(&self.workloads, missing.workloads),
             usage(&self.namespaces, 0),
             usage(&self.local_addresses, 0),
             usage(&self.peers, missing.peers),
@@ -280,19 +306,38 @@ impl State {
             .map(drop)
     }
 
+    fn held(&self) -> Held<'_> {
+        Held {
+            peers: self.peers.content(),
+            peer_ports: self.peer_ports.content(),
+            verdicts: self.verdicts.content(),
+        }
+    }
+
+    /// All but the last step of a transition.
+    fn go(&mut self, way: &Transition, desired: &Desired) -> Result<(), Error> {
+        settled(self.verdicts.put(&way.verdicts))?;
+        settled(self.peer_ports.put(&way.peer_ports))?;
+        settled(self.put_peers(&way.peers))?;
+        self.put_verdicts(&desired.verdicts)?;
+        let mut verdicts = desired.verdicts.clone();
+        verdicts.extend(&way.verdicts);
+        self.prune_verdicts(&verdicts).map(drop)
+    }
+
     /// Writes everything that is new or different, whatever does not fit.
     fn put(&mut self, desired: &Desired, order: Order, changed: &mut bool) -> Result<(), Error> {
         let first = match order {
             Order::Grows => self.put_new_classes(desired),
-            Order::Shrinks => self.put_verdicts(desired),
+            Order::Shrinks | Order::Replaces => self.put_verdicts(&desired.verdicts),
         };
         let steps = [
             first,
-            settled(self.put_peers(desired)),
+            settled(self.put_peers(&desired.peers)),
             settled(self.peer_ports.put(&desired.peer_ports)),
             match order {
-                Order::Grows => self.put_verdicts(desired),
-                Order::Shrinks => Ok(false),
+                Order::Grows => self.put_verdicts(&desired.verdicts),
+                Order::Shrinks | Order::Replaces => Ok(false),
             },
             self.local_addresses.put(&desired.local_addresses),
             self.namespaces.put(&desired.namespaces),
@@ -316,8 +361,8 @@ impl State {
     /// new ones say, with nothing in between; those for everybody come once no program is left that
     /// has asked for those of a class before. Where there is no room, what refuses gets what
     /// there is: a refusal without room must not leave the wider allowance alone.
-    fn put_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
-        let mut different: Vec<_> = self.verdicts.different(&desired.verdicts).collect();
+    fn put_verdicts(&mut self, desired: &Verdicts) -> Result<bool, Error> {
+        let mut different: Vec<_> = self.verdicts.different(desired).collect();
         different.sort_unstable_by_key(|(key, _)| breadth(key));
         let (of_all, of_classes): (Vec<_>, Vec<_>) = different
             .into_iter()
@@ -325,7 +370,7 @@ impl State {
         let first = settled(self.verdicts.put(of_classes));
         let both = first.and_then(|first| Ok(first | settled(self.verdicts.put(of_all))?));
         both.or_else(|error| {
-            let refusing = desired.verdicts.iter().filter(|(_, value)| refuses(value));
+            let refusing = desired.iter().filter(|(_, value)| refuses(value));
             self.verdicts.put(refusing)?;
             Err(error)
         })
@@ -344,8 +389,8 @@ impl State {
 
     /// The widest first, for the same reason. A program that has come past a wide entry on its way
     /// through the map must still find the narrow one that says otherwise.
-    fn prune_verdicts(&mut self, desired: &Desired) -> Result<bool, Error> {
-        let mut surplus = self.verdicts.surplus(&desired.verdicts);
+    fn prune_verdicts(&mut self, desired: &Verdicts) -> Result<bool, Error> {
+        let mut surplus = self.verdicts.surplus(desired);
         let content = self.verdicts.content();
         let action = |key: &(u32, VerdictKey)| content.get(key).map(|entry| entry.action);
         surplus.sort_unstable_by_key(|key| (std::cmp::Reverse(breadth(key)), action(key)));
@@ -370,8 +415,8 @@ impl State {
     }
 
     /// The longest prefix first: an address without room must not count as its neighbours.
-    fn put_peers(&mut self, desired: &Desired) -> Result<bool, Error> {
-        let mut peers: Vec<_> = desired.peers.iter().collect();
+    fn put_peers(&mut self, desired: &Peers) -> Result<bool, Error> {
+        let mut peers: Vec<_> = desired.iter().collect();
         peers.sort_unstable_by_key(|((bits, _), _)| std::cmp::Reverse(*bits));
         self.peers.put(peers)
     }
@@ -382,7 +427,7 @@ impl State {
             | self.local_addresses.prune(&desired.local_addresses)?
             | settled(self.peer_ports.prune(&desired.peer_ports))?
             | self.prune_peers(desired)?
-            | self.prune_verdicts(desired)?)
+            | self.prune_verdicts(&desired.verdicts)?)
     }
 
     fn write(&mut self, settings: KernelSettings) -> Result<(), Error> {

@@ -4,6 +4,8 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 
 use reeve_common::{Direction, Hook, Reason, protocol::TCP};
 
+use socket2::{Domain, Protocol, Socket, Type};
+
 use crate::world::{WORKLOAD, World, assert_refused};
 
 const ADDRESSES: [&str; 4] = ["0.0.0.0", "127.0.0.1", "::", "::1"];
@@ -28,6 +30,14 @@ fn nobody_but_reeve_takes_reeves_ports() {
             (event.protocol, event.direction),
             (TCP, Direction::Ingress as u8)
         );
+        // Multipath TCP takes TCP's ports.
+        assert_refused(world.as_workload(|| {
+            let domain = Domain::for_address(address);
+            Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP))
+                .unwrap()
+                .bind(&address.into())
+        }));
+        world.verdict_event(Hook::Bind, false, Reason::ReservedPort);
         // Somebody else in the namespace is no better.
         let stranger = &world.stranger;
         assert_refused(world.here.run(stranger, || TcpListener::bind(address)));
@@ -44,7 +54,12 @@ fn nobody_but_reeve_takes_reeves_ports() {
     world
         .as_workload(|| TcpListener::bind("[::]:15002"))
         .unwrap();
-    world.as_workload(|| UdpSocket::bind("[::]:15001")).unwrap();
+    // UDP's ports are not TCP's.
+    world.as_workload(|| {
+        let socket = UdpSocket::bind("[::]:15001").unwrap();
+        socket.connect("[::1]:15001").unwrap();
+        socket.send(b"x").unwrap();
+    });
     world.as_reeve(|netns| {
         let first = netns.outbound_listeners(15001).unwrap();
         let second = netns.outbound_listeners(15001).unwrap();

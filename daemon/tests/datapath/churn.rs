@@ -120,6 +120,29 @@ impl Compiler {
 
 #[test]
 fn what_two_policies_agree_on_holds_while_one_takes_the_place_of_the_other() {
+    hold_while(|compiler, world, before, new| {
+        let snapshot = compiler.compile(new);
+        for (between, order) in steps((before, &compiler.compile(before)), (new, &snapshot)) {
+            world.state.tables = compiler.compile(&between).kernel_tables().clone();
+            world.datapath().apply_in(&world.state, order).unwrap();
+        }
+        world.state.tables = snapshot.kernel_tables().clone();
+        let order = Order::Shrinks;
+        world.datapath().apply_in(&world.state, order).unwrap();
+    });
+}
+
+#[test]
+fn it_holds_as_well_where_nobody_knows_which_policy_was_there_before() {
+    hold_while(|compiler, world, _, new| {
+        world.state.tables = compiler.compile(new).kernel_tables().clone();
+        let order = Order::Replaces;
+        world.datapath().apply_in(&world.state, order).unwrap();
+    });
+}
+
+/// Asks for what all policies allow, and for what they all refuse, while they follow each other.
+fn hold_while(change: impl Fn(&Compiler, &mut World, &PolicySet, &PolicySet)) {
     let mut world = World::enrolled();
     let compiler = Compiler::new();
     let policies = POLICIES.map(|spec| compiler.read(spec));
@@ -130,13 +153,12 @@ fn what_two_policies_agree_on_holds_while_one_takes_the_place_of_the_other() {
 
     let done = AtomicBool::new(false);
     let asked = AtomicU64::new(0);
-    let (here, workload) = (world.here.clone(), &world.workload);
-    let datapath = Arc::clone(world.datapath());
+    let (here, workload) = (world.here.clone(), world.workload.path().to_owned());
     thread::scope(|scope| {
         let hammers = [allowed, denied, allowed].map(|to| {
-            let (here, done, asked) = (&here, &done, &asked);
+            let (here, workload, done, asked) = (&here, &workload, &done, &asked);
             scope.spawn(move || {
-                here.run(workload, || {
+                here.run_in(workload, || {
                     let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
                     while !done.load(Ordering::Relaxed) {
                         let passed = socket.connect(to).is_ok();
@@ -147,18 +169,12 @@ fn what_two_policies_agree_on_holds_while_one_takes_the_place_of_the_other() {
             })
         });
         let mut current = 0;
-        for change in 0..CHANGES {
+        for number in 0..CHANGES {
             // Each of them after each of the others.
-            let next = (current + 1 + change % (policies.len() - 1)) % policies.len();
+            let next = (current + 1 + number % (policies.len() - 1)) % policies.len();
             let (before, new) = (&policies[current], &policies[next]);
             current = next;
-            let snapshot = compiler.compile(new);
-            for (between, order) in steps((before, &compiler.compile(before)), (new, &snapshot)) {
-                world.state.tables = compiler.compile(&between).kernel_tables().clone();
-                datapath.apply_in(&world.state, order).unwrap();
-            }
-            world.state.tables = snapshot.kernel_tables().clone();
-            datapath.apply_in(&world.state, Order::Shrinks).unwrap();
+            change(&compiler, &mut world, before, new);
             if hammers.iter().any(thread::ScopedJoinHandle::is_finished) {
                 break;
             }

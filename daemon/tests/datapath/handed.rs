@@ -9,7 +9,9 @@ use std::{
 
 use reeve::datapath::Listener;
 use reeve_common::{
-    Direction, Hook, NAMESPACE_LISTENING, NamespaceEntry, PEER_TUNNEL, Reason, protocol::TCP,
+    Action, Direction, Hook, NAMESPACE_LISTENING, NamespaceEntry, PEER_TUNNEL, Reason,
+    VERDICT_PREFIX_ANY_PROTOCOL, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN, WorkloadEntry,
+    protocol::TCP,
 };
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -43,7 +45,9 @@ fn a_listener_from_elsewhere_serves_a_workload_nothing_that_no_policy_allows() {
     for to in [world.here.port4(80), world.here.port6(80)] {
         // The connection is the stranger's until the workload has taken it.
         let mut client = world.as_far_end(|| TcpStream::connect(to).unwrap());
-        let (mut accepted, _) = world.as_workload(|| listener.accept().unwrap());
+        let (mut accepted, from) = world.as_workload(|| listener.accept().unwrap());
+        assert_eq!(accepted.peer_addr().unwrap(), from);
+        assert_eq!(from.port(), client.local_addr().unwrap().port());
         accepted.set_read_timeout(Some(MOMENT)).unwrap();
         client.set_read_timeout(Some(MOMENT)).unwrap();
         client.write_all(b"x").unwrap();
@@ -77,6 +81,145 @@ fn a_socket_from_elsewhere_that_a_workload_binds_is_the_workloads() {
     let dropped = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
     assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
     world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+}
+
+#[test]
+fn a_socket_from_elsewhere_serves_nobody_who_is_not_enrolled_below_an_enforced_parent() {
+    let mut world = World::new();
+    let parent = world.stranger.child("parent");
+    let unknown = WorkloadEntry {
+        workload: 0,
+        flags: WORKLOAD_UNKNOWN,
+    };
+    world
+        .state
+        .workloads
+        .push((parent.id(), parent.depth(), unknown));
+    world.apply();
+    // Bound by him, and bound by somebody else: the connection is his once he has taken it.
+    let stream = || Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let made = world.here.run(&world.stranger, stream);
+    let bound = world
+        .here
+        .run(&world.stranger, || TcpListener::bind("0.0.0.0:81").unwrap());
+    world.here.run(&parent, || {
+        let at: SocketAddr = (Ipv4Addr::UNSPECIFIED, 80).into();
+        made.bind(&at.into()).unwrap();
+        made.listen(1).unwrap();
+    });
+    let to = world.here.port4(80);
+    let dropped = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
+    assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
+    world.verdict_event(Hook::PacketIngress, false, Reason::UnknownWorkload);
+    let to = world.here.port4(81);
+    let mut client = world.as_far_end(|| TcpStream::connect(to).unwrap());
+    let (mut accepted, _) = world.here.run(&parent, || bound.accept().unwrap());
+    accepted.set_read_timeout(Some(MOMENT)).unwrap();
+    client.write_all(b"x").unwrap();
+    assert!(accepted.read(&mut [0]).is_err());
+    world.verdict_event(Hook::PacketIngress, false, Reason::UnknownWorkload);
+
+    // Once he is enrolled, what he takes is judged by his policy, and the listener with it.
+    world.add_workload(parent.id(), parent.depth(), 1);
+    world
+        .state
+        .workloads
+        .retain(|(.., entry)| entry.flags != WORKLOAD_UNKNOWN);
+    world.peer(0);
+    world.allow(Direction::Ingress, Scope::Port(TCP, 80));
+    world.apply();
+    let again: SocketAddr = (Ipv4Addr::UNSPECIFIED, 80).into();
+    world
+        .here
+        .run(&parent, || made.bind(&again.into()))
+        .unwrap_err();
+    let to = world.here.port4(80);
+    world.as_far_end(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap());
+    drop(parent);
+}
+
+#[test]
+fn a_socket_stays_whose_it_has_become() {
+    let mut world = sharing();
+    let other = world.stranger.child("other");
+    world.add_workload(other.id(), other.depth(), 2);
+    let everything = (
+        VERDICT_PREFIX_ANY_PROTOCOL,
+        VerdictKey {
+            workload: 2,
+            direction: Direction::Ingress as u8,
+            ..VerdictKey::default()
+        },
+        VerdictEntry {
+            action: Action::Allow as u32,
+            ..VerdictEntry::default()
+        },
+    );
+    world.state.tables.verdicts.push(everything);
+    world.apply();
+    let socket = world.here.run(&world.stranger, || {
+        Socket::new(Domain::IPV4, Type::STREAM, None).unwrap()
+    });
+    let bound: SocketAddr = (Ipv4Addr::UNSPECIFIED, 80).into();
+    world.as_workload(|| {
+        socket.bind(&bound.into()).unwrap();
+        socket.listen(1).unwrap();
+    });
+    // Another workload may hear everybody, and touches it; the first has it all the same.
+    let touched = world.here.run(&other, || socket.bind(&bound.into()));
+    touched.unwrap_err();
+    let to = world.here.port4(80);
+    let dropped = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
+    assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
+    let event = world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+    assert_eq!(event.workload, 1);
+    drop(other);
+}
+
+#[test]
+fn who_took_the_tunnels_port_before_gets_nothing_that_is_meant_for_it() {
+    // By a stranger in a workload's namespace, by a workload, and by a workload in a namespace of
+    // which the daemon knows nothing.
+    for (by_stranger, is_known) in [(true, true), (false, true), (false, false)] {
+        let mut world = World::new();
+        world.apply();
+        let at = (Ipv4Addr::UNSPECIFIED, 15008);
+        let take = || TcpListener::bind(at).unwrap();
+        let thief = if by_stranger {
+            world.here.run(&world.stranger, take)
+        } else {
+            world.as_workload(take)
+        };
+        let elsewhere = world.as_far_end(take);
+        let (id, depth) = (world.workload.id(), world.workload.depth());
+        world.add_workload(id, depth, 1);
+        if is_known {
+            let shared = (world.here.netns.cookie, NamespaceEntry::default());
+            world.state.namespaces.push(shared);
+        }
+        world.peer(0);
+        world.allow(Direction::Ingress, Scope::Anything);
+        world.apply();
+        let to = world.here.port4(15008);
+        let dropped = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
+        assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
+        let event = world.verdict_event(Hook::PacketIngress, false, Reason::ReservedPort);
+        assert_eq!(event.local_port, 15008);
+        thief.set_nonblocking(true).unwrap();
+        assert_eq!(
+            thief.accept().unwrap_err().kind(),
+            ErrorKind::WouldBlock,
+            "by a stranger: {by_stranger}"
+        );
+        // Where no workload is, a port is a port.
+        let to = world.there.port4(15008);
+        let stranger = &world.stranger;
+        world
+            .here
+            .run(stranger, || TcpStream::connect_timeout(&to, PATIENCE))
+            .unwrap();
+        elsewhere.accept().unwrap();
+    }
 }
 
 #[test]

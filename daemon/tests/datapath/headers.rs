@@ -6,12 +6,13 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
 };
 
-use reeve_common::{Direction, Hook, PeerEntry, Reason, protocol::TCP};
+use reeve::datapath::address;
+use reeve_common::{Direction, Hook, NamespaceEntry, PeerEntry, Reason, protocol::TCP};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     place::set_option,
-    world::{CLASS, MOMENT, PATIENCE, Scope, World, assert_refused},
+    world::{CLASS, MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused},
 };
 
 /// Options of IPv4: a loose source route by way of 10.0.0.9.
@@ -37,6 +38,10 @@ fn route(socket: &Socket, to: SocketAddr) {
         SocketAddr::V4(_) => set_option(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &ROUTE_V4),
         SocketAddr::V6(_) => set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &route_v6()),
     }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
 }
 
 fn socket(to: SocketAddr, kind: Type) -> Socket {
@@ -174,22 +179,23 @@ fn what_is_written_by_hand_may_name_no_route() {
 #[test]
 fn a_workload_sends_under_nobody_elses_address() {
     let mut world = open();
-    let others: [IpAddr; 2] = ["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
-    for ip in others {
+    let others = ["10.0.0.9", "fd00::9", "10.0.0.8", "fd00::8"].map(ip);
+    for ip in &others[..2] {
         let entry = PeerEntry {
             class: CLASS,
             peer: 9,
             flags: 0,
         };
-        let address = reeve::datapath::address(ip);
-        world.state.tables.peers.push((128, address, entry));
+        world.state.tables.peers.push((128, address(*ip), entry));
+    }
+    for ip in &others[2..] {
+        let neighbour = (address(*ip), WORKLOAD + 1);
+        world.state.local_addresses.push(neighbour);
     }
     world.apply();
     let _server = world.as_far_end(|| UdpSocket::bind("[::]:53").unwrap());
-    for (ip, to) in others
-        .into_iter()
-        .zip([world.there.port4(53), world.there.port6(53)])
-    {
+    let far_end = [world.there.port4(53), world.there.port6(53)];
+    for (ip, to) in others.into_iter().zip(far_end.into_iter().cycle()) {
         // For IPv6 anybody may do this, without any capability.
         let from = |kind: Type| {
             let socket = socket(to, kind);
@@ -223,6 +229,68 @@ fn a_workload_sends_under_nobody_elses_address() {
     for (ip, to) in own {
         let socket = world.as_workload(|| UdpSocket::bind((ip, 0)).unwrap());
         world.as_workload(|| socket.send_to(b"x", to)).unwrap();
+    }
+}
+
+#[test]
+fn an_address_of_ones_own_may_be_in_somebodys_network() {
+    let mut world = open();
+    // One that the daemon does not know of, in a network that a policy names.
+    world.here.ip(&[
+        "addr add 10.0.0.7/24 dev wire".into(),
+        "addr add fd00::7/64 dev wire nodad".into(),
+    ]);
+    for (bits, ip) in [(96 + 24, ip("10.0.0.0")), (64, ip("fd00::"))] {
+        let entry = PeerEntry {
+            class: CLASS,
+            peer: 0,
+            flags: 0,
+        };
+        world.state.tables.peers.push((bits, address(ip), entry));
+    }
+    world.apply();
+    sends_from(&world, [ip("10.0.0.7"), ip("fd00::7")]);
+}
+
+#[test]
+fn a_host_that_is_a_peer_may_have_workloads_of_its_address() {
+    let mut world = open();
+    let shared = (world.here.netns.cookie, NamespaceEntry::default());
+    world.state.namespaces = vec![shared];
+    world.state.local_addresses.clear();
+    let own = [world.here.v4, world.here.v6];
+    for ip in own {
+        let entry = PeerEntry {
+            class: CLASS,
+            peer: 9,
+            flags: 0,
+        };
+        world.state.tables.peers.push((128, address(ip), entry));
+    }
+    world.apply();
+    sends_from(&world, own);
+}
+
+/// What the workload sends from these addresses arrives.
+fn sends_from(world: &World, own: [IpAddr; 2]) {
+    let far_end = world.as_far_end(|| UdpSocket::bind("[::]:53").unwrap());
+    let server = world.as_far_end(|| TcpListener::bind("[::]:53").unwrap());
+    far_end.set_read_timeout(Some(PATIENCE)).unwrap();
+    for (ip, to) in own
+        .into_iter()
+        .zip([world.there.port4(53), world.there.port6(53)])
+    {
+        world
+            .as_workload(|| UdpSocket::bind((ip, 0)).unwrap().send_to(b"x", to))
+            .unwrap();
+        let (_, from) = far_end.recv_from(&mut [0]).unwrap();
+        assert_eq!(from.ip().to_canonical(), ip);
+        world.as_workload(|| {
+            let socket = socket(to, Type::STREAM);
+            socket.bind(&SocketAddr::new(ip, 0).into()).unwrap();
+            socket.connect_timeout(&to.into(), PATIENCE).unwrap();
+        });
+        server.accept().unwrap();
     }
 }
 

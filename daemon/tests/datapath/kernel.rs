@@ -3,7 +3,7 @@
 
 use std::{
     io::{ErrorKind, Read},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
     time::Instant,
 };
 
@@ -48,6 +48,25 @@ fn the_kernel_resets_what_nobody_listens_for() {
         let refused = world.as_far_end(|| TcpStream::connect(to)).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
         assert!(start.elapsed() < MOMENT);
+    }
+    assert_eq!(world.other_events(), []);
+}
+
+#[test]
+fn the_kernel_says_that_nobody_hears_a_datagram() {
+    let mut world = enrolled();
+    for (any, to) in [
+        ("0.0.0.0:0", world.here.port4(9)),
+        ("[::]:0", world.here.port6(9)),
+    ] {
+        let told = world.as_far_end(|| {
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.set_read_timeout(Some(MOMENT)).unwrap();
+            socket.connect(to).unwrap();
+            socket.send(b"x").unwrap();
+            socket.recv(&mut [0])
+        });
+        assert_eq!(told.unwrap_err().kind(), ErrorKind::ConnectionRefused);
     }
     assert_eq!(world.other_events(), []);
 }

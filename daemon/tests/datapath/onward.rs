@@ -6,7 +6,7 @@ use std::{
 };
 
 use reeve::datapath::{netns::Netns, speak_as};
-use reeve_common::{Action, Direction, protocol::TCP};
+use reeve_common::{Action, Direction, Hook, Reason, protocol::TCP};
 use socket2::{Domain, Socket};
 
 use crate::world::{CLASS, MOMENT, PATIENCE, Scope, World};
@@ -107,4 +107,18 @@ fn a_mark_alone_opens_nothing() {
         socket.connect_timeout(&to.into(), MOMENT)
     });
     assert!(refused.is_err());
+}
+
+#[test]
+fn what_reeve_opens_without_its_mark_is_judged_like_anybodys() {
+    let mut world = world();
+    let _server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.here.port4(80), world.here.port6(80)] {
+        let refused = world.there.run(&world.reeve, || TcpStream::connect(to));
+        assert_eq!(
+            refused.unwrap_err().kind(),
+            std::io::ErrorKind::ConnectionRefused
+        );
+        world.verdict_event(Hook::SocketLookup, false, Reason::PlaintextRefused);
+    }
 }

@@ -126,6 +126,83 @@ fn an_accepted_connection_that_a_new_policy_does_not_allow_is_cut() {
 }
 
 #[test]
+fn a_connection_is_judged_in_the_direction_in_which_it_was_opened() {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Ingress, Scope::Port(TCP, 80));
+    world.apply();
+    let server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    let to = world.here.port4(80);
+    let mut client = world.as_far_end(|| TcpStream::connect(to).unwrap());
+    let (mut accepted, _) = server.accept().unwrap();
+    accepted.set_read_timeout(Some(MOMENT)).unwrap();
+    client.set_read_timeout(Some(MOMENT)).unwrap();
+    assert!(passes(&mut client, &mut accepted));
+
+    // To open a connection to anywhere is no leave to go on with one that was accepted.
+    world.state.tables.verdicts.clear();
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    assert!(!passes(&mut accepted, &mut client));
+    let event = world.event("it is revoked", |event| event.allowed == 0);
+    assert_eq!(event.direction, Direction::Ingress as u8);
+    assert_eq!(event.reason, Reason::Revoked as u8);
+
+    // Nor the other way round, for who only opens one.
+    world.state.tables.verdicts.clear();
+    world.allow(Direction::Ingress, Scope::Anything);
+    world.apply();
+    let _server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    let to = world.there.port4(80);
+    let socket = world.as_workload(|| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
+    let dropped = world.here.run(&world.stranger, || {
+        socket.connect_timeout(&to.into(), MOMENT)
+    });
+    assert_eq!(dropped.unwrap_err().kind(), ErrorKind::TimedOut);
+    let event = world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+    assert_eq!(event.direction, Direction::Egress as u8);
+}
+
+#[test]
+fn a_connection_that_is_older_than_its_workload_goes_on_whoever_speaks_first() {
+    let mut world = World::new();
+    world.apply();
+    let (mut client, mut accepted) = connected(&world);
+    assert!(passes(&mut client, &mut accepted));
+    world.enrol();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.apply();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    accepted.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let event = world.verdict_event(Hook::PacketIngress, true, Reason::NoTunnel);
+    assert_eq!(event.direction, Direction::Egress as u8);
+}
+
+#[test]
+fn the_far_end_of_a_refused_connection_is_told_of_its_end() {
+    // Before a packet was refused, and after.
+    for refused in [false, true] {
+        let mut world = World::new();
+        world.apply();
+        let (mut client, mut accepted) = connected(&world);
+        world.enrol();
+        world.apply();
+        if refused {
+            assert!(!passes(&mut client, &mut accepted));
+        }
+        socket2::SockRef::from(&client)
+            .set_linger(Some(std::time::Duration::ZERO))
+            .unwrap();
+        drop(client);
+        accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+        let reset = accepted.read(&mut [0]).unwrap_err();
+        assert_eq!(reset.kind(), ErrorKind::ConnectionReset);
+    }
+}
+
+#[test]
 fn an_unenrolled_caller_may_use_a_socket_that_a_workload_had_no_verdict_for() {
     let mut world = World::new();
     let (id, depth) = (world.workload.id(), world.workload.depth());

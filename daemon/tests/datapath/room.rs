@@ -10,7 +10,7 @@ use reeve::{
     datapath::{Error, address},
 };
 use reeve_common::{
-    Action, Direction, Hook, PeerEntry, PeerPortKey, Reason,
+    Action, Direction, Hook, PeerEntry, PeerPortKey, Reason, WORKLOAD_UNKNOWN, WorkloadEntry,
     protocol::{TCP, UDP},
 };
 
@@ -32,6 +32,47 @@ fn with(capacities: impl FnOnce(&mut Maps)) -> World {
 fn connect(world: &World, to: SocketAddr) -> io::Result<()> {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     world.as_workload(|| UdpSocket::bind(any)?.connect(to))
+}
+
+#[test]
+fn a_cgroup_without_room_is_left_to_an_enforced_parent() {
+    // reeve's own, the workload's and the parent's.
+    let mut world = with(|maps| maps.workloads = 3);
+    let parent = world.stranger.child("parent");
+    let child = parent.child("child");
+    let unknown = WorkloadEntry {
+        workload: 0,
+        flags: WORKLOAD_UNKNOWN,
+    };
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    let late = (parent.id(), parent.depth(), unknown);
+    world.state.workloads.push(late);
+    world.add_workload(child.id(), child.depth(), WORKLOAD);
+    match world.datapath().apply(&world.state) {
+        Err(Error::NotEnrolled {
+            missing: 1,
+            capacity: 3,
+        }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(missing(&world, "WORKLOADS"), 1);
+    // Who was enrolled is, and who is not is refused.
+    let to = world.there.port4(80);
+    connect(&world, to).unwrap();
+    let refused = world
+        .here
+        .run(&child, || UdpSocket::bind("0.0.0.0:0")?.connect(to));
+    assert_refused(refused);
+    world.verdict_event(Hook::Connect, false, Reason::UnknownWorkload);
+    // reeve's own is not among those who are left out.
+    world
+        .as_reeve(|netns| netns.tunnel_listener(15008).map(drop))
+        .unwrap();
+    world.state.workloads.retain(|(id, ..)| *id != child.id());
+    world.apply();
+    assert_eq!(missing(&world, "WORKLOADS"), 0);
+    drop(child);
 }
 
 /// Applies what does not fit, and gives the map that is said to be full.

@@ -7,14 +7,14 @@ use std::{
 
 use reeve::datapath::address;
 use reeve_common::{
-    Action, Direction, Hook, PEER_BY_PORT, PeerEntry, PeerPortKey, Reason, WORKLOAD_UNKNOWN,
-    WorkloadEntry,
+    Action, Direction, Hook, MAX_CGROUP_DEPTH, PEER_BY_PORT, PeerEntry, PeerPortKey, Reason,
+    WORKLOAD_UNKNOWN, WorkloadEntry,
     protocol::{TCP, UDP},
 };
 
 use crate::{
     place::Cgroup,
-    world::{CLASS, PEER, Scope, WORKLOAD, World, assert_refused},
+    world::{CLASS, MOMENT, PEER, Scope, WORKLOAD, World, assert_refused},
 };
 
 /// A connection that nobody accepts, and that is not refused by a program.
@@ -138,6 +138,77 @@ fn peers_that_share_an_address_are_told_apart_by_port() {
         let event = world.verdict_event(Hook::Connect, false, Reason::NoPolicy);
         assert_eq!(event.peer, PEER + 1);
     }
+}
+
+#[test]
+fn a_clients_port_says_nothing_of_who_it_is() {
+    let mut world = World::enrolled();
+    world.peer(PEER_BY_PORT);
+    let trusted = PeerEntry {
+        class: CLASS + 1,
+        peer: PEER + 1,
+        flags: 0,
+    };
+    for ip in [world.there.v4, world.there.v6] {
+        let key = PeerPortKey {
+            address: address(ip),
+            port: 81,
+            protocol: TCP,
+            reserved: 0,
+        };
+        world.state.tables.peer_ports.push((key, trusted));
+    }
+    for direction in [Direction::Ingress, Direction::Egress] {
+        world.verdict(direction, CLASS + 1, Scope::Anything, Action::Allow);
+    }
+    world.apply();
+    let _server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    for (from, to) in [
+        (world.there.port4(81), world.here.port4(80)),
+        (world.there.port6(81), world.here.port6(80)),
+    ] {
+        let dropped = world.as_far_end(|| {
+            let domain = socket2::Domain::for_address(from);
+            let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&from.into()).unwrap();
+            socket.connect_timeout(&to.into(), MOMENT)
+        });
+        assert_eq!(dropped.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let event = world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+        assert_eq!(event.peer, PEER);
+        // Nor is a port of TCP one of UDP.
+        connect(&world, &world.workload, from).unwrap();
+        assert_refused(world.as_workload(|| {
+            let any = if from.is_ipv4() {
+                "0.0.0.0:0"
+            } else {
+                "[::]:0"
+            };
+            UdpSocket::bind(any).unwrap().connect(from)
+        }));
+    }
+}
+
+#[test]
+fn a_workload_may_lie_as_deep_as_any() {
+    let mut world = World::new();
+    world.peer(0);
+    let mut path = vec![world.workload.child("1")];
+    while path.last().unwrap().depth() < MAX_CGROUP_DEPTH {
+        let next = path.last().unwrap().child("1");
+        path.push(next);
+    }
+    for cgroup in &path {
+        world.state.workloads.truncate(1);
+        world.add_workload(cgroup.id(), cgroup.depth(), WORKLOAD);
+        world.apply();
+        let refused = connect(&world, cgroup, world.there.port4(80));
+        assert!(refused.is_err(), "depth {}", cgroup.depth());
+        assert_refused(refused);
+    }
+    // The innermost is removed first.
+    while path.pop().is_some() {}
 }
 
 #[test]

@@ -1,0 +1,209 @@
+//! Flows: who is answered, for how long, and that nobody else is.
+
+use std::{
+    net::{SocketAddr, UdpSocket},
+    thread,
+    time::Duration,
+};
+
+use aya::maps::{HashMap, Map, MapData};
+use nix::time::{ClockId, clock_gettime};
+use reeve_common::{
+    Direction, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook, NamespaceEntry, Reason,
+    protocol::UDP,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::world::{CLASS, MOMENT, Scope, WORKLOAD, World, assert_refused};
+
+const SECOND: u64 = 1_000_000_000;
+
+fn now() -> u64 {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
+    u64::try_from(now.as_nanos()).unwrap()
+}
+
+/// A workload that asks port 53 of the far end, and both ends' sockets.
+struct Asking {
+    world: World,
+    here: UdpSocket,
+    there: UdpSocket,
+}
+
+fn udp(at: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(at).unwrap();
+    socket.set_read_timeout(Some(MOMENT)).unwrap();
+    socket
+}
+
+impl Asking {
+    fn new() -> Self {
+        let mut world = World::enrolled();
+        world.peer(0);
+        world.allow(Direction::Egress, Scope::Port(UDP, 53));
+        world.apply();
+        let here = world.as_workload(|| udp(world.here.port4(1000)));
+        let there = world.as_far_end(|| udp(world.there.port4(53)));
+        Self { world, here, there }
+    }
+
+    fn ask(&self) {
+        let to = self.world.there.port4(53);
+        self.world
+            .as_workload(|| self.here.send_to(b"x", to))
+            .unwrap();
+        self.there.recv(&mut [0]).unwrap();
+    }
+
+    /// Whether what the far end says now is heard.
+    fn hears(&self) -> bool {
+        hears(&self.here, || {
+            let to = self.world.here.port4(1000);
+            self.world
+                .as_far_end(|| self.there.send_to(b"y", to))
+                .unwrap();
+        })
+    }
+
+    fn flows(&self) -> HashMap<MapData, FlowKey, FlowEntry> {
+        let pin = self.world.settings.pins.join("FLOWS");
+        let map = Map::LruHashMap(MapData::from_pin(pin).unwrap());
+        map.try_into().unwrap()
+    }
+
+    fn last_seen(&self) -> u64 {
+        let flow = self.flows().iter().next().unwrap().unwrap();
+        flow.1.last_seen
+    }
+
+    /// Has the flow be as old as it would be after this time without a packet.
+    fn age(&self, nanoseconds: u64) {
+        // A machine that has only just started has no past that is long enough.
+        while now() < nanoseconds {
+            thread::sleep(MOMENT);
+        }
+        let mut flows = self.flows();
+        let (key, mut entry) = flows.iter().next().unwrap().unwrap();
+        entry.last_seen = now() - nanoseconds;
+        flows.insert(key, entry, 0).unwrap();
+    }
+}
+
+fn hears(socket: &UdpSocket, send: impl FnOnce()) -> bool {
+    send();
+    socket.recv(&mut [0]).is_ok()
+}
+
+#[test]
+fn a_flow_that_has_been_silent_for_long_is_judged_anew() {
+    let mut asking = Asking::new();
+    asking.ask();
+    asking.age(FLOW_IDLE_NANOSECONDS - 60 * SECOND);
+    assert!(asking.hears());
+    asking.age(FLOW_IDLE_NANOSECONDS + SECOND);
+    assert!(!asking.hears());
+    let world = &mut asking.world;
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+    // Whoever may ask may ask again.
+    asking.ask();
+    assert!(asking.hears());
+}
+
+#[test]
+fn only_who_asks_keeps_a_flow_alive() {
+    let asking = Asking::new();
+    asking.ask();
+    let age = 60 * SECOND;
+    asking.age(age);
+    assert!(asking.hears());
+    assert!(asking.last_seen() < now() - age / 2, "an answer");
+    asking.ask();
+    assert!(asking.last_seen() > now() - age / 2, "a question");
+}
+
+#[test]
+fn an_answer_is_let_in_whatever_else_has_changed() {
+    let mut asking = Asking::new();
+    asking.ask();
+    for port in [54, 55] {
+        let world = &mut asking.world;
+        world.allow(Direction::Egress, Scope::Port(UDP, port));
+        world.apply();
+        assert!(asking.hears());
+    }
+    asking.world.state.tables.verdicts.clear();
+    asking.world.apply();
+    assert!(!asking.hears());
+}
+
+#[test]
+fn an_answer_is_for_who_asked_by_what_he_asked_and_from_whom() {
+    let mut asking = Asking::new();
+    asking.ask();
+    let world = &mut asking.world;
+    // Another port of the workload's.
+    let other = world.as_workload(|| udp(world.here.port4(1001)));
+    let to = world.here.port4(1001);
+    let there = &asking.there;
+    let heard = hears(&other, || {
+        world.as_far_end(|| there.send_to(b"y", to)).unwrap();
+    });
+    assert!(!heard, "another port");
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+
+    // Another address of the same class, from the same port.
+    world.there.ip(&["addr add 10.0.0.3/24 dev wire".into()]);
+    let third = world.as_far_end(|| udp("10.0.0.3:53".parse().unwrap()));
+    let to = world.here.port4(1000);
+    let heard = hears(&asking.here, || {
+        world.as_far_end(|| third.send_to(b"y", to)).unwrap();
+    });
+    assert!(!heard, "another address");
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+
+    // Another protocol, between the same ports.
+    let light = |at: SocketAddr| {
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDPLITE)).unwrap();
+        socket.bind(&at.into()).unwrap();
+        socket.set_read_timeout(Some(MOMENT)).unwrap();
+        UdpSocket::from(socket)
+    };
+    let (own, far) = (world.here.port4(1000), world.there.port4(53));
+    let here = world.as_workload(|| light(own));
+    let there = world.as_far_end(|| light(far));
+    let heard = hears(&here, || {
+        world.as_far_end(|| there.send_to(b"y", own)).unwrap();
+    });
+    assert!(!heard, "another protocol");
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+    assert!(asking.hears());
+}
+
+#[test]
+fn a_workload_that_shares_an_address_does_not_share_flows() {
+    let mut world = World::new();
+    let both = [(&world.workload, WORKLOAD), (&world.stranger, WORKLOAD + 1)];
+    let both = both.map(|(cgroup, workload)| (cgroup.id(), cgroup.depth(), workload));
+    for (cgroup, depth, workload) in both {
+        world.add_workload(cgroup, depth, workload);
+    }
+    let shared = (world.here.netns.cookie, NamespaceEntry::default());
+    world.state.namespaces.push(shared);
+    world.peer(0);
+    world.verdict(
+        Direction::Egress,
+        CLASS,
+        Scope::Port(UDP, 53),
+        reeve_common::Action::Allow,
+    );
+    world.apply();
+    let (own, to) = (world.here.port4(1000), world.there.port4(53));
+    world.as_workload(|| udp(own).send_to(b"x", to)).unwrap();
+    // The same ports and the same far end, in the same generation.
+    let sent = world
+        .here
+        .run(&world.stranger, || udp(own).send_to(b"x", to));
+    assert_refused(sent);
+    let event = world.event("the other is refused", |event| event.allowed == 0);
+    assert_eq!(event.workload, WORKLOAD + 1);
+}

@@ -1,0 +1,83 @@
+//! Raw sockets in a workload's namespace that write TCP and UDP by hand: the workload's, and those
+//! of somebody who is not enrolled and shares the namespace.
+
+use reeve_common::{Direction, Hook, Reason};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::world::{Scope, World, assert_refused};
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const PUSH: u8 = 8;
+const ACK: u8 = 16;
+
+/// A TCP segment to port 80.
+fn segment(flags: u8, data: &[u8]) -> Vec<u8> {
+    let mut segment = vec![
+        0, 99, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0, 0, 0, 0,
+    ];
+    segment.extend_from_slice(data);
+    segment
+}
+
+fn open() -> World {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    world
+}
+
+fn raw(domain: Domain, protocol: Protocol) -> Socket {
+    Socket::new(domain, Type::RAW, Some(protocol)).unwrap()
+}
+
+#[test]
+fn a_workload_writes_no_segment_of_any_kind() {
+    let mut world = open();
+    for (to, domain) in [
+        (world.there.port4(0), Domain::IPV4),
+        (world.there.port6(0), Domain::IPV6),
+    ] {
+        for flags in [SYN, ACK, RST, RST | ACK, FIN | ACK, PUSH | ACK] {
+            let socket = world.as_workload(|| raw(domain, Protocol::TCP));
+            let sent = world.as_workload(|| socket.send_to(&segment(flags, b""), &to.into()));
+            assert_refused(sent);
+            world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
+        }
+    }
+}
+
+#[test]
+fn a_stranger_in_a_workloads_namespace_writes_none_that_carries_anything() {
+    let mut world = open();
+    for (to, domain) in [
+        (world.there.port4(0), Domain::IPV4),
+        (world.there.port6(0), Domain::IPV6),
+    ] {
+        let send = |world: &World, protocol, bytes: &[u8]| {
+            world.here.run(&world.stranger, || {
+                raw(domain, protocol).send_to(bytes, &to.into())
+            })
+        };
+        for (flags, data) in [
+            (SYN, &b""[..]),
+            (SYN | ACK, b""),
+            (FIN | ACK, b""),
+            (0, b""),
+            (ACK, b"a secret"),
+            (RST, b"a secret"),
+        ] {
+            assert_refused(send(&world, Protocol::TCP, &segment(flags, data)));
+            world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
+        }
+        assert_refused(send(&world, Protocol::UDP, &segment(0, b"")));
+        world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
+        // As the kernel's own do, which answer for connections that are gone.
+        for flags in [ACK, RST, RST | ACK] {
+            send(&world, Protocol::TCP, &segment(flags, b"")).unwrap();
+        }
+    }
+    assert_eq!(world.other_events(), []);
+}
