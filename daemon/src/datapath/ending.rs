@@ -22,23 +22,17 @@ impl Datapath {
         netns: &Netns,
         mut is_over: impl FnMut(&LiveSocket) -> bool,
     ) -> Result<Vec<LiveSocket>, Error> {
-        let failed = |doing| {
-            move |source| Error::Namespace {
-                inode: netns.inode,
-                doing,
-                source,
-            }
-        };
-        let mut diagnosis = Diagnosis::open(netns).map_err(failed("open a netlink socket"))?;
+        let mut diagnosis =
+            Diagnosis::open(netns).map_err(Error::in_namespace(netns, "open a netlink socket"))?;
         let mut sockets = diagnosis
             .sockets(self.tags.as_fd())
-            .map_err(failed("list the sockets (sock_diag)"))?;
+            .map_err(Error::in_namespace(netns, "list the sockets (sock_diag)"))?;
         sockets.retain(&mut is_over);
         let mut ended = Vec::with_capacity(sockets.len());
         for socket in sockets {
             if diagnosis
                 .destroy(&socket)
-                .map_err(failed("end a connection (sock_diag)"))?
+                .map_err(Error::in_namespace(netns, "end a connection (sock_diag)"))?
             {
                 ended.push(socket);
             }
@@ -59,19 +53,13 @@ impl Datapath {
         netns: &Netns,
         mut is_foreign: impl FnMut(&Listener) -> bool,
     ) -> Result<Vec<Listener>, Error> {
-        let failed = |doing| {
-            move |source| Error::Namespace {
-                inode: netns.inode,
-                doing,
-                source,
-            }
-        };
-        let mut diagnosis = Diagnosis::open(netns).map_err(failed("open a netlink socket"))?;
+        let mut diagnosis =
+            Diagnosis::open(netns).map_err(Error::in_namespace(netns, "open a netlink socket"))?;
         let mut closed = Vec::new();
         for port in [self.settings.ports.outbound, self.settings.ports.tunnel] {
             let listeners = diagnosis
                 .listeners(port, self.tags.as_fd())
-                .map_err(failed("list the listeners (sock_diag)"))?;
+                .map_err(Error::in_namespace(netns, "list the listeners (sock_diag)"))?;
             for listener in &listeners {
                 if listener.of_reeve || !is_foreign(listener) {
                     continue;
@@ -80,7 +68,7 @@ impl Datapath {
                 let sharing = listeners.iter().filter(same).count();
                 if diagnosis
                     .close(listener, sharing)
-                    .map_err(failed("close a listener (sock_diag)"))?
+                    .map_err(Error::in_namespace(netns, "close a listener (sock_diag)"))?
                 {
                     closed.push(listener.clone());
                 }

@@ -4,6 +4,8 @@ use std::{io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
+use super::netns::Netns;
+
 /// Why the datapath could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -161,4 +163,19 @@ pub enum Error {
         /// From the runtime.
         source: io::Error,
     },
+}
+
+impl Error {
+    /// What `doing` fails with in this namespace.
+    pub(super) fn in_namespace(
+        netns: &Netns,
+        doing: &'static str,
+    ) -> impl FnOnce(io::Error) -> Self + use<> {
+        let inode = netns.inode;
+        move |source| Self::Namespace {
+            inode,
+            doing,
+            source,
+        }
+    }
 }

@@ -33,23 +33,19 @@ const LOOPBACK_DEVICE: u32 = 1;
 /// Makes the namespace ready for connections to local applications. Its settings are those that a
 /// thread inside sees below `proc`.
 pub(super) async fn prepare(netns: &Netns, proc: &Path) -> Result<(), Error> {
-    let failed = |doing| {
-        move |source| Error::Namespace {
-            inode: netns.inode,
-            doing,
-            source,
-        }
-    };
     netns
         .run(|| {
             let mut settings = KEEP_MARK.iter().map(|setting| proc.join(setting));
             settings.try_for_each(|setting| switch_on(&setting))
         })
-        .map_err(failed("set tcp_fwmark_accept and fwmark_reflect (sysctl)"))?;
+        .map_err(Error::in_namespace(
+            netns,
+            "set tcp_fwmark_accept and fwmark_reflect (sysctl)",
+        ))?;
     // The socket stays in the namespace in which it was made.
     let (connection, handle, _) = netns
         .run(rtnetlink::new_connection)
-        .map_err(failed("open a netlink socket"))?;
+        .map_err(Error::in_namespace(netns, "open a netlink socket"))?;
     let connection = tokio::spawn(connection);
     let result = async {
         route(&handle, AddressFamily::Inet).await?;
@@ -59,23 +55,19 @@ pub(super) async fn prepare(netns: &Netns, proc: &Path) -> Result<(), Error> {
         }
     }
     .await
-    .map_err(failed("route marked packets to the loopback device"));
+    .map_err(Error::in_namespace(
+        netns,
+        "route marked packets to the loopback device",
+    ));
     connection.abort();
     result
 }
 
 /// Takes back what [`prepare`] routed. True where there was anything.
 pub(super) async fn take_back(netns: &Netns) -> Result<bool, Error> {
-    let failed = |doing| {
-        move |source| Error::Namespace {
-            inode: netns.inode,
-            doing,
-            source,
-        }
-    };
     let (connection, handle, _) = netns
         .run(rtnetlink::new_connection)
-        .map_err(failed("open a netlink socket"))?;
+        .map_err(Error::in_namespace(netns, "open a netlink socket"))?;
     let connection = tokio::spawn(connection);
     let result = async {
         let mut found = false;
@@ -88,7 +80,10 @@ pub(super) async fn take_back(netns: &Netns) -> Result<bool, Error> {
         Ok(found)
     }
     .await
-    .map_err(failed("remove the routing of marked packets"));
+    .map_err(Error::in_namespace(
+        netns,
+        "remove the routing of marked packets",
+    ));
     connection.abort();
     result
 }
