@@ -78,7 +78,13 @@ fn the_service_reloads_drains_and_has_the_tightest_sandbox() {
     let main = machine.property("reeve.service", "MainPID");
     let run = |program: &str| machine.run(["nsenter", "-t", &main, "-m", program, "--version"]);
     run("/usr/local/bin/reeve").ok();
-    for folder in ["/var/lib/reeve", "/run/reeve", "/tmp", "/var/tmp", "/dev/shm"] {
+    for folder in [
+        "/var/lib/reeve",
+        "/run/reeve",
+        "/tmp",
+        "/var/tmp",
+        "/dev/shm",
+    ] {
         let program = format!("{folder}/true");
         let copy = format!("install -m 755 /usr/bin/true /proc/{main}/root{program}");
         machine.shell(&copy).ok();
