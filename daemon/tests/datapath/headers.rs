@@ -20,6 +20,11 @@ const ROUTE_V4: [u8; 8] = [131, 7, 4, 10, 0, 0, 9, 1];
 /// Options that mean nothing: a time stamp's room for one, and filling.
 const HARMLESS_V4: [u8; 12] = [68, 8, 5, 0, 0, 0, 0, 0, 1, 1, 1, 1];
 
+/// The same route, behind options that mean nothing.
+const HIDDEN_ROUTE_V4: [u8; 20] = [
+    68, 8, 5, 0, 0, 0, 0, 0, 1, 1, 1, 1, 131, 7, 4, 10, 0, 0, 9, 1,
+];
+
 /// A segment routing header of IPv6 (RFC 8754) by way of fd00::9.
 fn route_v6() -> [u8; 40] {
     let mut header = [0; 40];
@@ -71,6 +76,24 @@ fn a_connection_goes_nowhere_by_a_route_of_its_own() {
         let event = world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
         assert_eq!(event.remote_port, 80);
     }
+}
+
+#[test]
+fn a_route_behind_other_options_is_one_too() {
+    let mut world = open();
+    let to = world.there.port4(53);
+    let sent = world.as_workload(|| {
+        let socket = socket(to, Type::DGRAM);
+        set_option(
+            &socket,
+            libc::IPPROTO_IP,
+            libc::IP_OPTIONS,
+            &HIDDEN_ROUTE_V4,
+        );
+        socket.send_to(b"x", &to.into())
+    });
+    assert_refused(sent);
+    world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
 }
 
 #[test]
