@@ -10,7 +10,8 @@ use std::{
 use ipnet::IpNet;
 use reeve_common::{
     Action, Address, Direction, IPV4_MAPPED_PREFIX, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
-    PeerPortKey, VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
+    PeerPortKey, VERDICT_PREFIX_ANY_PROTOCOL, VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
+    protocol,
 };
 
 use super::{
@@ -198,6 +199,9 @@ impl Tables<'_> {
             prefixes
         };
         let anybody = prefixes(SetId::EMPTY);
+        // A deny in dry run can take away, of a class, what a dry run would allow anybody. Without an
+        // entry of its own that class would be told what anybody is told.
+        let has_own_rest = anybody.iter().any(|prefix| prefix.told.enforced.is_none());
         let selected: BTreeSet<SetId> = list
             .selectors()
             .filter_map(|selector| sides.sets.get(&selector))
@@ -211,6 +215,11 @@ impl Tables<'_> {
             if prefixes == anybody {
                 continue;
             }
+            let prefixes = if has_own_rest {
+                with_rest(&prefixes)
+            } else {
+                prefixes
+            };
             let classes = sides.classes.get(&set).into_iter().flatten();
             verdicts.extend(classes.map(|class| (*class, Rc::clone(&prefixes))));
         }
@@ -251,6 +260,19 @@ impl Tables<'_> {
             (prefix.length, key, entry)
         }));
     }
+}
+
+/// The prefixes, with one for whatever they leave to the default deny.
+fn with_rest(prefixes: &[Prefix]) -> Rc<[Prefix]> {
+    let rest = Prefix {
+        length: VERDICT_PREFIX_ANY_PROTOCOL,
+        protocol: protocol::ANY,
+        port: 0,
+        told: Told::default(),
+    };
+    let has_rest = prefixes.iter().any(|prefix| prefix.length == rest.length);
+    let rest = (!has_rest).then_some(rest);
+    rest.into_iter().chain(prefixes.iter().copied()).collect()
 }
 
 /// Prefixes by class.

@@ -129,6 +129,17 @@ fn a_dry_run_changes_nothing_and_says_what_it_would_change() {
 }
 
 #[test]
+fn a_deny_in_dry_run_takes_away_what_a_dry_run_would_allow_anybody() {
+    let allow = "mode: DryRun, workloads: {}, egress: [{ports: [{port: 80}]}]";
+    let deny = "mode: DryRun, action: Deny, workloads: {}, egress: [{to: [{namespace: ops}]}]";
+    let world = World::new(NODE, &(policy("p", allow) + &policy("d", deny)));
+    let anybody = world.dry_egress("web", TCP, "10.1.0.1:80");
+    assert_eq!(anybody, (DryRun::Allow, "p/egress[0]"));
+    assert_eq!(world.dry_egress("web", TCP, "10.1.0.2:80").0, DryRun::Same);
+    assert_eq!(world.dry_egress("web", UDP, "10.1.0.2:80").0, DryRun::Same);
+}
+
+#[test]
 fn a_permissive_workload_takes_plaintext_that_nothing_denies() {
     let text = policy(
         "p",
