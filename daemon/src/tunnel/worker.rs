@@ -140,21 +140,23 @@ impl Worker {
     /// A tunnel has ended.
     pub(super) fn ended(&self, link: &Link, end: &End) {
         let ends = &link.ends;
-        // Whoever still looks at it shall see that it takes nothing any more.
-        link.close(match end {
-            End::Closed => Reason::Closed,
-            End::Told(reason) => *reason,
-            End::Broken(_) => Reason::Reset,
-            End::Silent | End::Lost(_) => Reason::Timeout,
-            End::Flood(_) => Reason::Flood,
-        });
+        let reason = match (link.order(), end) {
+            (Order::Close(reason), _) => reason,
+            (_, End::Told(reason)) => *reason,
+            (_, End::Closed) => Reason::Closed,
+            (_, End::Broken(_)) => Reason::Reset,
+            (_, End::Silent | End::Lost(_)) => Reason::Timeout,
+            (_, End::Flood(_)) => Reason::Flood,
+        };
         if let End::Silent | End::Lost(_) | End::Flood(_) = end {
             // To HTTP/2 it is a reset; what it was is known here.
+            link.close(reason);
             self.stop_closed();
+        } else {
+            // HTTP/2 tells each stream what it has lost, and those that have lost nothing are not to
+            // be stopped: what the tunnel has brought may still wait for an application.
+            link.retire();
         }
-        let Order::Close(reason) = link.order() else {
-            return;
-        };
         self.shared.metrics.tunnel_closed(ends.role, reason);
         if let End::Flood(_) = end {
             let log = &self.shared.log;

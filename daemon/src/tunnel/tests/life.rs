@@ -104,6 +104,44 @@ fn a_new_certificate_retires_the_tunnel_and_leaves_its_connections_alone() {
 }
 
 #[test]
+fn what_a_retired_tunnel_has_brought_reaches_an_application_that_reads_late() {
+    /// More than the kernel keeps for an application.
+    const LENGTH: usize = 16 << 20;
+    run(async {
+        let source = authority();
+        let limits = Limits {
+            stream_window: 2 * LENGTH as u32,
+            tunnel_window: 2 * LENGTH as u32,
+            ..Limits::default()
+        };
+        let node = Node::with_source(ALLOW, limits, Timeouts::default(), source.clone()).await;
+        let listener = node.listen("10.0.0.2:80");
+        let mut client = node.connect("10.0.0.2:80").await;
+        let (mut server, _) = listener.accept().await.unwrap();
+        source.rotate();
+        until("the tunnel is not retired", async || {
+            let status = node.status().await;
+            status.tunnels.iter().all(|tunnel| tunnel.retired)
+        })
+        .await;
+        client.shutdown().await.unwrap();
+        server.write_all(&vec![7; LENGTH]).await.unwrap();
+        drop(server);
+        until("the tunnel does not end", async || {
+            node.status().await.tunnels_open == 0
+        })
+        .await;
+        // Longer than it takes to look after every connection.
+        sleep(Duration::from_secs(2)).await;
+        let mut whole = Vec::new();
+        client.read_to_end(&mut whole).await.unwrap();
+        assert_eq!(whole.len(), LENGTH);
+        node.counts(&["connections_closed", "egress", "\"closed\""])
+            .await;
+    });
+}
+
+#[test]
 fn a_connection_of_a_replaced_certificate_has_its_time_and_is_then_ended_by_name() {
     run(async {
         let source = authority();
