@@ -1,6 +1,8 @@
 //! Opens a tunnel to a peer, and asks for a stream in one.
 
-use std::{future::poll_fn, io, net::SocketAddr, rc::Rc, sync::Arc, task::Poll, time::Instant};
+use std::{
+    future::poll_fn, io, net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll, time::Instant,
+};
 
 use bytes::Bytes;
 use h2::{
@@ -21,6 +23,7 @@ use super::{
     TunnelError, authority,
     driver::{Driver, End, Protocol},
     error::Stage,
+    first::FirstBytes,
     frames::FrameMeter,
     link::{Ends, Link},
     registry::Registered,
@@ -262,25 +265,35 @@ impl Tunnel {
 
 // === Asking for a stream ===
 
-/// Asks the peer for a connection to `destination`.
+/// Asks the peer for a connection to `destination`, and sends what the application says meanwhile.
 pub(super) async fn request(
     worker: &Worker,
     mut request: SendRequest<Bytes>,
     peer: SocketAddr,
     destination: SocketAddr,
+    first: &mut FirstBytes<'_>,
 ) -> Result<(SendStream<Bytes>, RecvStream), NoStream> {
     poll_fn(|cx| request.poll_ready(cx))
         .await
         .map_err(|_| NoStream::Unprocessed)?;
     let connect = connect_to(destination).ok_or(NoStream::Failed(TunnelError::BadRequest))?;
-    let (response, stream) = request
+    let (mut response, mut stream) = request
         .send_request(connect, false)
         .map_err(|_| NoStream::Unprocessed)?;
     drop(request);
+    first.again();
+    let answered = poll_fn(|cx| {
+        if let Poll::Ready(answer) = Pin::new(&mut response).poll(cx) {
+            return Poll::Ready(answer.map_err(|error| NoStream::of(&error, peer)));
+        }
+        match first.poll_send(cx, &mut stream) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(NoStream::Failed(error))),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+        }
+    });
     let limit = worker.timeouts.request;
-    let response = match timeout(limit, response).await {
-        Ok(Ok(response)) => response,
-        Ok(Err(error)) => return Err(NoStream::of(&error, peer)),
+    let response = match timeout(limit, answered).await {
+        Ok(answer) => answer?,
         Err(_) => {
             return Err(NoStream::Failed(TunnelError::Timeout {
                 stage: Stage::Request,
@@ -290,7 +303,10 @@ pub(super) async fn request(
         }
     };
     match response.status() {
-        StatusCode::OK => Ok((stream, response.into_body())),
+        StatusCode::OK => {
+            first.answered(&mut stream);
+            Ok((stream, response.into_body()))
+        }
         status => Err(NoStream::Failed(TunnelError::Answer {
             to: peer,
             status: status.as_u16(),

@@ -101,7 +101,7 @@ enum InState {
 }
 
 /// Why a connection ends before both sides have said so.
-enum Broken {
+pub(super) enum Broken {
     /// The application reset the connection, or cannot be written to.
     Application,
     /// The peer reset the stream, or the tunnel broke.
@@ -145,7 +145,9 @@ impl Copy {
         if let Poll::Ready(Err(broken)) = out {
             return Poll::Ready(Err(broken));
         }
-        let into = self.into.poll(cx, app, &self.connection, &mut in_turn);
+        let into = self
+            .into
+            .poll(cx, app, &self.connection, &mut in_turn, self.out.done);
         if let Poll::Ready(Err(broken)) = into {
             return Poll::Ready(Err(broken));
         }
@@ -189,7 +191,7 @@ impl Out {
             if *turn >= TURN {
                 return Poll::Pending;
             }
-            ready!(self.poll_capacity(cx))?;
+            ready!(poll_capacity(cx, &mut self.stream))?;
             let data = match ready!(poll_read(cx, app)) {
                 Ok(data) => data,
                 Err(_) => return Poll::Ready(Err(Broken::Application)),
@@ -208,22 +210,25 @@ impl Out {
         }
         Poll::Ready(Ok(()))
     }
+}
 
-    /// Waits until HTTP/2 can send at once what it has been given before.
-    ///
-    /// One byte is asked for, not a chunk: what an idle stream has been granted is taken from the
-    /// tunnel's window, and many idle streams would starve the others.
-    fn poll_capacity(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        self.stream.reserve_capacity(1);
-        while self.stream.capacity() == 0 {
-            match ready!(self.stream.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(Broken::of(&error))),
-                None => return Poll::Ready(Err(Broken::Tunnel)),
-            }
+/// Waits until HTTP/2 can send at once what it has been given before.
+///
+/// One byte is asked for, not a chunk: what an idle stream has been granted is taken from the
+/// tunnel's window, and many idle streams would starve the others.
+pub(super) fn poll_capacity(
+    cx: &mut Context<'_>,
+    stream: &mut SendStream<Bytes>,
+) -> Poll<Result<(), Broken>> {
+    stream.reserve_capacity(1);
+    while stream.capacity() == 0 {
+        match ready!(stream.poll_capacity(cx)) {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Poll::Ready(Err(Broken::of(&error))),
+            None => return Poll::Ready(Err(Broken::Tunnel)),
         }
-        Poll::Ready(Ok(()))
     }
+    Poll::Ready(Ok(()))
 }
 
 /// Reads about a chunk at most; empty at the end.
@@ -249,6 +254,7 @@ impl In {
         app: &mut TcpStream,
         connection: &Connection,
         turn: &mut usize,
+        app_has_closed: bool,
     ) -> Poll<Result<(), Broken>> {
         while self.state != InState::Done {
             if *turn >= TURN {
@@ -270,7 +276,8 @@ impl In {
                 // An error means that the stream is gone, which the next look at it says.
                 let _ = self.stream.flow_control().release_capacity(written);
             } else if self.state == InState::Ended {
-                if socket::end_writing(app).is_err() {
+                // Where nothing is left to read either, closing the socket says it.
+                if !app_has_closed && socket::end_writing(app).is_err() {
                     return Poll::Ready(Err(Broken::Application));
                 }
                 connection.set_half_closed();

@@ -22,6 +22,7 @@ mod connection;
 mod copy;
 mod driver;
 mod error;
+mod first;
 mod frames;
 mod inbound;
 mod link;

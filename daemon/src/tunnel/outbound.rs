@@ -16,6 +16,7 @@ use super::{
     bounds::Place,
     connection::{Call, Parties, Would},
     copy::copy,
+    first::FirstBytes,
     pool::Stream,
     socket,
     worker::Worker,
@@ -25,7 +26,7 @@ use super::{
 pub(super) async fn serve(
     worker: Rc<Worker>,
     netns: Arc<Netns>,
-    app: TcpStream,
+    mut app: TcpStream,
     source: SocketAddr,
 ) {
     let origin = worker.shared.origins.claim_origin(netns.cookie, source);
@@ -41,10 +42,10 @@ pub(super) async fn serve(
         would: Would::default(),
     };
     let connected = match origin {
-        Some(origin) => connect(&worker, &netns, &mut call, &origin).await,
+        Some(origin) => connect(&worker, &netns, &mut call, &origin, &mut app).await,
         None => Err(TunnelError::NoOrigin),
     };
-    let (stream, place) = match connected {
+    let (stream, sent, place) = match connected {
         Ok(connected) => connected,
         Err(error) => {
             call.refused(&worker, &error);
@@ -54,19 +55,22 @@ pub(super) async fn serve(
     };
     let live = call.open(&worker, stream.slot.link(), place);
     let connection = live.connection().clone();
+    connection.moved_out(sent);
     // What changed while the tunnel was opened has not been judged yet.
     connection.judge_again(&worker, &worker.shared.snapshot.load());
     let reason = copy(app, stream.send, stream.recv, connection).await;
     live.ended(reason);
 }
 
-/// Judges the connection and gets it a stream. What is found out about it goes into `call`.
+/// Judges the connection and gets it a stream, in which so many of the application's bytes were sent
+/// already. What is found out about it goes into `call`.
 async fn connect(
     worker: &Rc<Worker>,
     netns: &Arc<Netns>,
     call: &mut Call,
     origin: &Origin,
-) -> Result<(Stream, Place), TunnelError> {
+    app: &mut TcpStream,
+) -> Result<(Stream, usize, Place), TunnelError> {
     call.destination = SocketAddr::new(authority::from_map(origin.address), origin.port);
     call.rule = origin.rule;
     let (to, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
@@ -79,6 +83,8 @@ async fn connect(
     else {
         return Err(TunnelError::Stale("the workload or the peer"));
     };
+    let allowed = || call.judge(&worker.shared.snapshot.load()).map(drop);
+    let mut first = FirstBytes::new(app, &allowed);
     let stream = worker
         .pool
         .stream(
@@ -88,9 +94,10 @@ async fn connect(
             to,
             expected,
             call.destination,
+            &mut first,
         )
         .await?;
-    Ok((stream, place))
+    Ok((stream, first.sent(), place))
 }
 
 /// Finds the ends and judges the connection. Gives the peer's tunnel port and the verdict.

@@ -30,6 +30,7 @@ use super::{
     TunnelError,
     client::{self, NoStream, Target},
     error::Stage,
+    first::FirstBytes,
     link::{Link, Order},
     worker::Worker,
 };
@@ -108,7 +109,7 @@ pub(super) struct Stream {
 
 impl Pool {
     /// A stream from `own` to `destination`, through the tunnel port `peer`, whose owner must
-    /// prove to be `expected`.
+    /// prove to be `expected`. The application's first bytes go with the request.
     pub(super) async fn stream(
         &self,
         worker: &Rc<Worker>,
@@ -117,10 +118,11 @@ impl Pool {
         peer: SocketAddr,
         expected: &SpiffeId,
         destination: SocketAddr,
+        first: &mut FirstBytes<'_>,
     ) -> Result<Stream, TunnelError> {
         for _ in 0..ATTEMPTS {
             let ready = self.ready(worker, netns, own, peer, expected).await?;
-            match client::request(worker, ready.request, peer, destination).await {
+            match client::request(worker, ready.request, peer, destination, first).await {
                 Ok((send, recv)) => {
                     return Ok(Stream {
                         slot: ready.slot,

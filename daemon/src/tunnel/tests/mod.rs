@@ -3,6 +3,7 @@
 mod bounds;
 mod calls;
 mod copy;
+mod first;
 mod life;
 mod node;
 mod requests;

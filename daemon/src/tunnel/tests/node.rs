@@ -17,7 +17,9 @@ use socket2::Domain;
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     net::{TcpListener, TcpSocket, TcpStream},
+    task::spawn_local,
 };
+use tokio_rustls::TlsAcceptor;
 
 use super::rig::{Table, id, identities_from};
 use crate::{
@@ -260,6 +262,35 @@ impl Node {
     pub(super) async fn redirected(&self, socket: TcpSocket) -> io::Result<TcpStream> {
         let outbound = SocketAddr::from(([127, 0, 0, 1], Ports::default().outbound));
         socket.connect(outbound).await
+    }
+
+    /// The tunnel port of [`OTHER`], which the test serves.
+    pub(super) fn other(&self) -> TcpListener {
+        let socket = self.socket();
+        socket.set_reuseport(true).unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        let address = format!("{OTHER}:{}", Ports::default().tunnel);
+        socket.bind(address.parse().unwrap()).unwrap();
+        socket.listen(1).unwrap()
+    }
+
+    /// Serves tunnels at [`OTHER`] with `serve`.
+    pub(super) fn serve_other<F: Future<Output = ()> + 'static>(
+        &self,
+        serve: impl Fn(TcpStream) -> F + 'static,
+    ) {
+        let listener = self.other();
+        spawn_local(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                spawn_local(serve(stream));
+            }
+        });
+    }
+
+    /// The server's side of TLS, with the certificate of `name`.
+    pub(super) fn acceptor(&self, name: &str) -> TlsAcceptor {
+        let svid = self.identities.current(&id(name)).unwrap();
+        TlsAcceptor::from(svid.server.clone())
     }
 
     pub(super) async fn status(&self) -> TunnelsStatus {

@@ -3,12 +3,7 @@
 
 use std::{future::pending, time::Duration};
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::spawn_local,
-    time::Instant,
-};
-use tokio_rustls::TlsAcceptor;
+use tokio::{task::spawn_local, time::Instant};
 
 use super::{
     node::{ALLOW, Node, OTHER, is_reset},
@@ -28,30 +23,6 @@ async fn impatient() -> Node {
     Node::with(ALLOW, Limits::default(), timeouts).await
 }
 
-/// The tunnel port of [`OTHER`], which the test serves.
-fn other(node: &Node) -> TcpListener {
-    let socket = node.socket();
-    socket.set_reuseport(true).unwrap();
-    socket.set_reuseaddr(true).unwrap();
-    let address = format!("{OTHER}:{}", Ports::default().tunnel);
-    socket.bind(address.parse().unwrap()).unwrap();
-    socket.listen(1).unwrap()
-}
-
-/// Serves connections at `other` with `serve`.
-fn serve<F: Future<Output = ()> + 'static>(node: &Node, serve: impl Fn(TcpStream) -> F + 'static) {
-    let listener = other(node);
-    spawn_local(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            spawn_local(serve(stream));
-        }
-    });
-}
-
-fn acceptor(node: &Node, name: &str) -> TlsAcceptor {
-    TlsAcceptor::from(node.identities.current(&id(name)).unwrap().server.clone())
-}
-
 async fn fails_in_time(node: &Node, reason: &str) {
     let started = Instant::now();
     is_reset(node.try_connect("10.0.0.3:80").await).await;
@@ -63,7 +34,7 @@ async fn fails_in_time(node: &Node, reason: &str) {
 fn a_peer_that_does_not_accept() {
     run(async {
         let node = impatient().await;
-        let _listener = other(&node);
+        let _listener = node.other();
         // The kernel accepts as many as the backlog holds.
         let address = format!("{OTHER}:{}", Ports::default().tunnel);
         let mut filling = Vec::new();
@@ -88,7 +59,7 @@ fn a_peer_that_has_no_such_workload() {
 fn a_peer_that_is_silent_in_the_handshake() {
     run(async {
         let node = impatient().await;
-        serve(&node, async |_stream| pending().await);
+        node.serve_other(async |_stream| pending().await);
         fails_in_time(&node, "timeout").await;
     });
 }
@@ -97,8 +68,8 @@ fn a_peer_that_is_silent_in_the_handshake() {
 fn a_peer_that_sends_no_settings() {
     run(async {
         let node = impatient().await;
-        let acceptor = acceptor(&node, "other");
-        serve(&node, move |stream| {
+        let acceptor = node.acceptor("other");
+        node.serve_other(move |stream| {
             let accepting = acceptor.accept(stream);
             async {
                 let _tls = accepting.await.unwrap();
@@ -113,8 +84,8 @@ fn a_peer_that_sends_no_settings() {
 fn a_peer_that_does_not_answer_connect() {
     run(async {
         let node = impatient().await;
-        let acceptor = acceptor(&node, "other");
-        serve(&node, move |stream| {
+        let acceptor = node.acceptor("other");
+        node.serve_other(move |stream| {
             let accepting = acceptor.accept(stream);
             async {
                 let tls = accepting.await.unwrap();
@@ -133,8 +104,8 @@ fn a_peer_that_does_not_answer_connect() {
 fn a_peer_that_closes_after_the_handshake() {
     run(async {
         let node = impatient().await;
-        let acceptor = acceptor(&node, "other");
-        serve(&node, move |stream| {
+        let acceptor = node.acceptor("other");
+        node.serve_other(move |stream| {
             let accepting = acceptor.accept(stream);
             async {
                 drop(accepting.await);
@@ -148,8 +119,8 @@ fn a_peer_that_closes_after_the_handshake() {
 fn a_peer_with_another_identity() {
     run(async {
         let node = impatient().await;
-        let acceptor = acceptor(&node, "stock");
-        serve(&node, move |stream| {
+        let acceptor = node.acceptor("stock");
+        node.serve_other(move |stream| {
             let accepting = acceptor.accept(stream);
             async {
                 let _failed = accepting.await;
