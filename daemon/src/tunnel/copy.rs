@@ -156,10 +156,8 @@ impl Copy {
         }
         if self.into.state == InState::Done {
             // Nothing is read from the stream any more: only this tells of a reset.
-            match self.out.stream.poll_reset(cx) {
-                Poll::Ready(Ok(reason)) => return Poll::Ready(Err(Broken::of_reset(reason))),
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Tunnel)),
-                Poll::Pending => {}
+            if let Poll::Ready(broken) = poll_broken(cx, &mut self.out.stream) {
+                return Poll::Ready(Err(broken));
             }
         }
         if out_turn.max(in_turn) >= TURN {
@@ -191,7 +189,16 @@ impl Out {
             if *turn >= TURN {
                 return Poll::Pending;
             }
-            ready!(poll_capacity(cx, &mut self.stream))?;
+            match ready!(poll_capacity(cx, &mut self.stream)) {
+                Ok(()) => {}
+                // It does not listen any more. What it has said is the application's all the same.
+                Err(Broken::Cancelled) => {
+                    self.done = true;
+                    connection.set_half_closed();
+                    break;
+                }
+                Err(broken) => return Poll::Ready(Err(broken)),
+            }
             let data = match ready!(poll_read(cx, app)) {
                 Ok(data) => data,
                 Err(_) => return Poll::Ready(Err(Broken::Application)),
@@ -225,10 +232,22 @@ pub(super) fn poll_capacity(
         match ready!(stream.poll_capacity(cx)) {
             Some(Ok(_)) => {}
             Some(Err(error)) => return Poll::Ready(Err(Broken::of(&error))),
-            None => return Poll::Ready(Err(Broken::Tunnel)),
+            // It takes nothing more.
+            None => {
+                return Poll::Ready(Err(match poll_broken(cx, stream) {
+                    Poll::Ready(broken) => broken,
+                    Poll::Pending => Broken::Tunnel,
+                }));
+            }
         }
     }
     Poll::Ready(Ok(()))
+}
+
+/// Ready when a stream is reset, or its tunnel broken.
+fn poll_broken(cx: &mut Context<'_>, stream: &mut SendStream<Bytes>) -> Poll<Broken> {
+    let reset = stream.poll_reset(cx);
+    reset.map(|reason| reason.map_or(Broken::Tunnel, Broken::of_reset))
 }
 
 /// Reads about a chunk at most; empty at the end.

@@ -171,6 +171,24 @@ fn a_reset_reaches_the_other_application() {
 }
 
 #[test]
+fn what_the_peer_has_said_before_it_cancels_is_the_applications() {
+    run(async {
+        let said = vec![7; 200 << 10];
+        for cancelled in [h2::Reason::CANCEL, h2::Reason::NO_ERROR] {
+            let pair = pair().await;
+            let (mut send, _recv, mut app) = pair.half_pipe().await;
+            send.send_data(said.clone().into(), false).unwrap();
+            // More than the kernel takes: some of it waits for the application.
+            sleep(Duration::from_millis(300)).await;
+            send.send_reset(cancelled);
+            let mut received = Vec::new();
+            app.read_to_end(&mut received).await.unwrap();
+            assert!(received == said, "{} bytes", received.len());
+        }
+    });
+}
+
+#[test]
 fn a_stopped_connection_is_reset_with_its_reason() {
     run(async {
         let pair = pair().await;
