@@ -12,6 +12,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -200,8 +201,9 @@ impl Pool {
         entry.clone()
     }
 
-    /// Retires what is too old, too long without use, or told to take no more streams.
-    pub(super) fn sweep(&self, worker: &Worker, now: Instant) {
+    /// Retires what is too old, too long without use, or told to take no more streams, and opens
+    /// tunnels for those who have waited for a stream of it.
+    pub(super) fn sweep(&self, worker: &Rc<Worker>, now: Instant) {
         let limits = &worker.timeouts;
         self.entries.borrow_mut().retain(|_, entry| {
             for tunnel in &*entry.tunnels.borrow() {
@@ -212,6 +214,8 @@ impl Pool {
                 }
             }
             entry.forget_retired();
+            entry.waiting.borrow_mut().retain(|one| !one.is_closed());
+            entry.open_as_needed(worker);
             entry.is_needed(now)
         });
     }
@@ -386,9 +390,7 @@ impl Entry {
 
     /// Lets go of tunnels that take no more streams, so that they end with their last one.
     fn forget_retired(&self) {
-        self.tunnels
-            .borrow_mut()
-            .retain(|tunnel| tunnel.link.order() == Order::Serve);
+        self.tunnels.borrow_mut().retain_mut(Tunnel::takes_streams);
     }
 
     fn is_needed(&self, now: Instant) -> bool {
@@ -428,6 +430,20 @@ async fn run(worker: Rc<Worker>, entry: Rc<Entry>) {
     entry.open_as_needed(&worker);
     drop((link, entry));
     last.linger().await;
+}
+
+// === impl Tunnel ===
+
+impl Tunnel {
+    /// Whether neither this end nor the peer has said that it takes no more streams.
+    fn takes_streams(&mut self) -> bool {
+        // Nobody waits: HTTP/2 knows already.
+        let mut nobody = Context::from_waker(Waker::noop());
+        if let Poll::Ready(Err(_)) = self.request.poll_ready(&mut nobody) {
+            self.link.retire();
+        }
+        self.link.order() == Order::Serve
+    }
 }
 
 // === impl Slot ===

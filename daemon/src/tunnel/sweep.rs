@@ -43,7 +43,7 @@ pub(super) async fn run(worker: Rc<Worker>) {
     }
 }
 
-fn sweep(worker: &Worker) {
+fn sweep(worker: &Rc<Worker>) {
     let now = Instant::now();
     let wall_clock = SystemTime::now();
     // The wall clock at every tick: a clock that was set makes no certificate live longer.

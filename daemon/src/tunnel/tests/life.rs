@@ -142,6 +142,73 @@ fn what_a_retired_tunnel_has_brought_reaches_an_application_that_reads_late() {
 }
 
 #[test]
+fn tunnels_in_which_the_peer_takes_no_more_streams_are_passed_over_however_many_they_are() {
+    run(async {
+        let source = authority();
+        let limits = Limits {
+            streams_per_tunnel: 2,
+            ..Limits::default()
+        };
+        let timeouts = Timeouts::default();
+        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let accepted = accept(node.listen("10.0.0.2:80"));
+        let mut streams = Vec::new();
+        for _ in 0..10 {
+            let mut stream = node.connect("10.0.0.2:80").await;
+            stands(&mut stream).await;
+            streams.push(stream);
+        }
+        assert_eq!(node.client_tunnels().await, 5);
+        // Of each tunnel's two streams one ends.
+        let every_other = || (0..).map(|number: u32| number.is_multiple_of(2));
+        let mut keep = every_other();
+        streams.retain(|_| keep.next() == Some(true));
+        let mut keep = every_other();
+        accepted.lock().await.retain(|_| keep.next() == Some(true));
+        until("the others are not gone", async || {
+            node.status().await.connections == 10
+        })
+        .await;
+        let stock = id("stock");
+        source.rotate_those(|id| *id == stock);
+        until("the server's ends are not retired", async || {
+            let tunnels = node.status().await.tunnels;
+            let mut servers = tunnels.iter().filter(|tunnel| tunnel.role == "server");
+            servers.all(|tunnel| tunnel.retired)
+        })
+        .await;
+        sleep(Duration::from_millis(100)).await;
+        let mut new = node.connect("10.0.0.2:80").await;
+        stands(&mut new).await;
+        assert_eq!(node.client_tunnels().await, 6);
+    });
+}
+
+#[test]
+fn who_waits_for_a_stream_of_a_tunnel_that_takes_no_more_gets_one_of_another() {
+    run(async {
+        let source = authority();
+        let limits = Limits {
+            streams_per_tunnel: 1,
+            tunnels_per_peer: 1,
+            ..Limits::default()
+        };
+        let timeouts = Timeouts::default();
+        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let _accepted = accept(node.listen("10.0.0.2:80"));
+        let mut first = node.connect("10.0.0.2:80").await;
+        stands(&mut first).await;
+        let mut waiting = node.connect("10.0.0.2:80").await;
+        let stands_soon = timeout(Duration::from_millis(500), waiting.read_u8());
+        assert!(stands_soon.await.is_err(), "there is room");
+        let stock = id("stock");
+        source.rotate_those(|id| *id == stock);
+        let standing = timeout(Duration::from_secs(5), stands(&mut waiting));
+        standing.await.expect("it waits for ever");
+    });
+}
+
+#[test]
 fn a_connection_of_a_replaced_certificate_has_its_time_and_is_then_ended_by_name() {
     run(async {
         let source = authority();

@@ -79,11 +79,12 @@ impl Origins for Table {
     }
 }
 
-/// A CA that gives a new certificate whenever [`Authority::rotate`] is called.
+/// A CA that gives new certificates whenever [`Authority::rotate`] is called.
 #[derive(Debug)]
 pub(super) struct Authority {
     ca: EmbeddedCa,
-    changes: watch::Sender<u64>,
+    /// By identity.
+    changes: Mutex<BTreeMap<SpiffeId, watch::Sender<u64>>>,
     withdrawn: AtomicBool,
 }
 
@@ -97,7 +98,7 @@ pub(super) fn authority_for(lifetime: Duration) -> Arc<Authority> {
     let domain = TrustDomain::parse("example.org").unwrap();
     Arc::new(Authority {
         ca: EmbeddedCa::open(&folder.path().join("ca"), &domain, lifetime).unwrap(),
-        changes: watch::Sender::new(0),
+        changes: Mutex::default(),
         withdrawn: AtomicBool::new(false),
     })
 }
@@ -108,7 +109,14 @@ impl Authority {
     }
 
     pub(super) fn rotate(&self) {
-        self.changes.send_modify(|number| *number += 1);
+        self.rotate_those(|_| true);
+    }
+
+    pub(super) fn rotate_those(&self, meant: impl Fn(&SpiffeId) -> bool) {
+        let changes = self.changes.lock().unwrap();
+        for (_, change) in changes.iter().filter(|(id, _)| meant(id)) {
+            change.send_modify(|number| *number += 1);
+        }
     }
 
     pub(super) fn withdraw(&self) {
@@ -132,8 +140,9 @@ impl CertificateSource for Authority {
         .boxed()
     }
 
-    fn changes(&self, _: &SpiffeId) -> watch::Receiver<u64> {
-        self.changes.subscribe()
+    fn changes(&self, id: &SpiffeId) -> watch::Receiver<u64> {
+        let mut changes = self.changes.lock().unwrap();
+        changes.entry(id.clone()).or_default().subscribe()
     }
 }
 
