@@ -31,6 +31,7 @@ mod pool;
 mod registry;
 mod server;
 mod socket;
+mod spare;
 mod stash;
 mod sweep;
 #[cfg(test)]

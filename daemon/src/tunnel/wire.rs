@@ -14,7 +14,6 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
-    thread::LocalKey,
     time::Duration,
 };
 
@@ -25,7 +24,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::{frames::FrameMeter, socket};
+use super::{
+    frames::FrameMeter,
+    socket,
+    spare::{Lend, Spare},
+};
 
 /// One read from the socket, and what is gathered before it is sealed and sent: four records.
 const CHUNK: usize = 64 << 10;
@@ -48,8 +51,6 @@ const TURN: usize = 512 << 10;
 pub(super) const SMALL_FRAMES: usize = TURN / (FRAME_HEAD + 1) * 256;
 /// For the last packets of a tunnel that has ended: several round trips of a slow network.
 const LINGER: Duration = Duration::from_secs(2);
-/// Buffers kept by a thread for the next tunnel that needs one.
-const SPARE_BUFFERS: usize = 4;
 
 /// GOAWAY with the highest stream and NO_ERROR: open no more streams, all that you opened are served
 /// (RFC 9113, section 6.8).
@@ -94,6 +95,13 @@ struct Session {
 #[derive(Debug, Default)]
 struct Turn(Cell<usize>);
 
+thread_local! {
+    /// Of [`CHUNK`] bytes, with whatever their last user left in them.
+    static READ_BUFFERS: Spare<Box<[u8]>> = const { Spare::new() };
+    /// Empty, with room for [`OUTGOING`] bytes.
+    static WRITE_BUFFERS: Spare<Vec<u8>> = const { Spare::new() };
+}
+
 /// Makes the two ends of a session with a peer whose frames `meter` counts.
 pub(super) fn wire(tcp: TcpStream, mut tls: Connection, meter: FrameMeter) -> (Wire, WireControl) {
     // What may wait to be sent is bounded here, by `outgoing`.
@@ -131,8 +139,9 @@ impl WireControl {
     /// Says goodbye as far as the socket takes it without waiting.
     pub(super) fn close(&self, cx: &mut Context<'_>) {
         let mut session = self.0.borrow_mut();
-        session.tls.send_close_notify();
         // The tunnel ends in any case: what cannot be sent now is not sent.
+        let _ = session.poll_send(cx);
+        session.tls.send_close_notify();
         let _ = session.poll_send(cx);
     }
 
@@ -389,40 +398,6 @@ impl Turn {
         self.start();
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-}
-
-// === Buffers of the thread ===
-
-/// Buffers that no tunnel of the thread needs now.
-type Spare<T> = RefCell<Vec<T>>;
-
-thread_local! {
-    /// Of [`CHUNK`] bytes, with whatever their last user left in them.
-    static READ_BUFFERS: Spare<Box<[u8]>> = const { RefCell::new(Vec::new()) };
-    /// Empty, with room for [`OUTGOING`] bytes.
-    static WRITE_BUFFERS: Spare<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-trait Lend<T> {
-    /// A spare buffer, or one that `make` makes.
-    fn lend(&'static self, make: impl FnOnce() -> T) -> T;
-    /// Takes `buffer` back for the next user and leaves nothing in its place.
-    fn give_back(&'static self, buffer: &mut T);
-}
-
-impl<T: Default> Lend<T> for LocalKey<Spare<T>> {
-    fn lend(&'static self, make: impl FnOnce() -> T) -> T {
-        self.with_borrow_mut(Vec::pop).unwrap_or_else(make)
-    }
-
-    fn give_back(&'static self, buffer: &mut T) {
-        let buffer = mem::take(buffer);
-        self.with_borrow_mut(|spare| {
-            if spare.len() < SPARE_BUFFERS {
-                spare.push(buffer);
-            }
-        });
     }
 }
 

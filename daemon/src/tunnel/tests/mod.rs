@@ -9,3 +9,4 @@ mod node;
 mod requests;
 mod rig;
 mod stalls;
+mod wire;

@@ -44,7 +44,7 @@ use crate::{
         frames::FrameMeter,
         link::{Ends, Link},
         registry::Registered,
-        wire::{Wire, wire},
+        wire::{Wire, WireControl, wire},
         worker::Worker,
     },
 };
@@ -208,13 +208,24 @@ async fn secured(client: &Svid, server: &Svid) -> [(TcpStream, rustls::Connectio
     [(near, near_tls.into()), (far, far_tls.into())]
 }
 
-/// HTTP/2's end of a tunnel, and the socket of a peer that reads nothing.
-pub(super) async fn unread_wire() -> (Wire, TcpStream) {
+/// The two ends of a TLS connection, of cart's and of stock's.
+async fn cart_and_stock() -> [(TcpStream, rustls::Connection); 2] {
     let store = identities_from(authority(), &["cart", "stock"]).await;
     let [cart, stock] = ["cart", "stock"].map(|name| store.current(&id(name)).unwrap());
-    let [(near, tls), (far, _)] = secured(&cart, &stock).await;
+    secured(&cart, &stock).await
+}
+
+/// HTTP/2's end of a tunnel, and the socket of a peer that reads nothing.
+pub(super) async fn unread_wire() -> (Wire, TcpStream) {
+    let [(near, tls), (far, _)] = cart_and_stock().await;
     let (wire, _) = wire(near, tls, FrameMeter::of_server(1000));
     (wire, far)
+}
+
+/// Both ends of what lies below a tunnel.
+pub(super) async fn wires() -> [(Wire, WireControl); 2] {
+    let ends = cart_and_stock().await;
+    ends.map(|(tcp, tls)| wire(tcp, tls, FrameMeter::of_server(1000)))
 }
 
 /// A tunnel between two ends in this thread.
