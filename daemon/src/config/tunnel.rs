@@ -177,7 +177,7 @@ pub struct Timeouts {
     /// For the answer to a PING. Default 20 s.
     #[serde(deserialize_with = "positive_duration")]
     pub ping_answer: Duration,
-    /// `TCP_USER_TIMEOUT` of every connection: sent bytes that nobody acknowledges. Default 30 s.
+    /// `TCP_USER_TIMEOUT` of tunnels: sent bytes that nobody acknowledges. Default 30 s.
     #[serde(deserialize_with = "positive_duration")]
     pub user: Duration,
 }
