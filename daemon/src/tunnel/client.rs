@@ -1,7 +1,14 @@
 //! Opens a tunnel to a peer, and asks for a stream in one.
 
 use std::{
-    future::poll_fn, io, net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, task::Poll, time::Instant,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -217,6 +224,9 @@ impl Unanswered {
     async fn answered(&mut self) -> Result<(), TunnelError> {
         let result = poll_fn(|cx| {
             if let Poll::Ready(end) = self.connection.poll_next(cx) {
+                if self.is_retired(cx) {
+                    return Poll::Ready(Ok(()));
+                }
                 let detail = match end {
                     Some(Err(error)) => error.to_string(),
                     _ => "the peer closed the connection".to_owned(),
@@ -244,6 +254,16 @@ impl Unanswered {
                 detail: detail.into(),
             },
         })
+    }
+
+    /// Whether the tunnel stood, and the peer wants no streams in it any more: its certificate was
+    /// replaced in this moment, say. Whoever gets it is told so by HTTP/2, and takes another one.
+    fn is_retired(&mut self, cx: &mut Context<'_>) -> bool {
+        let takes_none = match self.request.poll_ready(cx) {
+            Poll::Ready(Err(error)) => error.is_go_away() && error.is_remote(),
+            _ => false,
+        };
+        takes_none && self.connection.max_concurrent_send_streams() > 0
     }
 }
 

@@ -3,7 +3,11 @@
 
 use std::{future::pending, time::Duration};
 
-use tokio::{task::spawn_local, time::Instant};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::spawn_local,
+    time::Instant,
+};
 
 use super::{
     node::{ALLOW, Node, OTHER, is_reset},
@@ -112,6 +116,62 @@ fn a_peer_that_closes_after_the_handshake() {
             }
         });
         fails_in_time(&node, "handshake_failed").await;
+    });
+}
+
+#[test]
+fn a_peer_that_takes_no_streams_in_the_tunnel_that_it_has_just_accepted() {
+    /// SETTINGS with nothing in it, and GOAWAY with the highest stream and NO_ERROR, as both are sent
+    /// by a server whose certificate is replaced just then.
+    const RETIRED: [u8; 26] = [
+        0, 0, 0, 4, 0, 0, 0, 0, 0, //
+        0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0,
+    ];
+    run(async {
+        for (retired, stands) in [(1, true), (usize::MAX, false)] {
+            let node = impatient().await;
+            let acceptor = node.acceptor("other");
+            let accepted = std::rc::Rc::new(std::cell::Cell::new(0));
+            let number = accepted.clone();
+            node.serve_other(move |stream| {
+                let accepting = acceptor.accept(stream);
+                accepted.set(accepted.get() + 1);
+                let retires = accepted.get() <= retired;
+                async move {
+                    let mut tls = accepting.await.unwrap();
+                    if retires {
+                        tls.write_all(&RETIRED).await.unwrap();
+                        tls.read_to_end(&mut Vec::new()).await.unwrap();
+                        return;
+                    }
+                    let mut connection = h2::server::handshake(tls).await.unwrap();
+                    let mut answered = Vec::new();
+                    while let Some(Ok((_, mut respond))) = connection.accept().await {
+                        let answer = http::Response::new(());
+                        let mut stream = respond.send_response(answer, false).unwrap();
+                        stream.send_data(bytes::Bytes::from("!"), false).unwrap();
+                        answered.push(stream);
+                    }
+                }
+            });
+            let stream = node.try_connect("10.0.0.3:80").await;
+            if stands {
+                assert_eq!(stream.unwrap().read_u8().await.unwrap(), b'!');
+                assert_eq!(number.get(), 2);
+                let metrics = node.shared.metrics.render().unwrap();
+                let failed = |line: &&str| line.contains("_failed") || line.contains("\"failed\"");
+                assert_eq!(
+                    metrics
+                        .lines()
+                        .filter(failed)
+                        .find(|line| line.contains('}')),
+                    None
+                );
+            } else {
+                is_reset(stream).await;
+                assert!(number.get() <= 3, "{} tunnels", number.get());
+            }
+        }
     });
 }
 
