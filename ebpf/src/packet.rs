@@ -206,7 +206,7 @@ fn of_remembered(ctx: &SkBuffContext, tag: &SocketTag, settings: &Settings) -> O
     if tag.flags & TAG_REEVE != 0 {
         return Some(PASS);
     }
-    let stays = is_on_loopback(ctx);
+    let stays = is_on_loopback(ctx.skb.skb);
     if tag.flags & (TAG_REDIRECTED | TAG_TUNNELLED) != 0 {
         // The tunnel judges it, and both its ends are here. What leaves all the same was turned
         // aside, and is judged like a connection that nobody has seen before.
@@ -368,16 +368,16 @@ fn judge_packet(
 /// hand can write what he likes into them.
 #[inline(always)]
 fn stays(ctx: &SkBuffContext, connection: &Connection) -> bool {
-    is_on_loopback(ctx)
+    is_on_loopback(ctx.skb.skb)
         && (is_loopback(&connection.local)
             || is_loopback(&connection.remote)
             || judge::workload_at(&connection.remote) == Some(connection.workload))
 }
 
 #[inline(always)]
-fn is_on_loopback(ctx: &SkBuffContext) -> bool {
+pub fn is_on_loopback(skb: *mut __sk_buff) -> bool {
     // SAFETY: a field of the context.
-    field(unsafe { &raw const (*ctx.skb.skb).ifindex }) == LOOPBACK_DEVICE
+    field(unsafe { &raw const (*skb).ifindex }) == LOOPBACK_DEVICE
 }
 
 /// Has the socket remember a verdict of this generation. Only sockets of TCP do, and raw ones.

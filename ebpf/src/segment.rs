@@ -4,7 +4,9 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_NOEXIST},
     helpers::generated::bpf_get_socket_cookie,
 };
-use reeve_common::{Arriving, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, ToldKey, protocol};
+use reeve_common::{
+    Arriving, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
+};
 
 use crate::{
     event::{Connection, Outcome, report},
@@ -12,7 +14,7 @@ use crate::{
     judge::{is_unknown, judge},
     lookup::onward_key,
     maps::{ARRIVING, ONWARD, TOLD, tag},
-    packet::{Subject, remember},
+    packet::{Subject, is_on_loopback, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
 };
 
@@ -69,6 +71,11 @@ pub fn tcp(
         Some(tag) if tag.protocol == protocol::TCP => (tag.flags, tag.direction, tag.generation),
         _ => (0, 0, 0),
     };
+    if flags_before & TAG_TUNNELLED != 0 && is_on_loopback(skb) {
+        // Established on another processor, after this one had asked for the tag and before it asked for
+        // the entry.
+        return true;
+    }
     let is_known = flags_before & TAG_DIRECTION != 0;
     // Nobody has to be told again, whatever has changed since.
     let was_refused = generation_before != 0 && flags_before & TAG_ALLOWED == 0;

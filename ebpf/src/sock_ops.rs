@@ -227,10 +227,13 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
         direction: Direction::Ingress as u8,
         flags: TAG_ALLOWED | TAG_DIRECTION,
     };
-    if ONWARD.remove(key).is_ok() {
+    // SAFETY: only asked whether it is there.
+    if unsafe { ONWARD.get(key) }.is_some() {
         remembered.flags |= TAG_TUNNELLED;
         // Without a tag the next packet is judged, and refused: the entry is gone.
         let _ = set_tag(socket, &mut remembered);
+        // After the tag: of both, a packet on another processor has to find one.
+        let _ = ONWARD.remove(key);
         stays_local(ctx);
         return;
     }

@@ -1,10 +1,17 @@
 //! The daemon's connections to local applications, with the client's own address.
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
 };
 
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 use reeve::datapath::{netns::Netns, speak_as};
 use reeve_common::{Action, Direction, Hook, Reason, protocol::TCP};
 use socket2::{Domain, Socket};
@@ -34,12 +41,14 @@ fn world() -> World {
 }
 
 fn connect(world: &World, client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
-    world.as_reeve(|netns| {
-        let socket = onward(netns, client, to)?;
-        socket.set_nonblocking(false)?;
-        socket.connect_timeout(&to.into(), PATIENCE)?;
-        Ok(socket.into())
-    })
+    world.as_reeve(|netns| connect_in(netns, client, to))
+}
+
+fn connect_in(netns: &Netns, client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = onward(netns, client, to)?;
+    socket.set_nonblocking(false)?;
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    Ok(socket.into())
 }
 
 fn onward(netns: &Netns, client: IpAddr, to: SocketAddr) -> std::io::Result<Socket> {
@@ -81,6 +90,60 @@ fn an_application_sees_the_clients_address() {
     let usage = world.datapath().map_usage();
     let onward = usage.iter().find(|map| map.name == "ONWARD").unwrap();
     assert_eq!(onward.entries, 0);
+}
+
+/// Has the packets of the loopback device arrive at one processor and at another by turns.
+fn scatter(world: &World, done: &AtomicBool) {
+    let turns = world.here.netns.run(|| {
+        // Of the devices of a namespace, a sysfs tells that was mounted in it.
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        let nothing = None::<&str>;
+        mount(nothing, "/", nothing, private, nothing)?;
+        mount(nothing, "/sys", Some("sysfs"), MsFlags::empty(), nothing)?;
+        while !done.load(Ordering::Relaxed) {
+            for processors in ["1", "2"] {
+                fs::write("/sys/class/net/lo/queues/rx-0/rps_cpus", processors)?;
+            }
+        }
+        Ok(())
+    });
+    turns.unwrap();
+}
+
+#[test]
+fn what_comes_at_once_reaches_the_application_on_whichever_processor_it_arrives() {
+    /// Of so many, some meet what they are about, where nothing is done about it.
+    const MANY: usize = 20_000;
+    let world = &world();
+    let (server, done) = (
+        world.as_workload(|| TcpListener::bind("[::]:80").unwrap()),
+        &AtomicBool::new(false),
+    );
+    thread::scope(|scope| {
+        scope.spawn(|| scatter(world, done));
+        let application = scope.spawn(move || {
+            let answered = server.incoming().take(MANY).filter(|accepted| {
+                let mut accepted = accepted.as_ref().unwrap();
+                accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+                accepted.read_exact(&mut [0]).is_ok()
+            });
+            answered.count()
+        });
+        let to = world.here.port4(80);
+        world.as_reeve(|netns| {
+            for _ in 0..MANY {
+                let mut stream = connect_in(netns, world.there.v4, to).unwrap();
+                stream.write_all(b"?").unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                // The application's end.
+                let _ = stream.read(&mut [0]);
+            }
+        });
+        let answered = application.join();
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(answered.unwrap(), MANY);
+    });
 }
 
 #[test]
