@@ -255,6 +255,10 @@ impl Diagnosis {
 
 impl Answer<'_> {
     fn live(&self, protocol: u8) -> Option<LiveSocket> {
+        // The kernel gives it the state that its socket had, such as FIN_WAIT2.
+        if self.is_over {
+            return None;
+        }
         let identity = self.identity;
         Some(LiveSocket {
             protocol,

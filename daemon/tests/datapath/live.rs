@@ -12,7 +12,7 @@ use reeve_common::{
     protocol::{TCP, UDP},
 };
 
-use crate::world::{PATIENCE, Scope, WORKLOAD, World};
+use crate::world::{MOMENT, PATIENCE, Scope, WORKLOAD, World};
 
 /// Connections of the measurement: what a busy proxy has.
 const MANY: usize = 2000;
@@ -71,6 +71,37 @@ fn only_what_is_over_is_ended() {
         kept.set_nonblocking(true).unwrap();
         let silent = (&kept).read(&mut [0]).unwrap_err();
         assert_eq!(silent.kind(), ErrorKind::WouldBlock);
+    }
+}
+
+#[test]
+fn what_only_waits_for_the_other_end_to_close_is_no_connection() {
+    let world = open();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let client = world.as_workload(|| TcpStream::connect(to).unwrap());
+        let local = client.local_addr().unwrap();
+        let (mut accepted, _) = server.accept().unwrap();
+        let is_listed = || {
+            let mut is_listed = false;
+            let ended = world
+                .datapath()
+                .end_connections(&world.here.netns, |socket| {
+                    is_listed |= socket.local == local;
+                    false
+                })
+                .unwrap();
+            assert!(ended.is_empty());
+            is_listed
+        };
+        assert!(is_listed());
+        drop(client);
+        // Its FIN has come, and was acknowledged.
+        assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+        let deadline = Instant::now() + MOMENT;
+        while is_listed() {
+            assert!(Instant::now() < deadline, "{local} is listed");
+        }
     }
 }
 

@@ -13,7 +13,9 @@ const REQUEST_LENGTH: usize = 56;
 const ANSWER_LENGTH: usize = 72;
 const ATTRIBUTE: usize = 4;
 const ALIGNMENT: usize = 4;
-/// Where an answer names its socket, and how long such a name is; and where it names its user.
+/// Where an answer says which timer its socket has, names the socket, and how long such a name is; and
+/// where it names its user.
+const TIMER: usize = 2;
 const IDENTITY: usize = 4;
 pub(super) const IDENTITY_LENGTH: usize = 48;
 const USER: usize = 64;
@@ -32,6 +34,9 @@ const STORAGES: u16 = 20;
 const STORAGE: u16 = 1;
 const STORAGE_VALUE: u16 = 3;
 const CGROUP_ID: u16 = 21;
+/// The timer of what is left of a socket that both the application and the kernel are done with, and that
+/// only waits for the other end: it remembers nothing, nor in which cgroup it was made.
+const TIME_WAIT: u8 = 3;
 /// What of an attribute's kind is not a flag.
 const KIND: u16 = 0x3fff;
 
@@ -41,6 +46,8 @@ pub(super) struct Answer<'a> {
     pub(super) identity: [u8; IDENTITY_LENGTH],
     pub(super) user: u32,
     pub(super) cgroup: u64,
+    /// No socket any more, whatever its state is said to be.
+    pub(super) is_over: bool,
     /// The socket's [`SocketTag`].
     pub(super) tag: Option<&'a [u8]>,
 }
@@ -108,6 +115,7 @@ pub(super) fn decode(answer: &[u8]) -> Option<Answer<'_>> {
         cgroup: find(attributes, CGROUP_ID)
             .and_then(|id| id.try_into().ok())
             .map_or(0, u64::from_ne_bytes),
+        is_over: *answer.get(TIMER)? == TIME_WAIT,
         tag: find(attributes, STORAGES)
             .and_then(|storages| find(storages, STORAGE))
             .and_then(|storage| find(storage, STORAGE_VALUE)),
