@@ -71,6 +71,8 @@ struct Entry {
     /// Handshakes under way.
     opening: Cell<usize>,
     failure: RefCell<Option<Failure>>,
+    /// Tunnels, one after the other, that the peer accepted only to say that they take no streams.
+    stillborn: Cell<usize>,
     /// The identity has a newer certificate: tunnels that still open serve those who wait for
     /// them and nobody else.
     retired: Cell<bool>,
@@ -135,10 +137,7 @@ impl Pool {
                 Err(NoStream::Unprocessed) => ready.slot.link.retire(),
             }
         }
-        Err(TunnelError::Broken {
-            to: peer,
-            detail: "it takes no more streams".into(),
-        })
+        Err(takes_no_more(peer))
     }
 
     async fn ready(
@@ -271,6 +270,7 @@ impl Entry {
             waiting: RefCell::default(),
             opening: Cell::new(0),
             failure: RefCell::default(),
+            stillborn: Cell::new(0),
             retired: Cell::new(false),
         }
     }
@@ -299,23 +299,27 @@ impl Entry {
         self: &Rc<Self>,
         worker: &Rc<Worker>,
     ) -> Result<oneshot::Receiver<Result<Ready, TunnelError>>, TunnelError> {
-        let backing_off =
-            self.failure.borrow().as_ref().and_then(|failure| {
-                (Instant::now() < failure.until).then(|| failure.error.clone())
-            });
-        match backing_off {
+        match self.backing_off() {
             Some(error) if self.tunnels.borrow().is_empty() => return Err(error),
             _ => {}
         }
         let (sender, receiver) = oneshot::channel();
         self.waiting.borrow_mut().push_back(sender);
-        if backing_off.is_none() {
-            self.open_as_needed(worker);
-        }
+        self.open_as_needed(worker);
         Ok(receiver)
     }
 
+    /// Why no tunnel is to be opened now.
+    fn backing_off(&self) -> Option<TunnelError> {
+        let failure = self.failure.borrow();
+        let failure = failure.as_ref()?;
+        (Instant::now() < failure.until).then(|| failure.error.clone())
+    }
+
     fn open_as_needed(self: &Rc<Self>, worker: &Rc<Worker>) {
+        if self.backing_off().is_some() {
+            return;
+        }
         let limits = &worker.limits;
         loop {
             let under_way = self.opening.get();
@@ -353,9 +357,18 @@ impl Entry {
     }
 
     fn opened(self: &Rc<Self>, link: Rc<Link>, request: SendRequest<Bytes>) {
-        self.failure.borrow_mut().take();
-        self.tunnels.borrow_mut().push(Tunnel { link, request });
-        self.serve_waiting();
+        let mut tunnel = Tunnel { link, request };
+        if tunnel.takes_streams() {
+            self.failure.borrow_mut().take();
+            self.stillborn.set(0);
+            self.tunnels.borrow_mut().push(tunnel);
+            self.serve_waiting();
+        } else {
+            self.stillborn.set(self.stillborn.get() + 1);
+            if self.stillborn.get() >= ATTEMPTS {
+                self.failed(&takes_no_more(self.target.peer));
+            }
+        }
         if self.retired.get() {
             self.retire();
         }
@@ -398,6 +411,13 @@ impl Entry {
             || !self.tunnels.borrow().is_empty()
             || !self.waiting.borrow().is_empty()
             || matches!(&*self.failure.borrow(), Some(failure) if now < failure.until + LONGEST_BACK_OFF)
+    }
+}
+
+fn takes_no_more(peer: SocketAddr) -> TunnelError {
+    TunnelError::Broken {
+        to: peer,
+        detail: "it takes no more streams".into(),
     }
 }
 
