@@ -17,7 +17,7 @@ use super::{
     connection::{Call, Parties, Would},
     copy::copy,
     first::FirstBytes,
-    pool::Stream,
+    pool::{Stream, Wanted},
     socket,
     worker::Worker,
 };
@@ -85,17 +85,15 @@ async fn connect(
     };
     let allowed = || call.judge(&worker.shared.snapshot.load()).map(drop);
     let mut first = FirstBytes::new(app, &allowed);
+    let wanted = Wanted {
+        netns,
+        own: &workload.attributes.spiffe_id,
+        peer: to,
+        expected,
+    };
     let stream = worker
         .pool
-        .stream(
-            worker,
-            netns,
-            &workload.attributes.spiffe_id,
-            to,
-            expected,
-            call.destination,
-            &mut first,
-        )
+        .stream(worker, wanted, call.destination, &mut first)
         .await?;
     Ok((stream, first.sent(), place))
 }

@@ -44,6 +44,16 @@ const FIRST_BACK_OFF: Duration = Duration::from_millis(50);
 /// Each failure doubles the wait up to this, short enough for a peer that comes back.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(1);
 
+/// Which tunnel is wanted: from where and as whom, and to whom.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    pub(super) netns: &'a Arc<Netns>,
+    pub(super) own: &'a SpiffeId,
+    /// The tunnel port, whose owner must prove to be `expected`.
+    pub(super) peer: SocketAddr,
+    pub(super) expected: &'a SpiffeId,
+}
+
 /// What tunnels are told apart by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
@@ -111,20 +121,17 @@ pub(super) struct Stream {
 // === impl Pool ===
 
 impl Pool {
-    /// A stream from `own` to `destination`, through the tunnel port `peer`, whose owner must
-    /// prove to be `expected`. The application's first bytes go with the request.
+    /// A stream to `destination`. The application's first bytes go with the request.
     pub(super) async fn stream(
         &self,
         worker: &Rc<Worker>,
-        netns: &Arc<Netns>,
-        own: &SpiffeId,
-        peer: SocketAddr,
-        expected: &SpiffeId,
+        wanted: Wanted<'_>,
         destination: SocketAddr,
         first: &mut FirstBytes<'_>,
     ) -> Result<Stream, TunnelError> {
+        let Wanted { peer, .. } = wanted;
         for _ in 0..ATTEMPTS {
-            let ready = self.ready(worker, netns, own, peer, expected).await?;
+            let ready = self.ready(worker, wanted).await?;
             match client::request(worker, ready.request, peer, destination, first).await {
                 Ok((send, recv)) => {
                     return Ok(Stream {
@@ -140,14 +147,13 @@ impl Pool {
         Err(takes_no_more(peer))
     }
 
-    async fn ready(
-        &self,
-        worker: &Rc<Worker>,
-        netns: &Arc<Netns>,
-        own: &SpiffeId,
-        peer: SocketAddr,
-        expected: &SpiffeId,
-    ) -> Result<Ready, TunnelError> {
+    async fn ready(&self, worker: &Rc<Worker>, wanted: Wanted<'_>) -> Result<Ready, TunnelError> {
+        let Wanted {
+            netns,
+            own,
+            peer,
+            expected,
+        } = wanted;
         let limits = &worker.timeouts;
         let patience = limits.connect + limits.handshake + limits.request;
         loop {
