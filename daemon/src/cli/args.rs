@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use super::{CaCommand, PolicyCommand, certs::Certs, explain::Explain, observe::Observe};
 
@@ -130,14 +130,7 @@ Examples:
 
 Exit codes: 0 the daemon answered, ready or not; 1 it did not."
     )]
-    Status {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        /// The daemon's admin socket (`admin.socket` of its configuration)
-        #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-        socket: PathBuf,
-    },
+    Status(Asking),
 
     /// Show this node's certificates, or check any other
     #[command(
@@ -170,14 +163,7 @@ Examples:
 
 Exit codes: 0 all was read, 1 something was refused or no daemon answers."
     )]
-    Reload {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        /// The daemon's admin socket (`admin.socket` of its configuration)
-        #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-        socket: PathBuf,
-    },
+    Reload(Asking),
 
     /// Make, renew, revoke and show the certificates of the embedded CA
     #[command(
@@ -306,6 +292,17 @@ Examples:
         #[arg(long, value_name = "FOLDER", conflicts_with = "command")]
         folder: Option<PathBuf>,
     },
+}
+
+/// Whom to ask, and how the answer is to look.
+#[derive(Debug, Args)]
+pub struct Asking {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    /// The daemon's admin socket (`admin.socket` of its configuration)
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub(super) socket: PathBuf,
 }
 
 #[cfg(test)]

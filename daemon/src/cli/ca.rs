@@ -9,7 +9,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 
-use super::{failed, print, table::Table};
+use super::{failed, print, print_json, table::Table};
 use crate::identity::{
     CertificateSummary, SpiffeId, TrustDomain,
     ca::{self, CaError, CaStatus, ROOT_LIFETIME, Revocation, Role},
@@ -311,10 +311,7 @@ fn show(options: &Show) -> ExitCode {
         Err(error) => return failed(&error),
     };
     let printed = if options.json {
-        match serde_json::to_string_pretty(&status) {
-            Ok(text) => print(&(text + "\n")),
-            Err(error) => return failed(&error),
-        }
+        print_json(&status)
     } else {
         print(&page(&options.dir, &status))
     };

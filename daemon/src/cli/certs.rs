@@ -1,22 +1,17 @@
 //! `reeve certs`: the certificates of this node's workloads, from the daemon.
 
-use std::{
-    fmt::Write as _,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{fmt::Write as _, process::ExitCode, time::Duration};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
-    args::DEFAULT_SOCKET,
-    failed,
+    args::Asking,
+    ask_status,
     inspect::{Inspect, inspect},
-    print, refused,
+    print, print_json,
 };
-use crate::admin::{self, Answer, BundleEndpointStatus, CertificateStatus, Status};
+use crate::admin::{BundleEndpointStatus, CertificateStatus, Status};
 
 /// `reeve certs`.
 #[derive(Debug, Args)]
@@ -25,12 +20,8 @@ pub struct Certs {
     /// What to do instead.
     #[command(subcommand)]
     command: Option<CertsCommand>,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-    /// The daemon's admin socket (`admin.socket` of its configuration)
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    socket: PathBuf,
+    #[command(flatten)]
+    asking: Asking,
 }
 
 /// What can be done with certificates besides.
@@ -63,33 +54,19 @@ shown, or there was nothing to inspect; 2 the command line is wrong."
 pub fn certs(words: &Certs) -> ExitCode {
     match &words.command {
         Some(CertsCommand::Inspect(words)) => inspect(words),
-        None => list(&words.socket, words.json),
+        None => list(&words.asking),
     }
 }
 
-fn list(socket: &Path, json: bool) -> ExitCode {
-    match admin::ask(socket, admin::Command::Status) {
-        Ok(Answer::Status(status)) if json => {
-            let Status {
-                certificates,
-                bundles,
-                bundle_endpoints,
-                ..
-            } = *status;
-            let answer = json!({
-                "certificates": certificates,
-                "bundles": bundles,
-                "bundleEndpoints": bundle_endpoints,
-            });
-            match serde_json::to_string_pretty(&answer) {
-                Ok(text) => print(&(text + "\n")),
-                Err(error) => failed(&error),
-            }
-        }
-        Ok(Answer::Status(status)) => print(&page(&status)),
-        Ok(Answer::Error(refusal)) => refused(&refusal),
-        Ok(_) => refused("it answered another question: is it another version?"),
-        Err(error) => failed(&error),
+fn list(asking: &Asking) -> ExitCode {
+    match ask_status(&asking.socket) {
+        Ok(status) if asking.json => print_json(&json!({
+            "certificates": status.certificates,
+            "bundles": status.bundles,
+            "bundleEndpoints": status.bundle_endpoints,
+        })),
+        Ok(status) => print(&page(&status)),
+        Err(code) => code,
     }
 }
 

@@ -6,9 +6,9 @@ use clap::Args;
 use reeve_common::protocol;
 
 use super::{
-    EXIT_USAGE,
+    EXIT_USAGE, another_question,
     args::{DEFAULT_CONFIG, DEFAULT_SOCKET},
-    failed, print, refused,
+    failed, print,
 };
 use crate::{
     admin::{self, Answer},
@@ -82,7 +82,7 @@ fn ask(words: &Explain) -> Result<Explanation, ExitCode> {
         Ok(Answer::Explanation(explanation)) => Ok(*explanation),
         Ok(Answer::Error(refusal)) => Err(wrong(&refusal)),
         Ok(_) => {
-            refused("it answered another question: is it another version?");
+            another_question();
             Err(ExitCode::from(EXIT_USAGE))
         }
         Err(error) => {

@@ -17,7 +17,7 @@ use rustls_pki_types::{
 };
 use serde_json::json;
 
-use super::{ca, failed, print};
+use super::{ca, failed, print, print_json};
 use crate::identity::{
     BundleError, CryptoPolicy, CryptoProfile, CryptoRules, Inspection, Presented, ProbeError,
     Probed, SpiffeId, TrustBundle, TrustBundles, TrustDomain, inspect as judge, peer_id, probe,
@@ -99,10 +99,7 @@ pub(super) fn inspect(words: &Inspect) -> ExitCode {
         Err(error) => return failed(&error),
     };
     let printed = if words.json {
-        match serde_json::to_string_pretty(&found.json()) {
-            Ok(text) => print(&(text + "\n")),
-            Err(error) => return failed(&error),
-        }
+        print_json(&found.json())
     } else {
         print(&found.page())
     };

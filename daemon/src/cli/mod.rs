@@ -22,8 +22,9 @@ use std::{
 };
 
 use clap::CommandFactory;
+use serde::Serialize;
 
-pub use args::{Cli, Command};
+pub use args::{Asking, Cli, Command};
 pub use ca::{CaCommand, ca};
 pub use certs::{Certs, certs};
 pub use explain::{Explain, explain};
@@ -32,7 +33,7 @@ pub use observe::{Observe, observe};
 pub use policy::{PolicyCommand, policy};
 
 use crate::{
-    admin::{self, Answer},
+    admin::{self, Answer, Status},
     config::{self, Config},
     control::{self, Guarded},
     telemetry,
@@ -54,33 +55,38 @@ pub fn print_error(error: &dyn std::error::Error) {
 
 /// `reeve status`.
 #[must_use]
-pub fn status(socket: &Path, json: bool) -> ExitCode {
-    match admin::ask(socket, admin::Command::Status) {
-        Ok(Answer::Status(answer)) if json => match serde_json::to_string_pretty(&answer) {
-            Ok(text) => print(&(text + "\n")),
-            Err(error) => failed(&error),
-        },
-        Ok(Answer::Status(answer)) => print(&status::render(&answer)),
-        Ok(Answer::Error(refusal)) => refused(&refusal),
-        Ok(_) => refused("it answered another question: is it another version?"),
-        Err(error) => failed(&error),
+pub fn status(asking: &Asking) -> ExitCode {
+    match ask_status(&asking.socket) {
+        Ok(status) if asking.json => print_json(&status),
+        Ok(status) => print(&status::render(&status)),
+        Err(code) => code,
     }
+}
+
+fn ask_status(socket: &Path) -> Result<Box<Status>, ExitCode> {
+    ask(socket, admin::Command::Status, |answer| match answer {
+        Answer::Status(status) => Some(status),
+        _ => None,
+    })
 }
 
 /// `reeve reload`.
 #[must_use]
-pub fn reload(socket: &Path, json: bool) -> ExitCode {
-    let report = match admin::ask(socket, admin::Command::Reload) {
-        Ok(Answer::Reloaded(report)) => report,
-        Ok(Answer::Error(refusal)) => return refused(&refusal),
-        Ok(_) => return refused("it answered another question: is it another version?"),
-        Err(error) => return failed(&error),
+pub fn reload(asking: &Asking) -> ExitCode {
+    let answered = ask(
+        &asking.socket,
+        admin::Command::Reload,
+        |answer| match answer {
+            Answer::Reloaded(report) => Some(report),
+            _ => None,
+        },
+    );
+    let report = match answered {
+        Ok(report) => report,
+        Err(code) => return code,
     };
-    let printed = if json {
-        match serde_json::to_string_pretty(&report) {
-            Ok(text) => print(&(text + "\n")),
-            Err(error) => failed(&error),
-        }
+    let printed = if asking.json {
+        print_json(&report)
     } else {
         print(&reload::render(&report))
     };
@@ -189,6 +195,23 @@ pub fn completions(shell: clap_complete::Shell) -> ExitCode {
     print(&String::from_utf8_lossy(&script))
 }
 
+/// What the daemon answers, where that is what is `wanted`; else it has been printed what it says.
+fn ask<T>(
+    socket: &Path,
+    command: admin::Command,
+    wanted: impl FnOnce(Answer) -> Option<T>,
+) -> Result<T, ExitCode> {
+    match admin::ask(socket, command) {
+        Ok(Answer::Error(refusal)) => Err(refused(&refusal)),
+        Ok(answer) => wanted(answer).ok_or_else(another_question),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+fn another_question() -> ExitCode {
+    refused("it answered another question: is it another version?")
+}
+
 fn refused(refusal: &str) -> ExitCode {
     let _ = writeln!(io::stderr(), "reeve: the daemon: {refusal}");
     ExitCode::FAILURE
@@ -197,6 +220,13 @@ fn refused(refusal: &str) -> ExitCode {
 fn failed(error: &dyn std::error::Error) -> ExitCode {
     print_error(error);
     ExitCode::FAILURE
+}
+
+fn print_json(value: &impl Serialize) -> ExitCode {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => print(&(text + "\n")),
+        Err(error) => failed(&error),
+    }
 }
 
 /// Prints to standard output. A reader that has gone away, as `head` does, is no failure.

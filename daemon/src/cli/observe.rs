@@ -11,7 +11,7 @@ use std::{
 use clap::{Args, builder::PossibleValuesParser};
 use reeve_common::Reason;
 
-use super::{args::DEFAULT_SOCKET, failed, refused};
+use super::{another_question, args::DEFAULT_SOCKET, failed, refused};
 use crate::{
     admin::{self, Answer},
     telemetry::{
@@ -83,7 +83,7 @@ pub fn observe(words: &Observe) -> ExitCode {
             }
             Ok(Answer::Observed(observed)) => render(&observed),
             Ok(Answer::Error(refusal)) => return refused(&refusal),
-            Ok(_) => return refused("it answered another question: is it another version?"),
+            Ok(_) => return another_question(),
             Err(error) => return failed(&error),
         };
         match writeln!(out, "{line}") {

@@ -10,8 +10,9 @@ use clap::{Subcommand, ValueEnum};
 use super::{
     EXIT_USAGE,
     args::{DEFAULT_CONFIG, DEFAULT_SOCKET},
+    ask,
     explain::render,
-    failed, print, refused,
+    failed, print, print_json,
     table::Table,
 };
 use crate::{
@@ -121,12 +122,16 @@ fn list(config: Option<&Path>, json: bool, socket: &Path) -> ExitCode {
                 return ExitCode::from(EXIT_USAGE);
             }
         },
-        None => match admin::ask(socket, admin::Command::Policies) {
-            Ok(Answer::Policies(rows)) => rows,
-            Ok(Answer::Error(refusal)) => return refused(&refusal),
-            Ok(_) => return refused("it answered another question: is it another version?"),
-            Err(error) => return failed(&error),
-        },
+        None => {
+            let answered = ask(socket, admin::Command::Policies, |answer| match answer {
+                Answer::Policies(rows) => Some(rows),
+                _ => None,
+            });
+            match answered {
+                Ok(rows) => rows,
+                Err(code) => return code,
+            }
+        }
     };
     if json {
         return print_json(&rows);
@@ -159,13 +164,6 @@ fn row_text(row: &PolicyRow) -> String {
         "{} ({}, {}), for {workloads}\n{table}\n",
         row.name, row.kind, row.at
     )
-}
-
-fn print_json(value: &impl serde::Serialize) -> ExitCode {
-    match serde_json::to_string_pretty(value) {
-        Ok(text) => print(&(text + "\n")),
-        Err(error) => failed(&error),
-    }
 }
 
 // === reeve policy lint ===
