@@ -1,7 +1,7 @@
 //! What the kernel's maps shall hold, besides the policy's tables.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv6Addr},
     sync::Arc,
 };
@@ -14,7 +14,7 @@ use reeve_common::{
 use crate::{
     datapath::{KernelState, netns::Netns},
     policy::KernelTables,
-    workload::Discovery,
+    workload::{Discovery, cgroup::CgroupTree},
 };
 
 /// The maps' contents for what runs here now.
@@ -33,6 +33,12 @@ pub(super) fn kernel_state(
         local_addresses: local_addresses(discovery),
         tables,
     }
+}
+
+/// Whose each cgroup is where the kernel enforces `state`. Reads the tree.
+pub(super) fn owners(cgroups: &CgroupTree, state: &KernelState) -> HashMap<u64, WorkloadEntry> {
+    let known = state.workloads.iter();
+    cgroups.nearest(&known.map(|(cgroup, _, entry)| (*cgroup, *entry)).collect())
 }
 
 /// The network namespaces in which workloads run, each once.

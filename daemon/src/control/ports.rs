@@ -1,12 +1,12 @@
 //! Reeve's ports in a namespace in which it does not listen yet. The programs refuse them to
 //! everybody else from now on; who listens there from before is closed.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use reeve_common::WORKLOAD_IS_REEVE;
 use tokio::task::block_in_place;
 
-use super::{Control, reconcile::describe};
+use super::{Control, desired, reconcile::describe};
 use crate::datapath::{KernelState, netns::Netns};
 
 impl Control {
@@ -21,11 +21,7 @@ impl Control {
             // The whole tree is read, and mostly nobody needs it.
             let mut owners = None;
             let mut is_foreign = |cgroup: u64| {
-                let owners = owners.get_or_insert_with(|| {
-                    let known = state.workloads.iter();
-                    let known = known.map(|(cgroup, _, entry)| (*cgroup, *entry));
-                    self.cgroups.nearest(&known.collect::<HashMap<_, _>>())
-                });
+                let owners = owners.get_or_insert_with(|| desired::owners(&self.cgroups, state));
                 let owner = owners.get(&cgroup);
                 owner.is_none_or(|owner| owner.flags & WORKLOAD_IS_REEVE == 0)
             };

@@ -22,7 +22,7 @@ use reeve_common::{
 use tokio::task::block_in_place;
 
 use self::dry_runs::Standing;
-use super::{Control, reconcile::describe};
+use super::{Control, desired, reconcile::describe};
 use crate::{
     datapath::{self, KernelState, LiveSocket, Remembered, netns::Netns},
     policy::{Decision, Snapshot},
@@ -169,12 +169,10 @@ impl<'a> Judge<'a> {
         state: &KernelState,
         cgroups: &CgroupTree,
     ) -> Self {
-        let known = state.workloads.iter();
-        let known = known.map(|(cgroup, _, entry)| (*cgroup, *entry)).collect();
         Self {
             snapshot,
             generation,
-            owners: cgroups.nearest(&known),
+            owners: desired::owners(cgroups, state),
             namespaces: state
                 .namespaces
                 .iter()
