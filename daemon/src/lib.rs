@@ -19,6 +19,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod datapath;
+mod endpoint;
 pub mod handover;
 pub mod identity;
 pub mod policy;

@@ -9,7 +9,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
     runtime::Handle,
-    sync::{Semaphore, oneshot},
+    sync::oneshot,
     task::JoinSet,
     time::timeout,
 };
@@ -19,18 +19,17 @@ use super::{
     socket::{AdminError, AdminSocket, SocketFile},
 };
 use crate::{
+    endpoint::{self, Place},
     privileges::Confinement,
     telemetry::{Observation, ObserveRequest},
 };
 
 /// Connections served at the same time.
-const MAX_CONNECTIONS: usize = 16;
+const MAX_CONNECTIONS: u32 = 16;
 /// From the connection to the last byte of the answer.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes that gather for one write to an observer.
 const WRITE_AT_ONCE: usize = 16 << 10;
-/// After `accept` failed, as for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers the commands.
 pub trait Responder: Send + Sync + 'static {
@@ -144,61 +143,38 @@ impl<R: Responder> Shared<R> {
     }
 }
 
-/// Accepts until it is stopped, and serves what it has accepted.
+/// Serves whoever is accepted until it is stopped.
 async fn serve<R: Responder>(
     listener: std::os::unix::net::UnixListener,
     shared: Arc<Shared<R>>,
-    mut stopped: oneshot::Receiver<()>,
+    stopped: oneshot::Receiver<()>,
 ) {
-    let listener = match UnixListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%error, "the admin socket cannot be served");
-            return;
+    let listener = UnixListener::from_std(listener);
+    let serve = |stream, place| client(stream, place, shared.clone());
+    endpoint::serve(
+        "the admin socket",
+        listener,
+        MAX_CONNECTIONS,
+        stopped,
+        serve,
+    )
+    .await;
+}
+
+async fn client<R: Responder>(stream: UnixStream, place: Place, shared: Arc<Shared<R>>) {
+    let served = timeout(shared.limit, connection(stream, &shared)).await;
+    // Observers stay, within a bound of their own.
+    drop(place);
+    match served {
+        Ok(Ok(None)) => {}
+        Ok(Ok(Some((stream, observation)))) => {
+            if let Err(error) = observe(stream, observation).await {
+                tracing::debug!(%error, "an observer has gone");
+            }
         }
-    };
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let Ok(place) = places.clone().acquire_owned().await else {
-            return;
-        };
-        let accepted = tokio::select! {
-            // What comes now is for the daemon that takes over.
-            biased;
-            _ = &mut stopped => {
-                drop(place);
-                break;
-            }
-            accepted = listener.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "the admin socket could not accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let shared = shared.clone();
-        tokio::spawn(async move {
-            let served = timeout(shared.limit, connection(stream, &shared)).await;
-            // Observers stay, within a bound of their own.
-            drop(place);
-            match served {
-                Ok(Ok(None)) => {}
-                Ok(Ok(Some((stream, observation)))) => {
-                    if let Err(error) = observe(stream, observation).await {
-                        tracing::debug!(%error, "an observer has gone");
-                    }
-                }
-                Ok(Err(error)) => tracing::debug!(%error, "an admin request was not answered"),
-                Err(_) => tracing::debug!("an admin request took too long"),
-            }
-        });
+        Ok(Err(error)) => tracing::debug!(%error, "an admin request was not answered"),
+        Err(_) => tracing::debug!("an admin request took too long"),
     }
-    drop(listener);
-    // All places are free again: nobody is being served.
-    let _ = places.acquire_many(MAX_CONNECTIONS as u32).await;
 }
 
 /// Answers a request. Who observes is given back, to be told what happens from now on.

@@ -20,15 +20,18 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::Handle,
-    sync::{Semaphore, oneshot, watch},
+    sync::{oneshot, watch},
     time::timeout,
 };
 
 use super::Metrics;
-use crate::privileges::Confinement;
+use crate::{
+    endpoint::{self, Place},
+    privileges::Confinement,
+};
 
 /// Connections served at the same time; the next one waits to be accepted.
-const MAX_CONNECTIONS: usize = 32;
+const MAX_CONNECTIONS: u32 = 32;
 /// For the head of a request to arrive.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Life of a connection: no scraper may hold its place for ever.
@@ -37,8 +40,6 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
 const MAX_HEAD: usize = 16 << 10;
 /// For the daemon to start: programs are verified, and policies compiled.
 const STARTING: Duration = Duration::from_secs(120);
-/// After `accept` failed, as for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const METRICS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
@@ -198,48 +199,25 @@ impl HttpServer {
         Ok(HttpServing(serving))
     }
 
-    /// Accepts until it is stopped, and serves what it has accepted.
-    async fn serve(self, mut stopped: oneshot::Receiver<()>) {
-        let listener = match TcpListener::from_std(self.listener) {
-            Ok(listener) => listener,
-            Err(error) => {
-                tracing::error!(%error, "the metrics endpoint cannot be served");
-                return;
+    /// Serves whoever is accepted until it is stopped.
+    async fn serve(self, stopped: oneshot::Receiver<()>) {
+        let listener = TcpListener::from_std(self.listener);
+        let (shared, lifetime) = (self.shared, self.lifetime);
+        let serve = |stream, place: Place| {
+            let shared = shared.clone();
+            async move {
+                let _ = timeout(lifetime, connection(stream, shared)).await;
+                drop(place);
             }
         };
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let lifetime = self.lifetime;
-        loop {
-            // Taken before `accept`, so that a flood waits in the kernel's bounded queue.
-            let Ok(place) = places.clone().acquire_owned().await else {
-                return;
-            };
-            let accepted = tokio::select! {
-                // What comes now is for the daemon that takes over.
-                biased;
-                _ = &mut stopped => {
-                    drop(place);
-                    break;
-                }
-                accepted = listener.accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    let shared = self.shared.clone();
-                    tokio::spawn(async move {
-                        let _ = timeout(lifetime, connection(stream, shared)).await;
-                        drop(place);
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the metrics endpoint could not accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-        drop(listener);
-        // All places are free again: nobody is being served.
-        let _ = places.acquire_many(MAX_CONNECTIONS as u32).await;
+        endpoint::serve(
+            "the metrics endpoint",
+            listener,
+            MAX_CONNECTIONS,
+            stopped,
+            serve,
+        )
+        .await;
     }
 }
 
