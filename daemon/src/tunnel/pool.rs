@@ -36,7 +36,8 @@ use super::{
     worker::Worker,
 };
 
-/// Tunnels tried for one connection when peers say that they have not looked at the request.
+/// Tunnels tried for one connection when peers say that they have not looked at the request; and tunnels
+/// that take no streams from the beginning, one after the other, before the peer counts as one that failed.
 const ATTEMPTS: usize = 3;
 /// A peer that failed is not tried again for this long at first: a burst of connections must not
 /// become a burst of handshakes.
