@@ -78,6 +78,8 @@ pub(super) struct Connection {
     half_closed: Cell<bool>,
     /// The application does not read, and the tunnel's bytes for it wait.
     blocked: Cell<bool>,
+    /// The peer takes no more, and the application's bytes wait.
+    held: Cell<bool>,
     stop: Cell<Option<Reason>>,
     task: RefCell<Option<Waker>>,
 }
@@ -259,6 +261,7 @@ impl Call {
             quiet_since: Cell::new(now),
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
+            held: Cell::new(false),
             stop: Cell::new(None),
             task: RefCell::new(None),
         });
@@ -322,13 +325,22 @@ impl Connection {
         self.blocked.set(blocked);
     }
 
+    /// Whether bytes of the application wait for the tunnel.
+    pub(super) fn set_held(&self, held: bool) {
+        self.held.set(held);
+    }
+
     /// Ends the connection, abruptly. The first reason given stands.
     pub(super) fn stop(&self, reason: Reason) {
         if self.stop.get().is_none() {
             self.stop.set(Some(reason));
-            if let Some(task) = &*self.task.borrow() {
-                task.wake_by_ref();
-            }
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(task) = &*self.task.borrow() {
+            task.wake_by_ref();
         }
     }
 
@@ -366,6 +378,10 @@ impl Connection {
             self.quiet_since.set(now);
             self.tell_bytes(worker);
             return false;
+        }
+        if self.held.get() {
+            // The event loop says nothing of a reset behind bytes that nobody reads.
+            self.wake();
         }
         let limit = if self.half_closed.get() {
             worker.timeouts.half_closed

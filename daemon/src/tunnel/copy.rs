@@ -189,15 +189,23 @@ impl Out {
             if *turn >= TURN {
                 return Poll::Pending;
             }
-            match ready!(poll_capacity(cx, &mut self.stream)) {
-                Ok(()) => {}
+            match poll_capacity(cx, &mut self.stream) {
+                Poll::Ready(Ok(())) => connection.set_held(false),
                 // It does not listen any more. What it has said is the application's all the same.
-                Err(Broken::Cancelled) => {
+                Poll::Ready(Err(Broken::Cancelled)) => {
                     self.done = true;
                     connection.set_half_closed();
                     break;
                 }
-                Err(broken) => return Poll::Ready(Err(broken)),
+                Poll::Ready(Err(broken)) => return Poll::Ready(Err(broken)),
+                Poll::Pending => {
+                    // Nothing is read meanwhile that would tell.
+                    if socket::is_broken(app) {
+                        return Poll::Ready(Err(Broken::Application));
+                    }
+                    connection.set_held(true);
+                    return Poll::Pending;
+                }
             }
             let data = match ready!(poll_read(cx, app)) {
                 Ok(data) => data,

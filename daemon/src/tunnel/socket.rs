@@ -40,6 +40,12 @@ pub(super) fn reset(stream: TcpStream) {
     drop(stream);
 }
 
+/// Whether the far end has reset the connection, or the kernel has given it up. Asked once more
+/// it may say no.
+pub(super) fn is_broken(stream: &TcpStream) -> bool {
+    !matches!(stream.take_error(), Ok(None))
+}
+
 /// Ends the direction towards the far end.
 pub(super) fn end_writing(stream: &TcpStream) -> io::Result<()> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {

@@ -232,6 +232,24 @@ fn a_reader_that_stalls_stops_the_writer_and_loses_nothing() {
 }
 
 #[test]
+fn a_reset_behind_bytes_that_wait_for_a_reader_reaches_it() {
+    run(async {
+        let pair = pair().await;
+        tokio::task::spawn_local(crate::tunnel::sweep::run(pair.worker.clone()));
+        let mut pipe = pair.pipe().await;
+        fill(&mut pipe.near).await;
+        socket2::SockRef::from(&pipe.near)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+        drop(pipe.near);
+        // The reader still reads nothing.
+        let [near, far] = pipe.ends;
+        let ended = timeout(Duration::from_secs(10), async { (near.await, far.await) });
+        assert_eq!(ended.await, Ok((Ok(Reason::Reset), Ok(Reason::Reset))));
+    });
+}
+
+#[test]
 fn readers_that_stall_do_not_stop_the_others() {
     run(async {
         let pair = pair().await;
