@@ -35,11 +35,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Request {
     /// Leave the kernel's maps alone, and say what there is to hand over.
     Freeze(oneshot::Sender<(Offer, Vec<OwnedFd>)>),
-    /// The new daemon accepts connections: accept none any more.
+    /// The new daemon accepts connections: leave that to it.
     Take {
         /// The new daemon's process.
         process: i32,
-        /// To be told when nothing is accepted any more.
+        /// To be told that there is no way back. What a worker accepts before it hears of it is
+        /// served like what it has accepted before.
         done: oneshot::Sender<()>,
         /// To be told again and again what is left, for the new daemon to know.
         left: mpsc::Sender<Vec<Draining>>,

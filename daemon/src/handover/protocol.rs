@@ -42,7 +42,7 @@ pub(super) enum FromOld {
     Offer(Offer),
     /// Sockets, in the message's ancillary data.
     Sockets,
-    /// It accepts no more.
+    /// It leaves accepting to the new daemon, and there is no way back.
     Taken,
     /// Again and again after that: what is left of it, and of daemons before it. A daemon that does
     /// not know this passes it over.
