@@ -2,7 +2,7 @@
 //!
 //! A plain `TlsStream` makes a record, and often a system call, of each frame that HTTP/2 writes,
 //! and reads 4 KiB at a time. Here what HTTP/2 writes in small pieces is gathered, and sealed and
-//! sent when 64 KiB are there or when [`WireControl::poll_send`] is called at the end of a turn of
+//! sent when 60 KiB are there or when [`WireControl::poll_send`] is called at the end of a turn of
 //! the tunnel's driver; a large frame is sealed from where it is. Reads from the socket take 64 KiB.
 //! The buffers are borrowed from the thread while they hold something, so that an idle tunnel has
 //! none.
@@ -30,13 +30,18 @@ use super::{
     spare::{Lend, Spare},
 };
 
-/// One read from the socket, and what is gathered before it is sealed and sent: four records.
-const CHUNK: usize = 64 << 10;
+/// One read from the socket.
+const READ: usize = 64 << 10;
+/// What is gathered before it is sealed and sent: four records, of which the last is not full, so
+/// that TCP sends them, or the application what was in them, as one packet. The kernel puts as many
+/// whole segments into one as 64 KiB hold (tcp_xmit_size_goal); with a few bytes more there are two,
+/// each with its way through the stack, its programs and its acknowledgement.
+const CHUNK: usize = 60 << 10;
 /// The most that a TLS record holds (RFC 8446, section 5.1).
 const RECORD: usize = 16 << 10;
 /// Before the payload of a frame (RFC 9113, section 4.1).
 const FRAME_HEAD: usize = 9;
-/// The payload with which a DATA frame fills a chunk's records to the last byte.
+/// The payload with which a DATA frame fills a chunk.
 pub(super) const FULL_FRAME: u32 = (CHUNK - FRAME_HEAD) as u32;
 /// Less than this is not worth a record of its own where more is to come.
 const WORTH_A_RECORD: usize = 4 << 10;
@@ -71,7 +76,7 @@ pub(super) struct WireControl(Rc<RefCell<Session>>);
 struct Session {
     tcp: TcpStream,
     tls: Connection,
-    /// Sealed bytes read from the socket; empty, or of [`CHUNK`] bytes.
+    /// Sealed bytes read from the socket; empty, or of [`READ`] bytes.
     incoming: Box<[u8]>,
     /// What of `incoming` is still to be opened.
     unopened: std::ops::Range<usize>,
@@ -96,7 +101,7 @@ struct Session {
 struct Turn(Cell<usize>);
 
 thread_local! {
-    /// Of [`CHUNK`] bytes, with whatever their last user left in them.
+    /// Of [`READ`] bytes, with whatever their last user left in them.
     static READ_BUFFERS: Spare<Box<[u8]>> = const { Spare::new() };
     /// Empty, with room for [`OUTGOING`] bytes.
     static WRITE_BUFFERS: Spare<Vec<u8>> = const { Spare::new() };
@@ -263,7 +268,7 @@ impl Session {
             return self.reading.give_way(cx);
         }
         if self.incoming.is_empty() {
-            self.incoming = READ_BUFFERS.lend(|| vec![0; CHUNK].into());
+            self.incoming = READ_BUFFERS.lend(|| vec![0; READ].into());
         }
         let mut buf = ReadBuf::new(&mut self.incoming);
         let result = Pin::new(&mut self.tcp).poll_read(cx, &mut buf);
@@ -501,9 +506,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_full_frame_is_one_packet_of_the_kernel() {
+        /// Head, kind and tag (RFC 8446, section 5.2).
+        const OF_A_RECORD: usize = 5 + 1 + 16;
+        /// 64 KiB less what the kernel keeps for heads.
+        const PACKET: usize = 65_200;
+        let sealed = CHUNK + CHUNK.div_ceil(RECORD) * OF_A_RECORD;
+        // Ethernet with IPv4 and with IPv6, an overlay's, jumbo frames, a cloud's.
+        for segment in [1448, 1428, 1398, 8948, 8844] {
+            assert!(sealed <= PACKET / segment * segment, "{segment}");
+        }
+    }
+
+    #[test]
     fn what_fills_records_is_sealed_from_where_it_is_and_nothing_else() {
         let full = FULL_FRAME as usize + FRAME_HEAD;
-        assert_eq!(full % RECORD, 0);
         for size in [full, RECORD, 2 * RECORD - 1, RECORD + WORTH_A_RECORD] {
             assert!(fills_records(size), "{size}");
         }
