@@ -325,6 +325,11 @@ impl Connection {
         self.blocked.set(blocked);
     }
 
+    /// Whether nothing has moved since the last sweep.
+    pub(super) fn is_quiet(&self) -> bool {
+        !self.active.get()
+    }
+
     /// Whether bytes of the application wait for the tunnel.
     pub(super) fn set_held(&self, held: bool) {
         self.held.set(held);
@@ -374,14 +379,15 @@ impl Connection {
     /// Looks after what needs no exact time: ends the connection if nothing has moved for too
     /// long, and tells the metrics of bytes. True where the application keeps the tunnel waiting.
     pub(super) fn sweep(&self, worker: &Worker, now: Instant) -> bool {
-        if self.active.replace(false) {
-            self.quiet_since.set(now);
-            self.tell_bytes(worker);
-            return false;
-        }
+        let moved = self.active.replace(false);
         if self.held.get() {
             // The event loop says nothing of a reset behind bytes that nobody reads.
             self.wake();
+        }
+        if moved {
+            self.quiet_since.set(now);
+            self.tell_bytes(worker);
+            return false;
         }
         let limit = if self.half_closed.get() {
             worker.timeouts.half_closed

@@ -189,8 +189,10 @@ impl Out {
             if *turn >= TURN {
                 return Poll::Pending;
             }
-            match poll_capacity(cx, &mut self.stream) {
-                Poll::Ready(Ok(())) => connection.set_held(false),
+            let capacity = poll_capacity(cx, &mut self.stream);
+            connection.set_held(capacity.is_pending());
+            match capacity {
+                Poll::Ready(Ok(())) => {}
                 // It does not listen any more. What it has said is the application's all the same.
                 Poll::Ready(Err(Broken::Cancelled)) => {
                     self.done = true;
@@ -198,14 +200,11 @@ impl Out {
                     break;
                 }
                 Poll::Ready(Err(broken)) => return Poll::Ready(Err(broken)),
-                Poll::Pending => {
-                    // Nothing is read meanwhile that would tell.
-                    if socket::is_broken(app) {
-                        return Poll::Ready(Err(Broken::Application));
-                    }
-                    connection.set_held(true);
-                    return Poll::Pending;
+                // Nothing is read meanwhile that would tell.
+                Poll::Pending if connection.is_quiet() && socket::is_broken(app) => {
+                    return Poll::Ready(Err(Broken::Application));
                 }
+                Poll::Pending => return Poll::Pending,
             }
             let data = match ready!(poll_read(cx, app)) {
                 Ok(data) => data,
