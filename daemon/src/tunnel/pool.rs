@@ -36,9 +36,11 @@ use super::{
     worker::Worker,
 };
 
-/// Tunnels tried for one connection when peers say that they have not looked at the request; and tunnels
-/// that take no streams from the beginning, one after the other, before the peer counts as one that failed.
+/// Tunnels tried for one connection when peers say that they have not looked at the request.
 const ATTEMPTS: usize = 3;
+/// Tunnels that take no streams from the beginning, one after the other, before the peer counts as one
+/// that failed.
+const STILLBORN: usize = 3;
 /// A peer that failed is not tried again for this long at first: a burst of connections must not
 /// become a burst of handshakes.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(50);
@@ -372,7 +374,7 @@ impl Entry {
             self.serve_waiting();
         } else {
             self.stillborn.set(self.stillborn.get() + 1);
-            if self.stillborn.get() >= ATTEMPTS {
+            if self.stillborn.get() >= STILLBORN {
                 self.failed(&takes_no_more(self.target.peer));
             }
         }
