@@ -5,7 +5,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::Write,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -229,6 +229,32 @@ fn a_bpffs_that_is_unmounted_changes_no_verdict_and_is_pinned_in_when_it_is_back
     denied.goes_on(100);
     allowed.all_worked();
     denied.all_failed("not permitted");
+}
+
+#[test]
+fn a_folder_of_pins_that_others_can_write_in_keeps_the_daemon_from_being_ready() {
+    let pair = Pair::new();
+    let folder = pair.one.folder().join("bpf");
+    let path = folder.display();
+    let one = pair
+        .allowing_at_one()
+        .set("/node/bpffs", json!(folder.join("reeve")))
+        .with_mounts(&format!("mkdir -p {path}; mount -t bpf none {path}"))
+        .start();
+    let _two = pair.allowing_at_two().start();
+    let pins = one.sees(&folder).join("reeve");
+    let mode = |mode| fs::set_permissions(&pins, fs::Permissions::from_mode(mode)).unwrap();
+    assert!(one.is_ready());
+    mode(0o777);
+    eventually("it is not ready", || !one.is_ready());
+    let said = one.status()["notReady"].to_string();
+    assert!(said.contains("its mode 0777 lets others write"), "{said}");
+    // One who may write takes a link away: it is back as soon as nobody may any more.
+    fs::remove_file(pins.join("link_reeve_egress")).unwrap();
+    mode(0o700);
+    eventually("it is ready again", || one.is_ready());
+    one.wait_for_log(&["is pinned again", "link_reeve_egress"]);
+    assert!(pins.join("link_reeve_egress").exists());
 }
 
 // === inotify ===

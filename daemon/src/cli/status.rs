@@ -203,7 +203,11 @@ fn kernel(page: &mut String, status: &Status) -> fmt::Result {
     )?;
     let mut table = Table::new(["MAP", "ENTRIES", "CAPACITY", "USED", "NO ROOM FOR"]);
     for map in &status.maps {
-        let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
+        let percent = map
+            .entries
+            .saturating_mul(100)
+            .checked_div(map.capacity)
+            .unwrap_or(0);
         table.push([
             map.map.clone(),
             map.entries.to_string(),

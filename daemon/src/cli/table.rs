@@ -34,7 +34,10 @@ impl<const N: usize> Display for Table<N> {
         for row in &self.rows {
             let mut line = String::from("  ");
             for (cell, width) in row.iter().zip(widths) {
-                line.push_str(&format!("{cell:<width$}", width = width + GAP));
+                let blanks = (width + GAP).saturating_sub(cell.chars().count());
+                line.push_str(cell);
+                // The formatter's own padding panics beyond 65,535 characters.
+                line.extend(std::iter::repeat_n(' ', blanks));
             }
             writeln!(f, "{}", line.trim_end())?;
         }
@@ -45,6 +48,17 @@ impl<const N: usize> Display for Table<N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cell_may_be_longer_than_any_column_that_the_formatter_pads() {
+        let long = "x".repeat(usize::from(u16::MAX) + 1);
+        let mut table = Table::new(["NAME", "STATE"]);
+        table.push([long.clone(), "up".into()]);
+        table.push(["b".into(), "down".into()]);
+        let text = table.to_string();
+        assert!(text.contains(&format!("{long}  up\n")));
+        assert_eq!(text.lines().last().unwrap().len(), 2 + long.len() + 2 + 4);
+    }
 
     #[test]
     fn columns_line_up_and_lines_have_no_blanks_at_their_end() {

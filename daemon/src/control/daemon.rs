@@ -6,7 +6,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
@@ -44,6 +44,8 @@ pub struct Daemon {
     /// For control to take.
     reloads: Mutex<Option<Reloads>>,
     pub(super) view: ArcSwap<View>,
+    /// Why what is enforced would not outlive the daemon.
+    pub(super) not_pinned: ArcSwapOption<String>,
     /// Another daemon takes over, and writes the kernel's maps.
     pub(super) kernel_is_anothers: AtomicBool,
     /// Daemons before that still drain, the last one first.
@@ -100,6 +102,7 @@ impl Daemon {
             ask_for_reload,
             reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
+            not_pinned: ArcSwapOption::empty(),
             kernel_is_anothers: AtomicBool::new(false),
             predecessors: ArcSwap::default(),
             started: Instant::now(),
@@ -110,6 +113,7 @@ impl Daemon {
     pub(super) fn readiness(&self) -> Readiness {
         let view = self.view.load();
         let mut missing = view.problems.clone();
+        missing.extend(self.not_pinned.load().as_deref().cloned());
         if view.draining.is_some() {
             missing.push("the daemon is shutting down".to_owned());
         }

@@ -348,22 +348,33 @@ impl Control {
         tracing::info!("stopped");
     }
 
-    /// Looks after what is pinned, unless that is another daemon's.
+    /// Looks after what is pinned, unless that is another daemon's. What cannot be pinned keeps the
+    /// daemon from being ready.
     fn keep_pinned(&self) {
         if self.succession.frozen {
             return;
         }
-        match block_in_place(|| self.daemon.datapath.keep_pinned()) {
-            Ok(false) => {}
-            Ok(true) => tracing::warn!(
-                "what was pinned had been removed or unmounted, and is pinned again; what is \
-                 enforced stayed so"
-            ),
-            Err(error) => tracing::error!(
-                "what was pinned has been removed or unmounted: it would end with this daemon: {}",
+        let problem = match block_in_place(|| self.daemon.datapath.keep_pinned()) {
+            Ok(again) => {
+                if !again.is_empty() {
+                    let pins: Vec<_> = again.iter().map(|pin| pin.display().to_string()).collect();
+                    tracing::warn!(
+                        pins = pins.join(", "),
+                        "what was pinned had been removed, replaced or unmounted, and is pinned \
+                         again; what is enforced stayed so"
+                    );
+                }
+                None
+            }
+            Err(error) => Some(format!(
+                "what was pinned is gone, or not root's alone: it would end with this daemon: {}",
                 reconcile::describe(&error)
-            ),
+            )),
+        };
+        if let Some(problem) = &problem {
+            tracing::error!("{problem}");
         }
+        self.daemon.not_pinned.store(problem.map(Arc::new));
     }
 
     fn tell_readiness(&self) {

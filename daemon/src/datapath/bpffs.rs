@@ -1,7 +1,7 @@
 //! The bpf file system, in which programs and maps outlive the daemon.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, Metadata},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::Path,
@@ -16,11 +16,20 @@ use nix::{
 
 use super::Error;
 
-/// Makes `folder` on a bpf file system, and mounts one on its parent where there is none.
+/// Mode of the folder of pins.
+const FOLDER_MODE: u32 = 0o700;
+/// Bits of a mode that let a group or everybody write.
+const OTHERS_WRITE: u32 = 0o022;
+/// In a folder with this bit, others rename and remove only what is their own.
+const STICKY: u32 = 0o1000;
+
+/// Makes `folder` on a bpf file system, and mounts one on its parent where there is none. Refuses a
+/// folder that is not root's alone.
 pub(super) fn prepare(folder: &Path) -> Result<(), Error> {
     let own_mounts = has_own_mounts();
     let parent = folder.parent().unwrap_or(Path::new("/"));
-    if !folder.exists() {
+    // A symbolic link that leads nowhere is there as well, and is refused below.
+    if fs::symlink_metadata(folder).is_err() {
         if !is_bpffs(parent) {
             mount_at(parent, own_mounts).map_err(|source| Error::Bpffs {
                 path: parent.to_owned(),
@@ -28,7 +37,7 @@ pub(super) fn prepare(folder: &Path) -> Result<(), Error> {
             })?;
         }
         DirBuilder::new()
-            .mode(0o700)
+            .mode(FOLDER_MODE)
             .create(folder)
             .map_err(|source| Error::Pin {
                 doing: "make the folder",
@@ -36,6 +45,7 @@ pub(super) fn prepare(folder: &Path) -> Result<(), Error> {
                 source,
             })?;
     }
+    verify(folder)?;
     if is_bpffs(folder) {
         return Ok(());
     }
@@ -43,6 +53,85 @@ pub(super) fn prepare(folder: &Path) -> Result<(), Error> {
         path: folder.to_owned(),
         source: io::Error::other("a folder of another file system is in the way"),
     })
+}
+
+/// Makes sure that nobody but root can change what is in `folder`, or put another folder in its
+/// place. A bpf file system may be everybody's to write, as `mount -t bpf` makes it.
+///
+/// # Errors
+///
+/// [`Error::NotRoots`] where that is not so, for the folder or for one above it.
+pub(super) fn verify(folder: &Path) -> Result<(), Error> {
+    let refused = |path: &Path, why: String| Error::NotRoots {
+        path: path.to_owned(),
+        why,
+    };
+    let look = |path: &Path| -> Result<Metadata, Error> {
+        let metadata = fs::symlink_metadata(path).map_err(|source| Error::Pin {
+            doing: "look at the folder",
+            path: path.to_owned(),
+            source,
+        })?;
+        is_roots(&metadata).map_err(|why| refused(path, why))?;
+        Ok(metadata)
+    };
+    let metadata = look(folder)?;
+    if !metadata.is_dir() {
+        return Err(refused(folder, "it is no folder".to_owned()));
+    }
+    let mode = metadata.mode();
+    if mode & OTHERS_WRITE != 0 {
+        return Err(refused(folder, others_may_write(mode)));
+    }
+    let parent = folder.parent().unwrap_or(Path::new("/"));
+    let parent = fs::canonicalize(parent).map_err(|source| Error::Pin {
+        doing: "look at the folder",
+        path: parent.to_owned(),
+        source,
+    })?;
+    for above in parent.ancestors() {
+        let mode = look(above)?.mode();
+        if mode & OTHERS_WRITE != 0 && mode & STICKY == 0 {
+            return Err(refused(above, others_may_write(mode)));
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that a pin is root's.
+///
+/// # Errors
+///
+/// [`Error::NotRoots`] where it is not, or [`Error::Pin`] where it cannot be looked at.
+pub(super) fn verify_pin(pin: &Path) -> Result<(), Error> {
+    let metadata = fs::symlink_metadata(pin).map_err(|source| Error::Pin {
+        doing: "look at",
+        path: pin.to_owned(),
+        source,
+    })?;
+    let regular = match metadata.is_file() {
+        true => Ok(()),
+        false => Err("it is no pin".to_owned()),
+    };
+    regular
+        .and_then(|()| is_roots(&metadata))
+        .map_err(|why| Error::NotRoots {
+            path: pin.to_owned(),
+            why,
+        })
+}
+
+/// Whether its owner is root, or who runs reeve.
+fn is_roots(metadata: &Metadata) -> Result<(), String> {
+    let owner = metadata.uid();
+    if owner == 0 || owner == nix::unistd::geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(format!("its owner is the user {owner}"))
+}
+
+fn others_may_write(mode: u32) -> String {
+    format!("its mode {:04o} lets others write in it", mode & 0o7777)
 }
 
 /// Whether this process has other mounts than the first one, as services and containers have. Found

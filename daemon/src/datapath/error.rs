@@ -30,6 +30,17 @@ pub enum Error {
         /// From the kernel.
         source: io::Error,
     },
+    /// Others than root could take what is pinned away, or could have made it.
+    #[error(
+        "{path} is not root's alone ({why}), and what is enforced could be taken away by others: \
+         remove it, or name another folder with node.bpffs, and start reeve again"
+    )]
+    NotRoots {
+        /// The folder, one above it, or a pin.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A program that was attached is so no more.
     #[error("the program {name} is no longer attached: somebody has detached it")]
     Detached {
@@ -61,12 +72,17 @@ pub enum Error {
     },
     /// A pinned map whose shape is not that of its layout.
     #[error(
-        "the map pinned at {path} is not one of reeve's (keys of {found_key} bytes and values of \
-         {found_value}, not {key} and {value}): remove it, and start reeve again"
+        "the map pinned at {path} is not one of reeve's ({found} with keys of {found_key} bytes and \
+         values of {found_value}, not {expected} with {key} and {value}): remove it, and start reeve \
+         again"
     )]
     Shape {
         /// The map's file.
         path: PathBuf,
+        /// Its type.
+        found: String,
+        /// The type that it should have.
+        expected: String,
         /// Its keys' size.
         found_key: u32,
         /// Its values' size.

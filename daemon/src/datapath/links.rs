@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Error,
+    Error, bpffs,
     sys::{self, AttachType},
 };
 
@@ -58,7 +58,10 @@ pub(super) fn attach(
         source,
     };
     let pinned = match existing(path).map_err(failed)? {
-        Some(link) if sys::link_target(link.as_fd()).map_err(failed)? == target.number => {
+        Some(link)
+            if sys::link_place(link.as_fd()).map_err(failed)?
+                == (target.number, attach_type as u32) =>
+        {
             sys::link_update(link.as_fd(), program).map_err(failed)?;
             return Ok(link);
         }
@@ -93,7 +96,8 @@ pub(super) fn adopt_namespaces(
         let Some(link) = existing(&path).map_err(failed)? else {
             continue;
         };
-        if sys::link_target(link.as_fd()).map_err(failed)? == inode {
+        let place = sys::link_place(link.as_fd()).map_err(failed)?;
+        if place == (inode, AttachType::SkLookup as u32) {
             sys::link_update(link.as_fd(), program).map_err(failed)?;
             adopted.push((inode, link));
         } else {
@@ -107,8 +111,8 @@ pub(super) fn adopt_namespaces(
 pub(super) fn tidy_namespaces(pins: &Path) -> Result<(), Error> {
     for (path, inode) in namespaces(pins)? {
         let gone = existing(&path)
-            .and_then(|link| link.map(|link| sys::link_target(link.as_fd())).transpose())
-            .is_ok_and(|target| target != Some(inode));
+            .and_then(|link| link.map(|link| sys::link_place(link.as_fd())).transpose())
+            .is_ok_and(|place| place.map(|(target, _)| target) != Some(inode));
         if gone {
             remove_link(&path)?;
         }
@@ -203,10 +207,14 @@ pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
 
 /// Whether a link is still attached to something.
 pub(super) fn is_attached(link: BorrowedFd<'_>) -> bool {
-    sys::link_target(link).is_ok_and(|target| target != 0)
+    sys::link_place(link).is_ok_and(|(target, _)| target != 0)
 }
 
+/// The link that root has pinned at `path`, if there is one.
 fn existing(path: &Path) -> io::Result<Option<OwnedFd>> {
+    if fs::symlink_metadata(path).is_ok() {
+        bpffs::verify_pin(path).map_err(io::Error::other)?;
+    }
     match sys::get_pinned(path) {
         Ok(link) => Ok(Some(link)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -3,18 +3,18 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
+    fs::{self, File},
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::MapData,
+    maps::{MapData, MapInfo, MapType},
     programs::{Program, ProgramType},
     sys::is_helper_supported,
 };
@@ -25,7 +25,7 @@ use reeve_common::{
 };
 
 use super::{
-    Error, Settings,
+    Error, Settings, bpffs,
     links::{self, Target},
     pins::SETTINGS,
     sys::{self, AttachType},
@@ -69,38 +69,39 @@ pub(super) struct Links {
     pub(super) namespaces: HashMap<u64, OwnedFd>,
 }
 
-/// A pinned map: its name, and the sizes of a key and a value.
-type Shape = (&'static str, usize, usize);
+/// A pinned map: its name and type, and the sizes of a key and a value.
+type Shape = (&'static str, MapType, usize, usize);
 
 /// The pinned maps. The others belong to one load: constants, and the log.
 const PINNED_MAPS: [Shape; 14] = [
-    shape::<u32, KernelSettings>(SETTINGS),
-    shape::<u64, WorkloadEntry>("WORKLOADS"),
-    shape::<u64, NamespaceEntry>("NAMESPACES"),
-    shape::<Address, WorkloadId>("LOCAL_ADDRESSES"),
-    (
-        "PEERS",
-        PREFIX + size_of::<Address>(),
-        size_of::<PeerEntry>(),
-    ),
-    shape::<PeerPortKey, PeerEntry>("PEER_PORTS"),
-    (
-        "VERDICTS",
-        PREFIX + size_of::<VerdictKey>(),
-        size_of::<VerdictEntry>(),
-    ),
-    shape::<OriginKey, Origin>("ORIGINAL_DESTINATIONS"),
-    shape::<FlowKey, FlowEntry>("FLOWS"),
-    shape::<FlowKey, FlowEntry>("ONWARD"),
-    shape::<u32, SocketTag>("SOCKETS"),
-    shape::<u32, Arriving>("ARRIVING"),
-    shape::<u32, u64>("COUNTERS"),
-    // A ring buffer has neither.
-    ("EVENTS", 0, 0),
+    shape::<u32, KernelSettings>(SETTINGS, MapType::Array),
+    shape::<u64, WorkloadEntry>("WORKLOADS", MapType::Hash),
+    shape::<u64, NamespaceEntry>("NAMESPACES", MapType::Hash),
+    shape::<Address, WorkloadId>("LOCAL_ADDRESSES", MapType::Hash),
+    trie::<Address, PeerEntry>("PEERS"),
+    shape::<PeerPortKey, PeerEntry>("PEER_PORTS", MapType::Hash),
+    trie::<VerdictKey, VerdictEntry>("VERDICTS"),
+    shape::<OriginKey, Origin>("ORIGINAL_DESTINATIONS", MapType::LruHash),
+    shape::<FlowKey, FlowEntry>("FLOWS", MapType::LruHash),
+    shape::<FlowKey, FlowEntry>("ONWARD", MapType::LruHash),
+    shape::<u32, SocketTag>("SOCKETS", MapType::SkStorage),
+    shape::<u32, Arriving>("ARRIVING", MapType::PerCpuArray),
+    shape::<u32, u64>("COUNTERS", MapType::PerCpuArray),
+    // It has neither keys nor values.
+    ("EVENTS", MapType::RingBuf, 0, 0),
 ];
 
-const fn shape<K, V>(name: &'static str) -> Shape {
-    (name, size_of::<K>(), size_of::<V>())
+const fn shape<K, V>(name: &'static str, kind: MapType) -> Shape {
+    (name, kind, size_of::<K>(), size_of::<V>())
+}
+
+const fn trie<K, V>(name: &'static str) -> Shape {
+    (
+        name,
+        MapType::LpmTrie,
+        PREFIX + size_of::<K>(),
+        size_of::<V>(),
+    )
 }
 
 /// Capacity of a map in the configuration; none where it has one of its own.
@@ -123,9 +124,10 @@ fn capacity(maps: &Maps, name: &str) -> Option<u32> {
 /// Makes or adopts the maps, and has the kernel verify the programs.
 pub(super) fn load(settings: &Settings, pins: &Path) -> Result<Ebpf, Error> {
     let mut loader = EbpfLoader::new();
-    for (name, key, value) in PINNED_MAPS {
+    for shape in PINNED_MAPS {
+        let (name, ..) = shape;
         let path = pins.join(name);
-        let adopted = adoptable(&path, key, value)?;
+        let adopted = adoptable(&path, shape)?;
         let wanted = capacity(&settings.maps, name);
         if let (Some(adopted), Some(wanted)) = (adopted, wanted)
             && name != "EVENTS"
@@ -180,11 +182,12 @@ fn packets_know_namespace() -> bool {
     .unwrap_or(false)
 }
 
-/// Capacity of the map pinned at `path`, if there is one, and it has this shape.
-fn adoptable(path: &Path, key: usize, value: usize) -> Result<Option<u32>, Error> {
-    if !path.exists() {
+/// Capacity of the map pinned at `path`, if there is one, it is root's, and it has this shape.
+fn adoptable(path: &Path, (_, kind, key, value): Shape) -> Result<Option<u32>, Error> {
+    if fs::symlink_metadata(path).is_err() {
         return Ok(None);
     }
+    bpffs::verify_pin(path)?;
     let info = MapData::from_pin(path)
         .and_then(|data| data.info())
         .map_err(|error| Error::Pin {
@@ -192,16 +195,25 @@ fn adoptable(path: &Path, key: usize, value: usize) -> Result<Option<u32>, Error
             path: path.to_owned(),
             source: io::Error::other(error),
         })?;
-    if (info.key_size() as usize, info.value_size() as usize) == (key, value) {
+    let is_kind = info.map_type().is_ok_and(|found| found == kind);
+    if is_kind && (info.key_size() as usize, info.value_size() as usize) == (key, value) {
         return Ok(Some(info.max_entries()));
     }
     Err(Error::Shape {
         path: path.to_owned(),
+        found: type_name(&info),
+        expected: format!("{kind:?}"),
         found_key: info.key_size(),
         found_value: info.value_size(),
         key: key as u32,
         value: value as u32,
     })
+}
+
+/// The type of a map, for messages.
+pub(super) fn type_name(info: &MapInfo) -> String {
+    info.map_type()
+        .map_or_else(|_| "an unknown type".to_owned(), |kind| format!("{kind:?}"))
 }
 
 fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
@@ -233,26 +245,44 @@ pub(super) fn pinned_maps(pins: &Path) -> Result<Vec<(&'static str, OwnedFd)>, E
     PINNED_MAPS.iter().map(open).collect()
 }
 
-/// Pins maps and links again whose pins are gone.
+/// Pins maps and links again whose pins are gone, or are of something else. Gives those pins.
 pub(super) fn pin_again(
     pins: &Path,
     maps: &[(&'static str, OwnedFd)],
     attached: &Links,
-) -> Result<(), Error> {
+) -> Result<Vec<PathBuf>, Error> {
     let maps = maps.iter().map(|(name, map)| (pins.join(name), map));
     let cgroup = CGROUP_PROGRAMS.iter().zip(&attached.cgroup);
     let cgroup = cgroup.map(|((name, _), link)| (links::of_program(pins, name), link));
     let namespaces = attached.namespaces.iter();
     let namespaces = namespaces.map(|(inode, link)| (links::of_namespace(pins, *inode), link));
+    let mut again = Vec::new();
     for (path, object) in maps.chain(cgroup).chain(namespaces) {
-        links::remove(&path)?;
-        sys::pin(object.as_fd(), &path).map_err(|source| Error::Pin {
+        let failed = |source| Error::Pin {
             doing: "pin again",
-            path,
+            path: path.clone(),
             source,
-        })?;
+        };
+        let object = object.as_fd();
+        if is_pinned(&path, object).map_err(failed)? {
+            continue;
+        }
+        links::remove(&path)?;
+        sys::pin(object, &path).map_err(failed)?;
+        again.push(path);
     }
-    Ok(())
+    Ok(again)
+}
+
+/// Whether the pin is there, root's, and of this object. What cannot be opened is of another.
+fn is_pinned(path: &Path, object: BorrowedFd<'_>) -> io::Result<bool> {
+    if bpffs::verify_pin(path).is_err() {
+        return Ok(false);
+    }
+    let Ok(pinned) = sys::get_pinned(path) else {
+        return Ok(false);
+    };
+    Ok(sys::kind_and_id(pinned.as_fd())? == sys::kind_and_id(object)?)
 }
 
 /// Puts the programs in force: at the cgroup, and in the namespaces of an earlier daemon. Gives

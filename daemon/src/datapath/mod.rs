@@ -242,21 +242,16 @@ impl Datapath {
         lock(&self.state).guard(cgroups)
     }
 
-    /// Pins everything again where somebody has removed the pins, or unmounted the file system that
-    /// they are in: while this daemon holds the programs they go on, and after it they shall. True
-    /// where that was so.
+    /// Looks at every pin, and pins again what is not there any more, or has been replaced: while this
+    /// daemon holds the programs they go on, and after it they shall. Gives the pins that were so.
     ///
     /// # Errors
     ///
-    /// From the kernel.
-    pub fn keep_pinned(&self) -> Result<bool, Error> {
+    /// From the kernel, or where the folder is no longer root's alone.
+    pub fn keep_pinned(&self) -> Result<Vec<PathBuf>, Error> {
         let (pins, links) = (lock(&self.pins), lock(&self.links));
-        if pins.folder().join(pins::SETTINGS).exists() {
-            return Ok(false);
-        }
         bpffs::prepare(pins.folder())?;
-        load::pin_again(pins.folder(), &self.maps, &links)?;
-        Ok(true)
+        load::pin_again(pins.folder(), &self.maps, &links)
     }
 
     /// Takes the kernel's side back from a daemon that began to take over and ended before it

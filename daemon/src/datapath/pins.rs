@@ -14,7 +14,11 @@ use std::{
 use aya::maps::{MapData, MapType};
 use reeve_common::{LAYOUT_VERSION, Settings as KernelSettings};
 
-use super::{Error, bpffs, links, load::map_error, sys};
+use super::{
+    Error, bpffs, links,
+    load::{self, map_error},
+    sys,
+};
 
 /// The map whose layout version stands for all. The version stands first in it, in every layout.
 pub(super) const SETTINGS: &str = "SETTINGS";
@@ -33,6 +37,12 @@ impl Pins {
     /// Finds out what is pinned already, and where to pin. Makes the folder.
     pub(super) fn find(pins: &Path) -> Result<Self, Error> {
         let next = successor(pins);
+        // Before anything in them is believed.
+        for folder in [pins, &next] {
+            if is_there(folder) {
+                bpffs::verify(folder)?;
+            }
+        }
         if !pins.exists() && next.exists() {
             // A replacement ended between its last two steps.
             rename(&next, pins)?;
@@ -86,6 +96,12 @@ impl Pins {
 
 /// Removes everything that is pinned, of whatever layout, and gives the pins.
 pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
+    for folder in [pins, &successor(pins)] {
+        if is_there(folder) {
+            // In another's folder, paths can come to lead elsewhere.
+            bpffs::verify(folder)?;
+        }
+    }
     let mut removed = links::remove_all(pins)?;
     removed.extend(links::remove_all(&successor(pins))?);
     Ok(removed)
@@ -97,9 +113,10 @@ pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
 /// When it cannot be read, or is not reeve's.
 pub(super) fn layout(pins: &Path) -> Result<Option<u32>, Error> {
     let path = pins.join(SETTINGS);
-    if !path.exists() {
+    if !is_there(&path) {
         return Ok(None);
     }
+    bpffs::verify_pin(&path)?;
     let failed = |source| map_error(SETTINGS, "read", source);
     let data = MapData::from_pin(&path).map_err(failed)?;
     let info = data.info().map_err(failed)?;
@@ -109,6 +126,8 @@ pub(super) fn layout(pins: &Path) -> Result<Option<u32>, Error> {
     if !is_array || size < version {
         return Err(Error::Shape {
             path,
+            found: load::type_name(&info),
+            expected: format!("{:?}", MapType::Array),
             found_key: info.key_size(),
             found_value: info.value_size(),
             key: size_of::<u32>() as u32,
@@ -126,6 +145,11 @@ pub(super) fn layout(pins: &Path) -> Result<Option<u32>, Error> {
         0 if size == size_of::<KernelSettings>() => None,
         layout => Some(layout),
     })
+}
+
+/// Whether there is anything, be it a symbolic link that leads nowhere.
+fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
 }
 
 /// Where the successor of another layout is pinned until it has taken its place.

@@ -89,7 +89,7 @@ struct LinkDetachAttr {
 }
 
 /// What the kernel says of a link. The target is a cgroup id, or the inode of a network
-/// namespace; 0 when it is gone.
+/// namespace; 0 when it is gone. The type of attachment follows it.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 struct RawLinkInfo {
@@ -97,12 +97,14 @@ struct RawLinkInfo {
     id: u32,
     program: u32,
     padding: u32,
-    target: [u32; 2],
-    rest: [u32; 10],
+    target: [u32; 3],
+    rest: [u32; 9],
 }
 
 /// `BPF_LINK_TYPE_CGROUP`.
 const LINK_OF_CGROUP: u32 = 3;
+/// `BPF_LINK_TYPE_NETNS`.
+const LINK_OF_NETNS: u32 = 5;
 
 fn bpf<T>(command: u32, attr: &mut T) -> io::Result<i32> {
     // SAFETY: `attr` is a whole and writable value of the size given. The kernel takes bytes
@@ -189,25 +191,42 @@ pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(command::LINK_DETACH, &mut attr).map(drop)
 }
 
-/// What a link is attached to: a cgroup's id or a network namespace's inode. 0: it is gone.
-pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<u64> {
+/// What a link is attached to, and the type of its attachment: a cgroup's id or a network namespace's
+/// inode, as [`AttachType`] numbers types. 0: what it was attached to is gone.
+pub(super) fn link_place(link: BorrowedFd<'_>) -> io::Result<(u64, u32)> {
+    let info = info(link)?;
+    let [first, second, third] = info.target;
+    match info.kind {
+        LINK_OF_CGROUP => {
+            let id = if cfg!(target_endian = "big") {
+                u64::from(first) << 32 | u64::from(second)
+            } else {
+                u64::from(second) << 32 | u64::from(first)
+            };
+            Ok((id, third))
+        }
+        LINK_OF_NETNS => Ok((u64::from(first), second)),
+        _ => Err(io::Error::other(
+            "it is no link to a cgroup or a network namespace",
+        )),
+    }
+}
+
+/// Type and id of a map or a link: two that are the same have both in common.
+pub(super) fn kind_and_id(object: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    // What the kernel says of either begins with these two.
+    info(object).map(|info| (info.kind, info.id))
+}
+
+fn info(object: BorrowedFd<'_>) -> io::Result<RawLinkInfo> {
     let mut info = RawLinkInfo::default();
     let mut attr = InfoAttr {
-        fd: raw(link),
+        fd: raw(object),
         length: size_of::<RawLinkInfo>() as u32,
         info: std::ptr::from_mut(&mut info).expose_provenance() as u64,
     };
     bpf(command::OBJ_GET_INFO_BY_FD, &mut attr)?;
-    let [low, high] = info.target;
-    Ok(if info.kind == LINK_OF_CGROUP {
-        if cfg!(target_endian = "big") {
-            u64::from(low) << 32 | u64::from(high)
-        } else {
-            u64::from(high) << 32 | u64::from(low)
-        }
-    } else {
-        u64::from(low)
-    })
+    Ok(info)
 }
 
 /// The first value of an array (not of one for each processor) whose values have `size` bytes.

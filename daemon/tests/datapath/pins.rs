@@ -1,9 +1,11 @@
 //! What stays when the daemon goes, and what the next one makes of it.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::{TcpListener, TcpStream},
-    path::PathBuf,
+    os::unix::fs::{PermissionsExt, chown, symlink},
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
@@ -13,6 +15,9 @@ use reeve::datapath::{self, Datapath, Error, KernelState};
 use reeve_common::{Direction, LAYOUT_VERSION, Settings, protocol::TCP};
 
 use crate::world::{MOMENT, Scope, World, assert_refused};
+
+/// A user who is not root.
+const NOBODY: u32 = 65534;
 
 #[test]
 fn what_is_enforced_stays_while_no_daemon_runs() {
@@ -283,6 +288,189 @@ fn a_map_that_is_not_reeves_is_refused() {
         Err(Error::Shape { path, .. }) => assert!(path.ends_with("PEER_PORTS")),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_map_of_another_type_is_refused_though_its_entries_have_the_same_size() {
+    let mut world = World::enrolled();
+    world.stop();
+    let pins = &world.settings.pins;
+    fs::rename(pins.join("PEERS"), pins.join("PEER_PORTS")).unwrap();
+    match world.start() {
+        Err(error @ Error::Shape { .. }) => {
+            let said = error.to_string();
+            assert!(said.contains("LpmTrie with keys of 20 bytes"), "{said}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let to = world.there.port4(80);
+    assert_refused(world.as_workload(|| TcpStream::connect(to)));
+}
+
+#[test]
+fn a_link_of_another_hook_is_not_taken_for_the_one_that_its_pin_names() {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.apply();
+    let server = world.as_far_end(|| TcpListener::bind("[::]:80").unwrap());
+    world.stop();
+    let pins = &world.settings.pins;
+    let [four, six] = ["link_reeve_connect4", "link_reeve_connect6"].map(|name| pins.join(name));
+    let aside = pins.join("aside");
+    for (from, to) in [(&four, &aside), (&six, &four), (&aside, &six)] {
+        fs::rename(from, to).unwrap();
+    }
+    world.start().unwrap();
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        world.as_workload(|| TcpStream::connect(to)).unwrap();
+        server.accept().unwrap();
+    }
+    for to in [world.there.port4(81), world.there.port6(81)] {
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+    }
+}
+
+#[test]
+fn refuses_a_folder_of_pins_that_is_not_roots_alone() {
+    let mut world = World::enrolled();
+    world.stop();
+    let pins = world.settings.pins.clone();
+    let to = world.there.port4(80);
+    let mut refused = |why: &str| {
+        match world.start() {
+            Err(error @ Error::NotRoots { .. }) => {
+                let said = error.to_string();
+                assert!(said.contains(why), "{said}");
+            }
+            other => panic!("{why}: {other:?}"),
+        }
+        assert!(matches!(
+            datapath::detach(&world.settings.pins),
+            Err(Error::NotRoots { .. })
+        ));
+        // What is enforced stays so.
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+    };
+    let set_mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+
+    set_mode(&pins, 0o720);
+    refused("its mode 0720 lets others write");
+    set_mode(&pins, 0o1777);
+    refused("its mode 1777 lets others write");
+    set_mode(&pins, 0o700);
+    chown(&pins, Some(NOBODY), None).unwrap();
+    refused("its owner is the user 65534");
+    chown(&pins, Some(0), None).unwrap();
+
+    // The folder above it, in which others could put another in its place.
+    let above = pins.with_file_name(format!("{}-above", name_of(&pins)));
+    let inside = above.join("pins");
+    fs::create_dir(&above).unwrap();
+    fs::rename(&pins, &inside).unwrap();
+    world.settings.pins = inside.clone();
+    let mut refused = |why: &str| match world.start() {
+        Err(error @ Error::NotRoots { .. }) => {
+            let said = error.to_string();
+            assert!(said.contains(why), "{said}");
+        }
+        other => panic!("{why}: {other:?}"),
+    };
+    set_mode(&above, 0o777);
+    refused("its mode 0777 lets others write");
+    set_mode(&above, 0o755);
+    chown(&above, Some(NOBODY), None).unwrap();
+    refused("its owner is the user 65534");
+    chown(&above, Some(0), None).unwrap();
+    // With the sticky bit others leave alone what is not theirs.
+    set_mode(&above, 0o1777);
+    world.start().unwrap();
+    world.stop();
+
+    // A symbolic link, which whoever made it may point elsewhere.
+    fs::rename(&inside, &pins).unwrap();
+    fs::remove_dir(&above).unwrap();
+    symlink(&pins, &above).unwrap();
+    world.settings.pins = above.clone();
+    let linked = world.start();
+    fs::remove_file(&above).unwrap();
+    world.settings.pins = pins;
+    match linked {
+        Err(Error::NotRoots { path, .. }) => assert_eq!(path, above),
+        other => panic!("{other:?}"),
+    }
+    world.start().unwrap();
+}
+
+#[test]
+fn refuses_a_pin_that_another_user_made() {
+    let mut world = World::enrolled();
+    world.stop();
+    let to = world.there.port4(80);
+    for pin in ["SETTINGS", "VERDICTS", "link_reeve_connect4"] {
+        let pin = world.settings.pins.join(pin);
+        chown(&pin, Some(NOBODY), None).unwrap();
+        let said = world.start().map_err(|error| error.to_string());
+        let said = said.unwrap_err();
+        assert!(said.contains("its owner is the user 65534"), "{said}");
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+        chown(&pin, Some(0), None).unwrap();
+    }
+    world.start().unwrap();
+}
+
+#[test]
+fn pins_again_whichever_pin_is_removed_or_replaced() {
+    let mut world = World::enrolled();
+    let netns = world.here.netns.inode;
+    world
+        .datapath()
+        .attach_namespace(&world.here.netns)
+        .unwrap();
+    let pins = world.settings.pins.clone();
+    let all: BTreeSet<PathBuf> = pins_in(&pins);
+    assert!(all.contains(&pins.join(format!("netns_{netns}"))));
+    let keep = || world.datapath().keep_pinned().unwrap();
+    assert_eq!(keep(), [PathBuf::new(); 0]);
+    for pin in &all {
+        fs::remove_file(pin).unwrap();
+        assert_eq!(keep(), [pin.clone()]);
+    }
+    // Something else under the same name.
+    for (pin, other) in [
+        ("link_reeve_ingress", "SETTINGS"),
+        ("link_reeve_egress", "link_reeve_connect4"),
+        ("VERDICTS", "PEERS"),
+    ] {
+        let (pin, other) = (pins.join(pin), pins.join(other));
+        fs::rename(&other, &pin).unwrap();
+        let again: BTreeSet<_> = keep().into_iter().collect();
+        assert_eq!(again, BTreeSet::from([pin, other]));
+    }
+    assert_eq!(pins_in(&pins), all);
+    assert_eq!(keep(), [PathBuf::new(); 0]);
+
+    // A folder that others may write in since is not taken for well.
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o777)).unwrap();
+    let error = world.datapath().keep_pinned().unwrap_err();
+    assert!(matches!(error, Error::NotRoots { .. }), "{error}");
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o700)).unwrap();
+
+    // It outlives the daemon.
+    world.stop();
+    let to = world.there.port4(80);
+    assert_refused(world.as_workload(|| TcpStream::connect(to)));
+}
+
+fn pins_in(folder: &Path) -> BTreeSet<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap();
+    entries.map(|entry| entry.unwrap().path()).collect()
+}
+
+fn name_of(path: &Path) -> &str {
+    path.file_name().unwrap().to_str().unwrap()
 }
 
 #[test]
