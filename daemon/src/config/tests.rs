@@ -159,7 +159,7 @@ certificates: {vault: {}}
         "7:10: workloads[2].name: `web` is given already on line 3",
         "7:21: workloads[2].unit: `x` is not the name of a unit",
         "8:33: workloads[3].ports[0]: found the number 0; expected a port from 1 to 65535",
-        "8:36: workloads[3].ports[1]: found the text `80`; expected a port from 1 to 65535",
+        "8:36: workloads[3].ports[1]: \"80\" is a text; write 80 without quotes",
         "8:55: workloads[3].addresses[0]: `10.0.0.300` is not an address",
         "11:27: peers[1].addresses[0]: `10.0.0.1/32` belongs to the peer on line 10 already",
         "11:37: peers[1].addresses[1]: `10.0.0.1/8` has bits set after its prefix",

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use super::selector::IdentityPrefix;
 use crate::{
@@ -97,6 +97,33 @@ pub(super) struct GroupMetadata {
     pub(super) labels: Labels,
     #[serde(default)]
     pub(super) annotations: BTreeMap<String, String>,
+}
+
+/// Several documents in one: `kind: List`, as `kubectl get -o yaml` writes it, or a list of one
+/// kind, as the API server does.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(
+    dead_code,
+    reason = "the kind is looked at before the document is read, and the items by themselves"
+)]
+pub(super) struct List {
+    pub(super) api_version: Option<IgnoredAny>,
+    pub(super) kind: Option<IgnoredAny>,
+    pub(super) metadata: Option<ListMetadata>,
+    pub(super) items: Option<Located<Vec<IgnoredAny>>>,
+}
+
+/// What Kubernetes says of a list.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(dead_code, reason = "for Kubernetes and other tools")]
+pub(super) struct ListMetadata {
+    resource_version: Option<IgnoredAny>,
+    self_link: Option<IgnoredAny>,
+    #[serde(rename = "continue")]
+    more: Option<IgnoredAny>,
+    remaining_item_count: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    document::{ConnectionPolicy, IdentityGroup, network::NetworkPolicy},
+    document::{ConnectionPolicy, IdentityGroup, List, network::NetworkPolicy},
     lower::{self, Context, Groups, Lowered},
     population::{Member, Population},
     rule::{FarEnd, Isolation, Rule, Subjects},
@@ -21,12 +21,22 @@ use crate::{
 /// Group and version of reeve's own kinds.
 const OWN_VERSION: &str = "reeve.dev/v1alpha1";
 
+/// Group and version of Kubernetes' NetworkPolicy.
+const NETWORK_VERSION: &str = "networking.k8s.io/v1";
+
 /// The kinds of documents, and the `apiVersion` of each.
-const KINDS: [(Kind, &str, &str); 4] = [
+const KINDS: [(Kind, &str, &str); 7] = [
     (Kind::ConnectionPolicy, "ConnectionPolicy", OWN_VERSION),
     (Kind::IdentityGroup, "IdentityGroup", OWN_VERSION),
-    (Kind::NetworkPolicy, "NetworkPolicy", "networking.k8s.io/v1"),
+    (Kind::NetworkPolicy, "NetworkPolicy", NETWORK_VERSION),
     (Kind::List, "List", "v1"),
+    (
+        Kind::ConnectionPolicies,
+        "ConnectionPolicyList",
+        OWN_VERSION,
+    ),
+    (Kind::IdentityGroups, "IdentityGroupList", OWN_VERSION),
+    (Kind::NetworkPolicies, "NetworkPolicyList", NETWORK_VERSION),
 ];
 
 /// Where policies are.
@@ -85,16 +95,40 @@ enum Kind {
     NetworkPolicy,
     /// Several documents in one, as `kubectl get -o yaml` writes them.
     List,
+    /// Several in one, as the API server gives them: an item may leave out what it is.
+    ConnectionPolicies,
+    IdentityGroups,
+    NetworkPolicies,
 }
 
 struct Loader<'a> {
     known: Option<&'a Population<'a>>,
-    /// Where each policy was found first.
-    names: HashMap<String, (Arc<Path>, usize)>,
+    /// Where each policy was found first: of every name, the kinds that have it.
+    names: HashMap<String, Vec<(Kind, Arc<Path>, usize)>>,
     mistakes: Mistakes,
     documents: Vec<Document>,
     groups: Groups,
     set: PolicySet,
+}
+
+// === impl Kind ===
+
+impl Kind {
+    /// As it is written.
+    fn name(self) -> &'static str {
+        let written = KINDS.into_iter().find(|(kind, ..)| *kind == self);
+        written.map_or("", |(_, name, _)| name)
+    }
+
+    /// What each item is, of a list of one kind.
+    fn of_items(self) -> Option<Self> {
+        match self {
+            Self::ConnectionPolicies => Some(Self::ConnectionPolicy),
+            Self::IdentityGroups => Some(Self::IdentityGroup),
+            Self::NetworkPolicies => Some(Self::NetworkPolicy),
+            Self::ConnectionPolicy | Self::IdentityGroup | Self::NetworkPolicy | Self::List => None,
+        }
+    }
 }
 
 // === impl PolicySet ===
@@ -367,30 +401,41 @@ impl<'a> Loader<'a> {
                 let policy = yaml::read_at::<NetworkPolicy>(document, node, mistakes)?;
                 Some(lower::network_policy(context, policy, mistakes))
             }
-            Kind::IdentityGroup | Kind::List => None,
+            Kind::IdentityGroup
+            | Kind::List
+            | Kind::ConnectionPolicies
+            | Kind::IdentityGroups
+            | Kind::NetworkPolicies => None,
         }
     }
 
-    fn take(&mut self, document: &Document, kind: Kind, lowered: Lowered) {
-        if let Some((name, node)) = lowered.name {
-            let place = (Arc::clone(document.file()), document.line(node));
-            if let Some((file, line)) = self.names.get(&name) {
+    fn take(&mut self, document: &Document, kind: Kind, mut lowered: Lowered) {
+        if let Some((name, node)) = lowered.name.take() {
+            let written = kind.name();
+            let (file, line) = (Arc::clone(document.file()), document.line(node));
+            let namesakes = self.names.entry(name.clone()).or_default();
+            if let Some((_, file, line)) = namesakes.iter().find(|(other, ..)| *other == kind) {
                 let what = format!(
-                    "there is a policy `{name}` already, in {} on line {line}; give one of them \
-                     another name",
+                    "there is a {written} `{name}` already, in {} on line {line}; give one of \
+                     them another name",
                     file.display()
                 );
                 self.mistakes.push(document.mistake(node, what));
             }
-            let written = KINDS.into_iter().find(|(one, ..)| *one == kind);
+            // Policies of two kinds may have one name; their rules may not.
+            let title = if namesakes.is_empty() {
+                name
+            } else {
+                lowered.rename(&name, format!("{written}:{name}"))
+            };
+            namesakes.push((kind, Arc::clone(&file), line));
             Arc::make_mut(&mut self.set.heads).push(Head {
-                name: name.clone(),
-                kind: written.map_or("", |(_, written, _)| written),
-                file: Arc::clone(&place.0),
-                line: place.1,
+                name: title,
+                kind: written,
+                file,
+                line,
                 subjects: lowered.subjects,
             });
-            self.names.entry(name).or_insert(place);
         }
         self.set.policies += 1;
         self.set.rules.extend(lowered.rules);
@@ -400,6 +445,12 @@ impl<'a> Loader<'a> {
 
     /// What a document is, by `apiVersion` and `kind`; of a list, what its items are.
     fn kinds(&mut self, document: &Document, node: NodeId) -> Vec<(NodeId, Kind)> {
+        if document.items(node).is_some() {
+            let what = "is a list; expected one policy: part them by lines of `---`, or put them \
+                        below `items` of a `kind: List`";
+            self.mistakes.push(document.mistake(node, what));
+            return Vec::new();
+        }
         let kind = self.field(document, node, "kind", &KINDS.map(|(_, name, _)| name));
         let kind = KINDS.into_iter().find(|(_, name, _)| Some(*name) == kind);
         let versions: Vec<_> = match kind {
@@ -410,15 +461,47 @@ impl<'a> Loader<'a> {
         let (Some((kind, ..)), Some(_)) = (kind, version) else {
             return Vec::new();
         };
-        if kind != Kind::List {
-            return vec![(node, kind)];
+        if kind == Kind::List || kind.of_items().is_some() {
+            self.items(document, node, kind)
+        } else {
+            vec![(node, kind)]
         }
-        let items = document.child(node, "items").unwrap_or(node);
-        let items = document.list(items).to_vec();
-        let items = items
+    }
+
+    /// What the items of a list are.
+    fn items(&mut self, document: &Document, node: NodeId, kind: Kind) -> Vec<(NodeId, Kind)> {
+        let Some(list) = yaml::read_at::<List>(document, node, &mut self.mistakes) else {
+            return Vec::new();
+        };
+        let Some(items) = list.items else {
+            // What `items` holds that is no list is a mistake already.
+            let written = document.child(node, "items");
+            if written.is_none_or(|items| document.is_null(items)) {
+                let what = "`items` is missing; add it, as `items: []` where the list is empty";
+                self.mistakes.push(document.mistake(node, what));
+            }
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for item in document.list(items.node) {
+            match kind.of_items() {
+                Some(one) if self.may_be(document, *item, one) => found.push((*item, one)),
+                Some(_) => {}
+                None => found.extend(self.kinds(document, *item)),
+            }
+        }
+        found
+    }
+
+    /// Whether an item of a list of one kind says nothing else of itself.
+    fn may_be(&mut self, document: &Document, item: NodeId, kind: Kind) -> bool {
+        let Some((_, name, version)) = KINDS.into_iter().find(|(one, ..)| *one == kind) else {
+            return false;
+        };
+        [("kind", name), ("apiVersion", version)]
             .into_iter()
-            .flat_map(|item| self.kinds(document, item));
-        items.collect()
+            .filter(|(field, _)| document.child(item, field).is_some())
+            .all(|(field, wanted)| self.field(document, item, field, &[wanted]).is_some())
     }
 
     /// A field that has one of some texts.

@@ -59,6 +59,20 @@ struct Lowering<'a> {
     lowered: Lowered,
 }
 
+// === impl Lowered ===
+
+impl Lowered {
+    /// Has all rules of the policy `name` bear another name, and gives it.
+    pub(super) fn rename(&mut self, name: &str, title: String) -> String {
+        for rule in &mut self.rules {
+            if let Some(rest) = rule.origin.name.strip_prefix(name) {
+                rule.origin.name = format!("{title}{rest}");
+            }
+        }
+        title
+    }
+}
+
 // === impl Lowering ===
 
 impl<'a> Lowering<'a> {

@@ -11,6 +11,7 @@ use super::{
     Document, Mistakes, NodeId,
     error::Error,
     located::LOCATED,
+    mistake::{NOT_RENDERED, is_template},
     nearest, shown,
     tree::{Content, Entry},
 };
@@ -90,7 +91,11 @@ fn run<T: for<'de> Deserialize<'de>>(document: &Document, root: NodeId) -> (Opti
         let consequence =
             error.what.is_empty() || pruned.iter().any(|child| document.parent(*child) == node);
         if !consequence {
-            mistakes.push(document.mistake(node, error.what));
+            let mut what = error.what;
+            if document.text(node).is_some_and(is_template) {
+                what.push_str(NOT_RENDERED);
+            }
+            mistakes.push(document.mistake(node, what));
         }
         if node == root || !pruned.insert(node) || mistakes.len() >= MAX_MISTAKES {
             drop(state);
@@ -188,6 +193,22 @@ impl<'d> Reader<'_, 'd> {
         )
     }
 
+    /// YAML 1.1, which other tools read, takes a number that begins with a zero for an octal one.
+    fn leading_zero(&self) -> Error {
+        let text = self.document().text(self.node).unwrap_or_default();
+        let digits = text.trim_start_matches(['-', '+']).trim_start_matches('0');
+        let sign = if text.starts_with('-') { "-" } else { "" };
+        let digits = if digits.is_empty() { "0" } else { digits };
+        Error::new(
+            self.node,
+            format!(
+                "`{}` has a zero in front, and other tools read that as an octal number; write \
+                 {sign}{digits}",
+                shown(text)
+            ),
+        )
+    }
+
     fn with<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         result.map_err(|error| error.or_at(self.node))
     }
@@ -227,6 +248,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
                 Scalar::Signed(value) => visitor.visit_i64(value),
                 Scalar::Float(value) => visitor.visit_f64(value),
                 Scalar::Text(text) => visitor.visit_str(text),
+                Scalar::LeadingZero => return Err(self.leading_zero()),
             },
         };
         self.with(result)

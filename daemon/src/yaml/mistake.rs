@@ -62,6 +62,19 @@ pub(crate) fn nearest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
+/// Said of a value that Helm, or a tool like it, should have replaced.
+pub(super) const NOT_RENDERED: &str =
+    "; this is a template that was not rendered, so render it first";
+
+/// Whether a text has a placeholder of a template in it.
+pub(super) fn is_template(text: &str) -> bool {
+    let holds = |open: &str, close: &str| {
+        text.split_once(open)
+            .is_some_and(|(_, after)| after.contains(close))
+    };
+    holds("{{", "}}") || holds("${", "}") || holds("<%", "%>")
+}
+
 /// Somebody's text as it may stand in a message: short, on one line, without control characters.
 pub(crate) fn shown(text: &str) -> String {
     let mut shown: String = text

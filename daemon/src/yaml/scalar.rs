@@ -9,6 +9,13 @@ pub(super) enum Scalar<'a> {
     Signed(i64),
     Float(f64),
     Text(&'a str),
+    /// Digits after a zero, as in `0120`: 120 in YAML 1.2, and 80 in YAML 1.1, which other tools
+    /// read. So it is a mistake wherever it is read.
+    LeadingZero,
+}
+
+fn has_leading_zero(digits: &str) -> bool {
+    digits.len() > 1 && digits.starts_with('0') && digits.bytes().all(|b| b.is_ascii_digit())
 }
 
 // === impl Scalar ===
@@ -46,6 +53,9 @@ impl<'a> Scalar<'a> {
         if !starts_as_number {
             return None;
         }
+        if has_leading_zero(digits) {
+            return Some(Self::LeadingZero);
+        }
         if let Ok(number) = text.parse() {
             return Some(Self::Unsigned(number));
         }
@@ -76,6 +86,11 @@ mod tests {
             ("0x10", Scalar::Unsigned(16)),
             ("0o17", Scalar::Unsigned(15)),
             ("0x", Scalar::Text("0x")),
+            ("0", Scalar::Unsigned(0)),
+            ("0120", Scalar::LeadingZero),
+            ("-01", Scalar::LeadingZero),
+            ("00", Scalar::LeadingZero),
+            ("0.5", Scalar::Float(0.5)),
             ("1.5", Scalar::Float(1.5)),
             ("1e3", Scalar::Float(1000.0)),
             ("1.2.3", Scalar::Text("1.2.3")),

@@ -8,7 +8,12 @@ use std::{
 
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle};
 
-use super::{Mistake, Mistakes, scalar::Scalar, shown};
+use super::{
+    Mistake, Mistakes,
+    mistake::{NOT_RENDERED, is_template},
+    scalar::Scalar,
+    shown,
+};
 
 /// Deepest nesting of lists and mappings: twice what any field needs.
 const MAX_DEPTH: usize = 24;
@@ -82,10 +87,14 @@ pub(crate) fn parse(file: &Path, text: &str) -> (Vec<Document>, Mistakes) {
         let (event, span) = match next {
             Ok(event) => event,
             Err(error) => {
-                builder.mistake(
-                    Place::from(error.marker()),
-                    format!("is not YAML: {}; correct the syntax here", error.info()),
-                );
+                let place = Place::from(error.marker());
+                let mut what = format!("is not YAML: {}; correct the syntax here", error.info());
+                // The parser may notice it at the beginning of the next line.
+                let mut lines = text.lines().skip(place.line.saturating_sub(2)).take(2);
+                if lines.any(is_template) {
+                    what.push_str(NOT_RENDERED);
+                }
+                builder.mistake(place, what);
                 builder.nodes.clear();
                 break;
             }
@@ -215,7 +224,8 @@ impl Builder {
             self.skipped = Some(0);
             self.mistake(
                 place,
-                "a list or a mapping cannot be a key; expected a name",
+                "a list or a mapping cannot be a key; expected a name; if it is `{{ … }}`, the \
+                 template was not rendered",
             );
             return true;
         }

@@ -176,8 +176,9 @@ impl TryFrom<String> for Ip {
     fn try_from(text: String) -> Result<Self, String> {
         let address: IpAddr = text.parse().map_err(|_| {
             format!(
-                "`{}` is not an address; expected one as in `10.1.2.3` or `2001:db8::1`",
-                shown(&text)
+                "`{}` is not an address; expected one as in `10.1.2.3` or `2001:db8::1`{}",
+                shown(&text),
+                address_hint(&text)
             )
         })?;
         one_form(address).map(Self)
@@ -200,11 +201,12 @@ impl TryFrom<String> for Network {
         if let Ok(address) = text.parse::<IpAddr>() {
             return one_form(address).map(|address| Self(address.into()));
         }
-        let network: IpNet = text.parse().map_err(|_| {
+        let network = parse_network(&text).ok_or_else(|| {
             format!(
                 "`{}` is neither an address nor a network; expected one as in `10.1.2.3`, \
-                 `10.1.0.0/16` or `2001:db8::/32`",
-                shown(&text)
+                 `10.1.0.0/16` or `2001:db8::/32`{}",
+                shown(&text),
+                address_hint(&text)
             )
         })?;
         if one_form(network.addr()).is_err() {
@@ -220,6 +222,42 @@ impl TryFrom<String> for Network {
         }
         Ok(Self(network))
     }
+}
+
+/// Reads a network. A number with a zero in front, which means one thing to `ipnet` and another to
+/// other tools, makes it none.
+pub(crate) fn parse_network(text: &str) -> Option<IpNet> {
+    text.parse().ok().filter(|_| address_hint(text).is_empty())
+}
+
+/// What to add to a message about an address or a network that could not be read.
+pub(crate) fn address_hint(text: &str) -> &'static str {
+    let zero = |part: &str| {
+        part.len() > 1 && part.starts_with('0') && part.bytes().all(|b| b.is_ascii_digit())
+    };
+    let address = text.split('/').next().unwrap_or(text);
+    if address.split('.').any(zero) {
+        "; a number in it has a zero in front, and other tools read that as an octal number"
+    } else {
+        ""
+    }
+}
+
+/// What was meant by a text in the place of a port's number, as far as it can be told.
+pub(crate) fn port_hint(text: &str) -> Option<String> {
+    let port = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port != 0);
+    if let Some(port) = port(text) {
+        return Some(format!(
+            "\"{}\" is a text; write {port} without quotes",
+            shown(text)
+        ));
+    }
+    let (first, last) = text.split_once(['-', ':'])?;
+    let (first, last) = (port(first)?, port(last)?);
+    Some(format!(
+        "`{}` is no port; write a range as `port: {first}` and `endPort: {last}`",
+        shown(text)
+    ))
 }
 
 // === impl Port ===
@@ -239,6 +277,13 @@ impl<'de> Deserialize<'de> for Port {
                     Ok(port) if port != 0 => Ok(Port(port)),
                     _ => Err(E::invalid_value(de::Unexpected::Unsigned(value), &self)),
                 }
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Port, E> {
+                Err(match port_hint(text) {
+                    Some(hint) => E::custom(hint),
+                    None => E::invalid_type(de::Unexpected::Str(text), &self),
+                })
             }
         }
         deserializer.deserialize_any(PortVisitor)

@@ -1,6 +1,6 @@
 //! `kind: NetworkPolicy`, as Kubernetes has it (`networking.k8s.io/v1`).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use serde::{
@@ -11,7 +11,7 @@ use serde::{
 use super::Expression;
 use crate::yaml::{
     Located, shown,
-    values::{Labels, Name, Port, PortName},
+    values::{Labels, Name, Port, PortName, address_hint, parse_network, port_hint},
 };
 
 /// The document.
@@ -154,8 +154,10 @@ impl<'de> Deserialize<'de> for PortOrName {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<PortOrName, E> {
-                let name = PortName::try_from(text.to_owned()).map_err(E::custom)?;
-                Ok(PortOrName::Name(name.0))
+                match PortName::try_from(text.to_owned()) {
+                    Ok(name) => Ok(PortOrName::Name(name.0)),
+                    Err(error) => Err(E::custom(port_hint(text).unwrap_or(error))),
+                }
             }
         }
         deserializer.deserialize_any(PortVisitor)
@@ -168,10 +170,17 @@ impl TryFrom<String> for Cidr {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let network: IpNet = text.parse().map_err(|_| {
+        if let Ok(address) = text.parse::<IpAddr>() {
+            return Err(format!(
+                "`{address}` has no prefix length; write `{}` for this address alone",
+                IpNet::from(address)
+            ));
+        }
+        let network = parse_network(&text).ok_or_else(|| {
             format!(
-                "`{}` is not a network; expected one as in `10.1.0.0/16` or `2001:db8::/32`",
-                shown(&text)
+                "`{}` is not a network; expected one as in `10.1.0.0/16` or `2001:db8::/32`{}",
+                shown(&text),
+                address_hint(&text)
             )
         })?;
         if network.addr().to_canonical() != network.addr() {

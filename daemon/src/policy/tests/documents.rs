@@ -88,8 +88,8 @@ spec: {workloads: {matchLabels: {app: wbe}}}
         "16:77: spec.egress[3].ports[4]: has a port, which only TCP, UDP and SCTP have",
         "16:115: spec.egress[3].ports[5].protocol: `tcp` is not known here",
         "18:1: `apiVersion` is missing; expected `reeve.dev/v1alpha1`",
-        "21:7: kind: `ConnectPolicy` is not known here; expected `ConnectionPolicy`, `IdentityGroup`, `NetworkPolicy`, `List`; did you mean `ConnectionPolicy`?",
-        "25:18: metadata.name: there is a policy `p` already, in policy.yaml on line 3",
+        "21:7: kind: `ConnectPolicy` is not known here; expected `ConnectionPolicy`, `IdentityGroup`, `NetworkPolicy`, `List`, `ConnectionPolicyList`, `IdentityGroupList`, `NetworkPolicyList`; did you mean `ConnectionPolicy`?",
+        "25:18: metadata.name: there is a ConnectionPolicy `p` already, in policy.yaml on line 3",
         "26:19: spec.workloads: selects no workload and no peer that is declared",
     ];
     for (found, wanted) in found.iter().zip(wanted) {
@@ -177,4 +177,141 @@ fn a_file_that_has_lost_all_its_policies_is_known_by_its_name() {
         0,
         "that is said by deleting it"
     );
+}
+
+#[test]
+fn a_list_says_what_its_items_are_and_nothing_else() {
+    let list = |fields: &str| format!("apiVersion: v1\nkind: List\n{fields}\n");
+    for (fields, wanted) in [
+        ("itmes: []", "there is no such field; did you mean `items`?"),
+        ("metadata: {}", "`items` is missing; add it"),
+        ("items:", "`items` is missing; add it"),
+        ("items: {}", "items: found a mapping; expected a list"),
+        (
+            "items: [5]",
+            "items[0]: `kind` is missing; expected `ConnectionPolicy`",
+        ),
+    ] {
+        let found = mistakes(&list(fields));
+        assert!(
+            found.iter().any(|found| found.contains(wanted)),
+            "{fields}: {found:#?}"
+        );
+    }
+    assert!(
+        policies(
+            &config(NODE),
+            &list("metadata: {resourceVersion: ''}\nitems: []")
+        )
+        .is_ok()
+    );
+}
+
+#[test]
+fn a_list_of_one_kind_needs_not_repeat_it_and_allows_no_other() {
+    let item = "metadata: {name: a, namespace: shop}, spec: {podSelector: {}}";
+    let list = |item: &str| {
+        format!("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicyList\nitems: [{{{item}}}]\n")
+    };
+    assert_eq!(policies(&config(NODE), &list(item)).unwrap().len(), 1);
+    let whole = format!("apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, {item}");
+    assert_eq!(policies(&config(NODE), &list(&whole)).unwrap().len(), 1);
+    let other = format!("kind: ConnectionPolicy, {item}");
+    let found = mistakes(&list(&other));
+    assert!(
+        found[0].contains("`ConnectionPolicy` is not known here; expected `NetworkPolicy`"),
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn policies_of_two_kinds_may_have_one_name() {
+    let text = "\
+apiVersion: reeve.dev/v1alpha1
+kind: ConnectionPolicy
+metadata: {name: a, namespace: shop}
+spec: {workloads: {}, ingress: [{from: [{any: {}}], ports: [{port: 80}]}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: a, namespace: shop}
+spec: {podSelector: {}, ingress: [{ports: [{port: 81}]}]}
+";
+    let set = policies(&config(NODE), text).unwrap();
+    let names: Vec<_> = set
+        .rules
+        .iter()
+        .map(|rule| rule.origin.name.as_str())
+        .collect();
+    assert_eq!(
+        names,
+        ["shop/a/ingress[0]", "NetworkPolicy:shop/a/ingress[0]"]
+    );
+    let twice = format!("{text}---\n{}", text.split("---\n").next().unwrap());
+    let found = mistakes(&twice);
+    assert!(
+        found[0].contains("there is a ConnectionPolicy `shop/a` already"),
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn what_is_easily_written_wrong_is_named_for_what_it_is() {
+    let network = |spec: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+             metadata: {{name: a, namespace: shop}}\nspec: {{podSelector: {{}}, ingress: [{spec}]}}\n"
+        )
+    };
+    for (text, wanted) in [
+        (
+            network("{ports: [{port: \"80\"}]}"),
+            "port: \"80\" is a text; write 80 without quotes",
+        ),
+        (
+            network("{ports: [{port: 80-90}]}"),
+            "port: `80-90` is no port; write a range as `port: 80` and `endPort: 90`",
+        ),
+        (
+            network("{ports: [{port: 0120}]}"),
+            "port: `0120` has a zero in front, and other tools read that as an octal number; \
+             write 120",
+        ),
+        (
+            network("{from: [{ipBlock: {cidr: 10.0.0.1}}]}"),
+            "cidr: `10.0.0.1` has no prefix length; write `10.0.0.1/32`",
+        ),
+        (
+            network("{from: [{ipBlock: {cidr: 010.0.0.0/8}}]}"),
+            "a number in it has a zero in front",
+        ),
+        (
+            network("{ports: [{port: '{{ .Values.port }}'}]}"),
+            "this is a template that was not rendered",
+        ),
+        (
+            network("{ports: [{port: {{ .Values.port }}}]}"),
+            "the template was not rendered",
+        ),
+        (
+            "{{- if .Values.policies }}\nkind: NetworkPolicy\n".to_owned(),
+            "not rendered",
+        ),
+        (
+            with_spec(
+                "  workloads: {}\n  ingress: [{from: [{any: {}}], ports: [{port: \"80\"}, {port: 80:90}]}]",
+            ),
+            "ports[1].port: `80:90` is no port; write a range",
+        ),
+        (
+            "- apiVersion: v1\n  kind: List\n  items: []\n".to_owned(),
+            "is a list; expected one policy: part them by lines of `---`",
+        ),
+    ] {
+        let found = mistakes(&text);
+        assert!(
+            found.iter().any(|found| found.contains(wanted)),
+            "{text}: {found:#?}"
+        );
+    }
 }

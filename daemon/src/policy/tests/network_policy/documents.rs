@@ -81,7 +81,7 @@ spec: {podSelector: {matchExpressions: [{key: a, operator: In}]}}
         (12, "from[0]: says nobody"),
         (12, "from[1]: has an `ipBlock` and a selector"),
         (12, "from[2].ipBlock: `cidr` is missing"),
-        (13, "`10.0.0.0` is not a network"),
+        (13, "`10.0.0.0` has no prefix length; write `10.0.0.0/32`"),
         (13, "`11.0.0.0/8` is not a smaller network in `10.0.0.0/8`"),
         (14, "`endPort` 79 lies below `port` 80"),
         (14, "has `endPort` without `port`"),
@@ -91,7 +91,7 @@ spec: {podSelector: {matchExpressions: [{key: a, operator: In}]}}
         (15, "there is no such field; did you mean `from`?"),
         (
             19,
-            "there is a policy `x/p` already, in policy.yaml on line 7",
+            "there is a NetworkPolicy `x/p` already, in policy.yaml on line 7",
         ),
         (20, "`In` needs `values`"),
     ];
