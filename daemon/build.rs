@@ -4,6 +4,9 @@
 //! The nested build has a target folder of its own, so that it neither waits for the outer
 //! build's lock nor is rebuilt by it. Nothing in the object tells where it was built.
 
+#[path = "build/stack.rs"]
+mod stack;
+
 use object::{
     build::elf::{Builder, SectionData},
     elf::{SHT_STRTAB, STB_LOCAL, STT_FUNC},
@@ -64,6 +67,7 @@ fn build() -> Result<(), String> {
         println!("cargo::rerun-if-changed={}", root.join(input).display());
     }
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-env-changed={LINKER_VARIABLE}");
 
     let linker = find_linker(root, &out)?;
@@ -117,6 +121,8 @@ fn build() -> Result<(), String> {
     let object = target.join(triple).join("release").join(OBJECT);
     let built = fs::read(&object)
         .map_err(|error| format!("could not read {}: {error}", object.display()))?;
+    // To be read with `cargo build -vv`.
+    print!("{}", stack::check(&built)?);
     let destination = out.join(OBJECT);
     fs::write(&destination, strip(&built)?)
         .map_err(|error| format!("could not write {}: {error}", destination.display()))

@@ -40,7 +40,7 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
     // SAFETY: asking for the time has no condition.
     let now = unsafe { bpf_ktime_get_ns() };
     let mut revoked = false;
-    if let Some(entry) = FLOWS.get_ptr_mut(key) {
+    if let Some(entry) = FLOWS.get_ptr_mut(&key) {
         // SAFETY: an entry that is removed meanwhile stays readable until the program ends, and
         // what is written to it then is lost with it.
         let entry = unsafe { &mut *entry };
@@ -68,7 +68,7 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
     let outcome = judge(connection);
     if !outcome.allowed() {
         // Whoever takes the entry away tells that it was revoked: so it is told once.
-        let revoked = revoked && FLOWS.remove(key).is_ok();
+        let revoked = revoked && FLOWS.remove(&key).is_ok();
         report(
             connection,
             if revoked {
@@ -84,7 +84,7 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
         generation,
         direction: u32::from(direction),
     };
-    if FLOWS.insert(key, entry, 0).is_err() {
+    if FLOWS.insert(&key, &entry, 0).is_err() {
         report(connection, Outcome::deny(Reason::MapFailure));
         return false;
     }

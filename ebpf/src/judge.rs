@@ -116,7 +116,7 @@ fn peer(connection: &Connection) -> PeerEntry {
             reserved: 0,
         };
         // SAFETY: as in `deepest`.
-        if let Some(entry) = unsafe { PEER_PORTS.get(key) } {
+        if let Some(entry) = unsafe { PEER_PORTS.get(&key) } {
             return *entry;
         }
     }

@@ -12,8 +12,8 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use reeve_common::{
-    Address, Arriving, Direction, FlowKey, Hook, NO_WORKLOAD, NamespaceEntry, Reason, Settings,
-    SocketTag, TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, UNKNOWN_WORKLOAD,
+    Address, Direction, Hook, NO_WORKLOAD, NamespaceEntry, Reason, Settings, SocketTag,
+    TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, UNKNOWN_WORKLOAD,
     WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
 };
 
@@ -170,25 +170,14 @@ fn arriving_at_reeve(skb: *mut __sk_buff, generation: u32) {
     if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
         // SAFETY: the value is this processor's.
         unsafe {
-            *arriving = Arriving {
-                key: FlowKey {
-                    local: packet.destination,
-                    remote: packet.source,
-                    local_port: packet.destination_port,
-                    remote_port: packet.source_port,
-                    workload: NO_WORKLOAD,
-                    protocol: protocol::TCP,
-                    reserved: [0; 7],
-                },
-                peer: 0,
-                rule: 0,
-                generation,
-                // Nothing is said of reeve's own.
-                dry_run_rule: 0,
-                dry_run: 0,
-                reason: 0,
-                reserved: [0; 2],
-            };
+            // Nothing else is asked about reeve's own.
+            (*arriving).key.local = packet.destination;
+            (*arriving).key.remote = packet.source;
+            (*arriving).key.local_port = packet.destination_port;
+            (*arriving).key.remote_port = packet.source_port;
+            (*arriving).key.workload = NO_WORKLOAD;
+            (*arriving).key.protocol = protocol::TCP;
+            (*arriving).generation = generation;
         }
     }
 }

@@ -5,15 +5,15 @@ use aya_ebpf::{
     helpers::generated::bpf_get_socket_cookie,
 };
 use reeve_common::{
-    Arriving, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
+    Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
 };
 
 use crate::{
     event::{Connection, Outcome, report},
     flow,
     judge::{is_unknown, judge},
-    lookup::onward_key,
-    maps::{ARRIVING, ONWARD, TOLD, tag},
+    lookup::is_onward,
+    maps::{ARRIVING, TOLD, tag},
     packet::{Subject, is_on_loopback, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
 };
@@ -59,8 +59,7 @@ pub fn tcp(
     if packet.tcp_flags & RST != 0 {
         return true;
     }
-    // SAFETY: only asked whether it is there.
-    if unsafe { ONWARD.get(onward_key(connection)) }.is_some() {
+    if is_onward(connection) {
         return true;
     }
     if subject.listening {
@@ -133,7 +132,7 @@ fn tells(skb: *mut __sk_buff, generation: u32) -> bool {
         generation,
         reserved: 0,
     };
-    TOLD.insert(key, 0, u64::from(BPF_NOEXIST)) != Err(FILED)
+    TOLD.insert(&key, 0, u64::from(BPF_NOEXIST)) != Err(FILED)
 }
 
 /// A packet for a listening socket: an opening, or the last of a handshake.
@@ -148,21 +147,22 @@ fn tcp_arriving(settings: &Settings, subject: &Subject, connection: &mut Connect
         report(connection, outcome);
         return false;
     }
-    let mut key = onward_key(connection);
-    key.workload = connection.workload;
     if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
+        // Field by field: the value does not lie on the stack first.
         // SAFETY: the value is this processor's.
         unsafe {
-            *arriving = Arriving {
-                key,
-                peer: connection.peer,
-                rule: connection.rule,
-                generation: settings.generation,
-                dry_run_rule: connection.dry_run_rule,
-                dry_run: connection.dry_run,
-                reason: outcome.reason(),
-                reserved: [0; 2],
-            };
+            (*arriving).key.local = connection.local;
+            (*arriving).key.remote = connection.remote;
+            (*arriving).key.local_port = connection.local_port;
+            (*arriving).key.remote_port = connection.remote_port;
+            (*arriving).key.workload = connection.workload;
+            (*arriving).key.protocol = protocol::TCP;
+            (*arriving).peer = connection.peer;
+            (*arriving).rule = connection.rule;
+            (*arriving).generation = settings.generation;
+            (*arriving).dry_run_rule = connection.dry_run_rule;
+            (*arriving).dry_run = connection.dry_run;
+            (*arriving).reason = outcome.reason();
         }
     }
     true

@@ -151,7 +151,7 @@ fn going_onward(ctx: &SockOpsContext, settings: &Settings) {
     };
     let key = seen_from_workload(tuple(ctx));
     // Without an entry the connection is refused like any other.
-    let _ = ONWARD.insert(key, entry, 0);
+    let _ = ONWARD.insert(&key, &entry, 0);
     stays_local(ctx);
     watch(ctx);
 }
@@ -196,7 +196,7 @@ fn connected(ctx: &SockOpsContext, tag: &mut SocketTag) {
         peer: tag.peer,
         rule: tag.rule,
     };
-    if ORIGINAL_DESTINATIONS.insert(key, origin, 0).is_err() {
+    if ORIGINAL_DESTINATIONS.insert(&key, &origin, 0).is_err() {
         // The daemon, which finds nothing, closes the connection.
         let mut connection = Connection::new(Hook::SocketState);
         connection.local = address;
@@ -228,12 +228,12 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
         flags: TAG_ALLOWED | TAG_DIRECTION,
     };
     // SAFETY: only asked whether it is there.
-    if unsafe { ONWARD.get(key) }.is_some() {
+    if unsafe { ONWARD.get(&key) }.is_some() {
         remembered.flags |= TAG_TUNNELLED;
         // Without a tag the next packet is judged, and refused: the entry is gone.
         let _ = set_tag(socket, &mut remembered);
         // After the tag: of both, a packet on another processor has to find one.
-        let _ = ONWARD.remove(key);
+        let _ = ONWARD.remove(&key);
         stays_local(ctx);
         return;
     }
@@ -288,7 +288,7 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
 fn closed(ctx: &SockOpsContext, tag: &SocketTag, settings: &Settings) {
     if tag.flags & TAG_ONWARD != 0 {
         // The application refused it, or it is long established and the entry gone.
-        let _ = ONWARD.remove(seen_from_workload(tuple(ctx)));
+        let _ = ONWARD.remove(&seen_from_workload(tuple(ctx)));
         return;
     }
     let before = ctx.arg(0);
