@@ -42,13 +42,22 @@ pub struct Settings {
     pub outbound_port: u16,
     /// Tunnel port, host byte order.
     pub tunnel_port: u16,
+    /// The next id that a workload or a peer gets. Only ever raised, so that no id means another
+    /// later while anything that these maps know bears it. No program reads it.
+    pub next_id: u32,
 }
 
 /// Deepest cgroup that may be enrolled (depth of the root is 0).
 pub const MAX_CGROUP_DEPTH: u32 = 15;
 
-/// Number of a workload, unique for the life of the pinned maps. 0 is no workload.
+/// Id of a workload, given once in the life of the pinned maps. 0 is no workload.
 pub type WorkloadId = u32;
+
+/// `IDS`: hash from this, the SHA-256 of what something is (a workload or a peer) and of its name, to
+/// its id. Written and read by the daemon alone, so that the next one knows the ids by which sockets
+/// and the other maps name things. A name that is declared no longer is not in it, and gets
+/// another id when it returns.
+pub type NameDigest = [u8; 32];
 
 /// No workload.
 pub const NO_WORKLOAD: WorkloadId = 0;
@@ -390,7 +399,7 @@ pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
 
 /// The same bytes on both sides: no type may hold padding, and none is larger than it was.
 const _: () = {
-    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<Settings>() == 20);
     assert!(size_of::<WorkloadEntry>() == 8);
     assert!(size_of::<NamespaceEntry>() == 8);
     assert!(size_of::<PeerEntry>() == 12);

@@ -89,7 +89,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
         let datapath = Arc::new(Datapath::load(control::datapath_settings(
             &config, &cgroups,
         ))?);
-        let config = Arc::new(control::keep_numbers(&config, &cgroups, &datapath));
+        let config = Arc::new(control::give_ids(Config::clone(&config), &datapath)?);
         let declared = Declared::new(&config);
         let rosters = declared.rosters();
         let declaration = control::declaration(&config, &rosters.borrow());

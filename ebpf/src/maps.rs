@@ -10,9 +10,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use reeve_common::{
-    Address, Arriving, COUNTER_SLOTS, Event, FlowEntry, FlowKey, LocalAddressEntry, NamespaceEntry,
-    Origin, OriginKey, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag, ToldKey, VerdictEntry,
-    VerdictKey, WorkloadEntry,
+    Address, Arriving, COUNTER_SLOTS, Event, FlowEntry, FlowKey, LocalAddressEntry, NameDigest,
+    NamespaceEntry, Origin, OriginKey, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag,
+    ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
 };
 
 use crate::address::field;
@@ -31,6 +31,10 @@ const GROWING: usize = BPF_F_NO_PREALLOC as usize;
 
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// For the daemon alone.
+#[btf_map]
+pub static IDS: HashMap<NameDigest, u32, SET_AT_LOAD, GROWING> = HashMap::new();
 
 #[btf_map]
 pub static WORKLOADS: HashMap<u64, WorkloadEntry, SET_AT_LOAD, GROWING> = HashMap::new();
@@ -93,6 +97,7 @@ pub fn settings() -> Option<Settings> {
             cgroup_depths: field(&raw const (*settings).cgroup_depths),
             outbound_port: field(&raw const (*settings).outbound_port),
             tunnel_port: field(&raw const (*settings).tunnel_port),
+            next_id: 0,
         })
     }
 }

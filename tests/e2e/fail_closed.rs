@@ -100,6 +100,72 @@ fn another_order_of_workloads_is_no_closed_moment_after_a_restart() {
 }
 
 #[test]
+fn the_id_of_a_workload_that_is_gone_never_comes_to_be_anothers() {
+    let pair = Pair::new();
+    let (guest, gone, newcomer) = (
+        pair.two.pod("guest"),
+        pair.one.pod("gone"),
+        pair.one.pod("newcomer"),
+    );
+    let reeve = || pair.one.reeve().enrol(&pair.client);
+    let hears = |workload| of(workload).hears_address(guest.addresses().v4, TCP).text();
+    let mut one = reeve().enrol(&gone).policy(&hears(&gone)).start();
+    let ids = |one: &harness::Daemon| {
+        let status = one.status();
+        let workloads = status["workloads"].as_array().unwrap().iter();
+        let id = |workload: &serde_json::Value| {
+            let name = workload["name"].as_str().unwrap().to_owned();
+            (name, workload["id"].as_u64().unwrap())
+        };
+        workloads
+            .map(id)
+            .collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let _server = serve(&gone, PORT, &[]);
+    let to = gone.addresses().port4(PORT);
+    say(&guest, to, "it is allowed");
+    let mut heart = guest.spawn_peer(["heartbeat", &to.to_string(), "--every", "20"]);
+    heart.wait_for("beat 2");
+    let first = ids(&one);
+
+    // Its processes run on, with all that they have opened.
+    let policies = one.policies().to_owned();
+    for file in std::fs::read_dir(&policies).unwrap().flatten() {
+        std::fs::remove_file(file.path()).unwrap();
+    }
+    reeve().write();
+    one.command(["reload"]).ok();
+    harness::eventually("what was open has ended", || heart.ended().is_some());
+    reeve().enrol(&newcomer).policy(&hears(&newcomer)).write();
+    one.command(["reload"]).ok();
+    let second = ids(&one);
+    assert_eq!(second["client"], first["client"]);
+    assert!(second["newcomer"] > first["gone"], "{first:?}, {second:?}");
+    let _other = serve(&newcomer, PORT, &[]);
+    say(
+        &guest,
+        newcomer.addresses().port4(PORT),
+        "it is allowed now",
+    );
+    assert!(!crate::arrange::answers(&guest, to));
+
+    // Neither after a restart nor after a takeover.
+    one.stop();
+    one.start_again();
+    one.wait_until_ready();
+    assert_eq!(ids(&one), second);
+    drop(one.take_over());
+    one.wait_until_ready();
+    assert_eq!(ids(&one), second);
+    assert!(!crate::arrange::answers(&guest, to));
+    reeve().enrol(&gone).enrol(&newcomer).write();
+    one.command(["reload"]).ok();
+    let third = ids(&one);
+    assert_eq!(third["newcomer"], second["newcomer"]);
+    assert!(third["gone"] > second["newcomer"], "{second:?}, {third:?}");
+}
+
+#[test]
 fn what_is_born_below_an_enforced_parent_is_denied_whoever_is_there_to_see_it() {
     let pair = Pair::new();
     let guest = pair.two.pod("guest");

@@ -18,7 +18,6 @@ mod reference;
 mod tests;
 
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -40,8 +39,8 @@ use crate::{
     yaml,
 };
 
-/// Number of the first configured peer; numbers below are those of local workloads, which are
-/// peers of each other.
+/// Id of the first peer in a configuration by itself; ids below are those of local workloads, which are
+/// peers of each other. A daemon gives both the ids that the kernel's maps have for them.
 pub const FIRST_PEER_ID: u32 = 0x1_0000;
 
 /// The configuration, whole and checked.
@@ -176,42 +175,17 @@ impl Config {
         (config, mistakes)
     }
 
-    /// The configuration with the numbers that `previous` gave to the same names, so that numbers
-    /// in maps and events keep their meaning over a reload. Names that are new get numbers that
-    /// `previous` did not use, unless all are taken.
+    /// The configuration with other ids: those of the workloads, and then those of the peers, each in
+    /// the order of declaration.
     #[must_use]
-    pub fn keep_numbers(self, previous: &Self) -> Self {
-        let workloads = previous.workloads.iter();
-        let peers = previous.peers.iter();
-        self.with_numbers(
-            &workloads
-                .map(|found| (found.name.clone(), found.id))
-                .collect(),
-            &peers.map(|found| (found.name.clone(), found.id)).collect(),
-        )
-    }
-
-    /// As [`Config::keep_numbers`], for numbers by name.
-    #[must_use]
-    pub fn with_numbers(
-        mut self,
-        workloads: &HashMap<String, u32>,
-        peers: &HashMap<String, u32>,
-    ) -> Self {
-        settle::keep_numbers(
-            &mut self.workloads,
-            workloads,
-            1..FIRST_PEER_ID,
-            |workload| (&workload.name, workload.id),
-            |workload, id| workload.id = id,
-        );
-        settle::keep_numbers(
-            &mut self.peers,
-            peers,
-            FIRST_PEER_ID..u32::MAX,
-            |peer| (&peer.name, peer.id),
-            |peer, id| peer.id = id,
-        );
+    pub fn with_ids(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        let mut ids = ids.into_iter();
+        for (workload, id) in self.workloads.iter_mut().zip(&mut ids) {
+            Arc::make_mut(workload).id = id;
+        }
+        for (peer, id) in self.peers.iter_mut().zip(ids) {
+            Arc::make_mut(peer).id = id;
+        }
         self
     }
 }

@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -173,33 +172,6 @@ fn named_ports(raw: &RawNamedPorts) -> NamedPorts {
     raw.iter()
         .map(|(name, port)| (name.0.clone(), port.0))
         .collect()
-}
-
-/// Gives `items` the numbers that `old` has for the same names.
-pub(super) fn keep_numbers<T: Clone>(
-    items: &mut [Arc<T>],
-    old: &HashMap<String, u32>,
-    range: Range<u32>,
-    key: fn(&T) -> (&str, u32),
-    set: fn(&mut T, u32),
-) {
-    let mut used: std::collections::HashSet<u32> = old.values().copied().collect();
-    let mut next = used.iter().max().map_or(range.start, |last| last + 1);
-    for item in items {
-        let (name, own) = key(item);
-        let number = old.get(name).copied().unwrap_or_else(|| {
-            let free = (next..range.end)
-                .chain(range.clone())
-                .find(|number| !used.contains(number))
-                .unwrap_or(own);
-            used.insert(free);
-            next = free + 1;
-            free
-        });
-        if number != own {
-            set(Arc::make_mut(item), number);
-        }
-    }
 }
 
 // === impl Report ===

@@ -384,31 +384,14 @@ fn files_have_the_names_that_cert_manager_gives_them() {
 }
 
 #[test]
-fn numbers_stay_with_their_names() {
-    let workloads = |names: &[&str]| {
-        let list: Vec<_> = names
-            .iter()
-            .map(|n| format!("{{name: {n}, cgroup: /{n}}}"))
-            .collect();
-        load(&format!(
-            "{{trustDomain: a, workloads: [{}]}}",
-            list.join(", ")
-        ))
-        .unwrap()
-    };
-    let numbers = |config: &Config| -> Vec<_> {
-        config
-            .workloads
-            .iter()
-            .map(|w| (w.name.clone(), w.id))
-            .collect()
-    };
-    let first = workloads(&["a", "b", "c"]);
-    let second = workloads(&["d", "c", "a"]).keep_numbers(&first);
-    assert_eq!(
-        numbers(&second),
-        [("d".into(), 4), ("c".into(), 3), ("a".into(), 1)]
+fn other_ids_are_those_of_workloads_and_then_of_peers() {
+    let config = load(
+        "{trustDomain: a, workloads: [{name: a, cgroup: /a}, {name: b, cgroup: /b}], \
+         peers: [{name: c, addresses: [192.0.2.1]}]}",
     );
+    let config = config.unwrap().with_ids([7, 9, 8]);
+    let workloads: Vec<_> = config.workloads.iter().map(|found| found.id).collect();
+    assert_eq!((workloads, config.peers[0].id), (vec![7, 9], 8));
 }
 
 #[test]

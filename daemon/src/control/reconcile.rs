@@ -141,7 +141,14 @@ impl Control {
 
         self.snapshot.store(snapshot.clone());
         self.daemon.tunnels.judge_again();
-        self.revoke(&snapshot, &namespaces, &state);
+        // Whoever is no longer declared has left connections behind, maybe where nobody else is.
+        let mut judged = namespaces.clone();
+        judged.extend(
+            running_namespaces(&before.discovery)
+                .into_iter()
+                .filter(|old| namespaces.iter().all(|new| new.cookie != old.cookie)),
+        );
+        self.revoke(&snapshot, &judged, &state);
         let holders = certificates::holders(&config, &self.cgroups, &discovery);
         self.daemon.identities.holders().replace(holders);
         let identities = discovery.workloads.iter().map(|running| {

@@ -7,7 +7,10 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-use super::{Control, certificates, own_cgroup::settle_in, process, reconcile::describe};
+use super::{
+    Control, RunError, certificates, ids::give_ids, own_cgroup::settle_in, process,
+    reconcile::describe,
+};
 use crate::{
     admin::{PolicyStatus, ReloadPart, ReloadReport},
     config::{Certificates, Config, ConfigErrors},
@@ -142,9 +145,16 @@ impl Control {
 
     /// Reads the configuration and the policies again. Mistakes in any leave all as it was.
     async fn reload_config(&mut self, file: &Path) -> Result<String, Vec<String>> {
+        if self.succession.frozen {
+            // Whoever is new needs an id, and these are the other daemon's to give.
+            self.daemon.metrics.reload("config", false);
+            let why = "another daemon is about to take over: reload again when it has";
+            tracing::error!("the configuration is not read again: {why}");
+            return Err(vec![why.to_owned()]);
+        }
         let before = self.daemon.config.load_full();
         let read = || {
-            let config = Config::load(file)?.keep_numbers(&before);
+            let config = Config::load(file)?;
             let policies = policies(&config, &config.roster())?;
             Ok::<_, ConfigErrors>((config, policies))
         };
@@ -208,9 +218,17 @@ impl Control {
                 "these settings have changed and need a restart; the old ones stay in force"
             );
         }
-        let config = Arc::new(config);
-        match block_in_place(|| settle_in(&self.cgroups, &config)) {
-            Ok(own) => self.own_cgroups = own,
+        let numbered = block_in_place(|| {
+            let own = settle_in(&self.cgroups, &config)?;
+            // Last, since whoever is not declared any more loses its id.
+            let config = give_ids(config, &self.daemon.datapath)?;
+            Ok::<_, RunError>((own, config))
+        });
+        let config = match numbered {
+            Ok((own, config)) => {
+                self.own_cgroups = own;
+                Arc::new(config)
+            }
             Err(error) => {
                 self.daemon.metrics.reload("config", false);
                 let error = describe(&error);
@@ -219,7 +237,7 @@ impl Control {
                 );
                 return Err(vec![error]);
             }
-        }
+        };
         self.declared.replace(&config);
         self.follow_roster(&config);
         self.policy_files = watch_policies(&config.policies);

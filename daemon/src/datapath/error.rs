@@ -158,6 +158,12 @@ pub enum Error {
         /// The map's capacity in entries.
         capacity: u32,
     },
+    /// No id is left for a new workload or peer.
+    #[error(
+        "every id has been given to a workload or a peer once, and none is given twice: remove the \
+         pinned maps (`reeve detach`) and start reeve again"
+    )]
+    NoIds,
     /// A network namespace could not be prepared.
     #[error("cannot {doing} in the network namespace {inode}: {source}")]
     Namespace {

@@ -19,9 +19,9 @@ use aya::{
     sys::is_helper_supported,
 };
 use reeve_common::{
-    Address, Arriving, FlowEntry, FlowKey, NamespaceEntry, Origin, OriginKey, PeerEntry,
-    PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey, WorkloadEntry,
-    WorkloadId,
+    Address, Arriving, FlowEntry, FlowKey, NameDigest, NamespaceEntry, Origin, OriginKey,
+    PeerEntry, PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey,
+    WorkloadEntry, WorkloadId,
 };
 
 use super::{
@@ -73,8 +73,9 @@ pub(super) struct Links {
 type Shape = (&'static str, MapType, usize, usize);
 
 /// The pinned maps. The others belong to one load: constants, and the log.
-const PINNED_MAPS: [Shape; 14] = [
+const PINNED_MAPS: [Shape; 15] = [
     shape::<u32, KernelSettings>(SETTINGS, MapType::Array),
+    shape::<NameDigest, u32>("IDS", MapType::Hash),
     shape::<u64, WorkloadEntry>("WORKLOADS", MapType::Hash),
     shape::<u64, NamespaceEntry>("NAMESPACES", MapType::Hash),
     shape::<Address, WorkloadId>("LOCAL_ADDRESSES", MapType::Hash),
@@ -107,6 +108,8 @@ const fn trie<K, V>(name: &'static str) -> Shape {
 /// Capacity of a map in the configuration; none where it has one of its own.
 fn capacity(maps: &Maps, name: &str) -> Option<u32> {
     match name {
+        // Whoever is in either of these has a name.
+        "IDS" => Some(maps.workloads.saturating_add(maps.peers)),
         "WORKLOADS" => Some(maps.workloads),
         "NAMESPACES" => Some(maps.namespaces),
         "LOCAL_ADDRESSES" => Some(maps.local_addresses),

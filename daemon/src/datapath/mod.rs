@@ -12,6 +12,7 @@ mod diag;
 mod ending;
 mod error;
 mod events;
+mod ids;
 mod links;
 mod load;
 pub mod netns;
@@ -27,7 +28,6 @@ mod transition;
 mod usage;
 
 use std::{
-    collections::HashMap,
     fmt,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
@@ -40,8 +40,8 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NamespaceEntry, Origin, OriginKey,
-    ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
+    Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NameDigest, NamespaceEntry, Origin,
+    OriginKey, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
 };
 
 pub use self::{
@@ -96,15 +96,6 @@ pub struct KernelState {
     pub local_addresses: Vec<(Address, WorkloadId)>,
     /// Policy.
     pub tables: KernelTables,
-}
-
-/// The numbers by which the maps know workloads and peers.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Numbers {
-    /// Of workloads, by the ids of their cgroups.
-    pub workloads: HashMap<u64, WorkloadId>,
-    /// Of peers, by the bits of a prefix and its address.
-    pub peers: HashMap<(u32, Address), u32>,
 }
 
 /// The loaded programs and their maps. Shared by reference; every call may come from any thread.
@@ -267,10 +258,14 @@ impl Datapath {
         lock(&self.state).reread()
     }
 
-    /// The numbers that are in use.
-    #[must_use]
-    pub fn numbers(&self) -> Numbers {
-        lock(&self.state).numbers()
+    /// The ids of these names, in their order: those that they have, or new ones. A name that is not
+    /// among these is retired: its id is never given again, and it gets another when it returns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoIds`] when every id has been given. Nothing is changed then.
+    pub fn ids(&self, names: &[NameDigest]) -> Result<Vec<u32>, Error> {
+        lock(&self.state).ids(names)
     }
 
     /// Whether the programs are still attached, and the maps still what this daemon writes: asked of

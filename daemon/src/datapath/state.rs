@@ -18,13 +18,13 @@ use aya::{
     maps::{self, MapData},
 };
 use reeve_common::{
-    Action, Address, LAYOUT_VERSION, NO_WORKLOAD, NamespaceEntry, PeerEntry, PeerKey, PeerPortKey,
-    Settings as KernelSettings, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN, WorkloadEntry,
-    WorkloadId,
+    Action, Address, LAYOUT_VERSION, NO_WORKLOAD, NameDigest, NamespaceEntry, PeerEntry, PeerKey,
+    PeerPortKey, Settings as KernelSettings, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN,
+    WorkloadEntry, WorkloadId,
 };
 
 use super::{
-    Error, KernelState, MapUsage, Numbers,
+    Error, KernelState, MapUsage,
     desired::{Desired, NO_ROOM, Room, Shortage, Side, every_connection, side},
     load::map_error,
     sys,
@@ -53,7 +53,9 @@ pub enum Order {
 pub(super) struct State {
     settings: maps::Array<MapData, KernelSettings>,
     /// What is in `settings`.
-    current: KernelSettings,
+    pub(super) current: KernelSettings,
+    /// Who has which id.
+    pub(super) ids: Tracked<Hash<NameDigest, u32>>,
     pub(super) workloads: Tracked<Hash<u64, WorkloadEntry>>,
     namespaces: Tracked<Hash<u64, NamespaceEntry>>,
     local_addresses: Tracked<Hash<Address, WorkloadId>>,
@@ -77,6 +79,8 @@ impl State {
             .map_err(|source| map_error(settings, "read", source))?;
         current.layout_version = LAYOUT_VERSION;
         current.generation = current.generation.max(1);
+        // 0 is nobody's.
+        current.next_id = current.next_id.max(1);
         current.outbound_port = ports.outbound;
         current.tunnel_port = ports.tunnel;
         map.set(0, current, 0)
@@ -84,6 +88,7 @@ impl State {
         Ok(Self {
             settings: map,
             current,
+            ids: tracked(ebpf, "IDS", Hash::try_from)?,
             workloads: tracked(ebpf, "WORKLOADS", Hash::try_from)?,
             namespaces: tracked(ebpf, "NAMESPACES", Hash::try_from)?,
             local_addresses: tracked(ebpf, "LOCAL_ADDRESSES", Hash::try_from)?,
@@ -100,6 +105,7 @@ impl State {
             .settings
             .get(&0, 0)
             .map_err(|source| map_error("SETTINGS", "read", source))?;
+        self.ids.reread()?;
         self.workloads.reread()?;
         self.namespaces.reread()?;
         self.local_addresses.reread()?;
@@ -246,6 +252,7 @@ impl State {
     pub(super) fn usage(&self) -> Vec<MapUsage> {
         let missing = &self.shortage;
         vec![
+            usage(&self.ids, 0),
             usage(&self.workloads, missing.workloads),
             usage(&self.namespaces, 0),
             usage(&self.local_addresses, 0),
@@ -253,22 +260,6 @@ impl State {
             usage(&self.peer_ports, missing.peer_ports),
             usage(&self.verdicts, missing.verdicts),
         ]
-    }
-
-    /// The numbers that are in use.
-    pub(super) fn numbers(&self) -> Numbers {
-        let workloads = self.workloads.content().iter();
-        let peers = self.peers.content().iter();
-        Numbers {
-            workloads: workloads
-                .filter(|(_, entry)| entry.workload != NO_WORKLOAD)
-                .map(|(cgroup, entry)| (*cgroup, entry.workload))
-                .collect(),
-            peers: peers
-                .filter(|(_, entry)| entry.peer != 0)
-                .map(|(prefix, entry)| (*prefix, entry.peer))
-                .collect(),
-        }
     }
 
     /// The generation in force.
@@ -430,7 +421,7 @@ impl State {
             | self.prune_verdicts(&desired.verdicts)?)
     }
 
-    fn write(&mut self, settings: KernelSettings) -> Result<(), Error> {
+    pub(super) fn write(&mut self, settings: KernelSettings) -> Result<(), Error> {
         self.settings
             .set(0, settings, 0)
             .map_err(|source| map_error("SETTINGS", "write", source))?;

@@ -19,6 +19,7 @@ mod flows;
 mod handed;
 mod headers;
 mod icmp;
+mod ids;
 mod ingress;
 mod kernel;
 mod live;
