@@ -99,6 +99,20 @@ pub struct NamespaceEntry {
 /// tunnelled destinations are refused ([`crate::Reason::NoListener`]).
 pub const NAMESPACE_LISTENING: u32 = 1 << 0;
 
+/// How the packet programs find the network namespace of a packet's socket: the global
+/// `NAMESPACE_SOURCE`, set at load. The later, the more exact.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum NamespaceSource {
+    /// They do not. A packet that leaves from, or arrives at, an address of `LOCAL_ADDRESSES` is
+    /// taken for one of that workload's namespace.
+    Address = 0,
+    /// From the kernel's own structures, which the programs read.
+    KernelMemory = 1,
+    /// From the kernel, by `bpf_get_netns_cookie` (Linux 6.16 and later).
+    Helper = 2,
+}
+
 /// `LOCAL_ADDRESSES`: hash from [`Address`] to [`WorkloadId`], for addresses of namespaces that one
 /// workload owns. Written by the daemon; read by `sk_lookup`, which sees no cgroup.
 pub type LocalAddressEntry = WorkloadId;

@@ -14,6 +14,7 @@ mod icmp;
 mod judge;
 mod lookup;
 mod maps;
+mod namespace;
 mod packet;
 mod parse;
 mod segment;

@@ -17,9 +17,18 @@ use reeve_common::{
 
 use crate::address::field;
 
-/// Set at load where the kernel lets `cgroup_skb` programs ask for the network namespace.
+/// A [`reeve_common::NamespaceSource`] as a number, set at load.
 #[unsafe(no_mangle)]
-pub static PACKETS_KNOW_NAMESPACE: Global<u8> = Global::new(0);
+pub static NAMESPACE_SOURCE: Global<u8> = Global::new(0);
+/// Offsets of fields in the running kernel's structures, set at load for
+/// [`reeve_common::NamespaceSource::KernelMemory`]: `sk` in `sk_buff`, the namespace in `sock`,
+/// the cookie in `net`.
+#[unsafe(no_mangle)]
+pub static SOCKET_OFFSET: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static NETWORK_OFFSET: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static COOKIE_OFFSET: Global<u32> = Global::new(0);
 
 /// Stands for a capacity that the daemon sets.
 const SET_AT_LOAD: usize = 1;

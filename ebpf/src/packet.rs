@@ -7,14 +7,14 @@
 
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
-    helpers::{bpf_get_netns_cookie, generated::bpf_sk_fullsock},
+    helpers::generated::bpf_sk_fullsock,
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
 use reeve_common::{
-    Address, Direction, Hook, NO_WORKLOAD, NamespaceEntry, Reason, Settings, SocketTag,
-    TAG_ALLOWED, TAG_LOCAL, TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, UNKNOWN_WORKLOAD,
-    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+    Address, Direction, Hook, NO_WORKLOAD, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL,
+    TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, UNKNOWN_WORKLOAD, WORKLOAD_UNKNOWN, WorkloadEntry,
+    WorkloadId, protocol,
 };
 
 use crate::{
@@ -22,7 +22,8 @@ use crate::{
     event::{Connection, Outcome, report},
     flow, icmp,
     judge::{self, is_reeve, is_unknown},
-    maps::{ARRIVING, NAMESPACES, PACKETS_KNOW_NAMESPACE, set_tag, settings, tag},
+    maps::{ARRIVING, set_tag, settings, tag},
+    namespace,
     parse::{Packet, RST, is_plain, parse},
     segment,
 };
@@ -108,7 +109,7 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         return PASS;
     }
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
-    let found = subject(depths, skb, remembered_workload);
+    let found = subject(depths, skb, remembered_workload, arrives);
     let is_found = found.is_some();
     // Something in any case: the verifier follows the fields of what is not there, too.
     let nobody = WorkloadEntry {
@@ -156,7 +157,7 @@ fn is_stolen_port(
 ) -> bool {
     let port = port(listener);
     (port == settings.outbound_port || port == settings.tunnel_port)
-        && (of_workload || namespace(skb).is_some())
+        && (of_workload || namespace::is_known(skb, true))
 }
 
 /// A packet for a listener that reeve has inherited, and whose cgroup is no longer reeve's: the
@@ -223,43 +224,30 @@ fn is_reset(ctx: &SkBuffContext) -> bool {
 /// The workload of a packet: by the cgroup in which its socket was made, else by what a hook
 /// wrote down when a workload used the socket, else by the namespace.
 #[inline(always)]
-fn subject(depths: u32, skb: *mut __sk_buff, remembered: u32) -> Option<(WorkloadEntry, bool)> {
+fn subject(
+    depths: u32,
+    skb: *mut __sk_buff,
+    remembered: WorkloadId,
+    arrives: bool,
+) -> Option<(WorkloadEntry, bool)> {
     if let Some(entry) = judge::owner(depths, skb) {
         return Some((entry, true));
     }
-    let workload = |workload| WorkloadEntry { workload, flags: 0 };
-    if remembered == UNKNOWN_WORKLOAD {
-        let unknown = WorkloadEntry {
+    let by_socket = remembered != NO_WORKLOAD;
+    let workload = if by_socket {
+        remembered
+    } else {
+        namespace::owner(skb, arrives)
+    };
+    let entry = match workload {
+        NO_WORKLOAD => return None,
+        UNKNOWN_WORKLOAD => WorkloadEntry {
             workload: NO_WORKLOAD,
             flags: WORKLOAD_UNKNOWN,
-        };
-        return Some((unknown, true));
-    }
-    if remembered != NO_WORKLOAD {
-        return Some((workload(remembered), true));
-    }
-    let owner = namespace_owner(skb);
-    (owner != 0).then(|| (workload(owner), false))
-}
-
-/// The workload that alone owns the namespace of a packet's socket; 0 where there is none, or the
-/// kernel does not tell.
-#[inline(always)]
-fn namespace_owner(skb: *mut __sk_buff) -> WorkloadId {
-    namespace(skb).map_or(0, |entry| entry.workload)
-}
-
-/// What the daemon says of the namespace of a packet's socket; none where there is no workload in
-/// it, or the kernel does not tell.
-#[inline(always)]
-fn namespace(skb: *mut __sk_buff) -> Option<NamespaceEntry> {
-    if PACKETS_KNOW_NAMESPACE.load() == 0 {
-        return None;
-    }
-    // SAFETY: `skb` is the program's context.
-    let cookie = unsafe { bpf_get_netns_cookie(skb.cast()) };
-    // SAFETY: the entry is copied at once.
-    unsafe { NAMESPACES.get(cookie) }.copied()
+        },
+        workload => WorkloadEntry { workload, flags: 0 },
+    };
+    Some((entry, by_socket))
 }
 
 /// Whether a workload sends under an address that it has no right to.
@@ -268,7 +256,7 @@ fn is_forged(skb: *mut __sk_buff, subject: &Subject, source: &Address) -> bool {
     let workload = subject.entry.workload;
     subject.by_socket
         && workload != 0
-        && judge::is_forged(source, workload, || namespace_owner(skb))
+        && judge::is_forged(source, workload, || namespace::owner(skb, false))
 }
 
 #[inline(always)]

@@ -36,7 +36,7 @@ use crate::{
     admin::{self, Answer, Status},
     config::{self, Config},
     control::{self, Guarded},
-    telemetry,
+    datapath, telemetry,
 };
 
 /// The command line or a file is wrong: the same again will fail again.
@@ -101,7 +101,13 @@ pub fn reload(asking: &Asking) -> ExitCode {
 #[must_use]
 pub fn check(config: &Path) -> ExitCode {
     match config::check(config) {
-        Ok(summary) => print(&format!("{}: {summary}\n", config.display())),
+        Ok(summary) => {
+            let mut text = format!("{}: {summary}\n", config.display());
+            if let Some(gap) = datapath::gap_of_running_kernel() {
+                text.push_str(&format!("warning: {gap}\n"));
+            }
+            print(&text)
+        }
         Err(mistakes) => {
             let _ = writeln!(io::stderr(), "{mistakes}");
             ExitCode::from(EXIT_USAGE)

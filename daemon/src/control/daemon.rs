@@ -149,6 +149,7 @@ impl Daemon {
         Readings {
             counters: counters.ok(),
             maps: self.datapath.map_usage(),
+            namespace_source: Some(self.datapath.packet_namespaces().name()),
             identities: self.identities.status(),
             bundles: self.identities.bundles(),
             reloads: self.identities.reload_counts(),

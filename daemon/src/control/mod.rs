@@ -169,6 +169,7 @@ pub fn datapath_settings(config: &Config, cgroups: &CgroupTree) -> datapath::Set
         ports: config.ports,
         maps: config.maps,
         log: config.log.ebpf,
+        namespace_source: None,
     }
 }
 

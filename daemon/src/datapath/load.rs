@@ -15,8 +15,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{MapData, MapInfo, MapType},
-    programs::{Program, ProgramType},
-    sys::is_helper_supported,
+    programs::Program,
 };
 use reeve_common::{
     Address, Arriving, FlowEntry, FlowKey, NameDigest, NamespaceEntry, Origin, OriginKey,
@@ -27,6 +26,7 @@ use reeve_common::{
 use super::{
     Error, Settings, bpffs,
     links::{self, Target},
+    namespace_source::PacketNamespaces,
     pins::SETTINGS,
     sys::{self, AttachType},
 };
@@ -125,7 +125,11 @@ fn capacity(maps: &Maps, name: &str) -> Option<u32> {
 }
 
 /// Makes or adopts the maps, and has the kernel verify the programs.
-pub(super) fn load(settings: &Settings, pins: &Path) -> Result<Ebpf, Error> {
+pub(super) fn load(
+    settings: &Settings,
+    pins: &Path,
+    namespaces: &PacketNamespaces,
+) -> Result<Ebpf, Error> {
     let mut loader = EbpfLoader::new();
     for shape in PINNED_MAPS {
         let (name, ..) = shape;
@@ -153,8 +157,12 @@ pub(super) fn load(settings: &Settings, pins: &Path) -> Result<Ebpf, Error> {
         EbpfLog::Debug => aya_log::Level::Debug as u8,
     };
     loader.override_global(aya_log::LEVEL, &log_level, true);
-    let knows_namespace = u8::from(packets_know_namespace());
-    loader.override_global("PACKETS_KNOW_NAMESPACE", &knows_namespace, true);
+    let source = namespaces.source() as u8;
+    let offsets = namespaces.offsets();
+    loader.override_global("NAMESPACE_SOURCE", &source, true);
+    loader.override_global("SOCKET_OFFSET", &offsets.socket, true);
+    loader.override_global("NETWORK_OFFSET", &offsets.network, true);
+    loader.override_global("COOKIE_OFFSET", &offsets.cookie, true);
     let mut ebpf = loader.load(OBJECT)?;
 
     for (name, _) in CGROUP_PROGRAMS {
@@ -174,15 +182,6 @@ fn give_back_memory() {
     unsafe {
         libc::malloc_trim(0);
     }
-}
-
-/// Whether `bpf_get_netns_cookie` may be called for packets, as newer kernels allow.
-fn packets_know_namespace() -> bool {
-    is_helper_supported(
-        ProgramType::CgroupSkb,
-        aya::sys::BpfHelper::BPF_FUNC_get_netns_cookie,
-    )
-    .unwrap_or(false)
 }
 
 /// Capacity of the map pinned at `path`, if there is one, it is root's, and it has this shape.

@@ -13,8 +13,10 @@ mod ending;
 mod error;
 mod events;
 mod ids;
+mod kernel_types;
 mod links;
 mod load;
+mod namespace_source;
 pub mod netns;
 mod pins;
 mod readback;
@@ -40,14 +42,16 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NameDigest, NamespaceEntry, Origin,
-    OriginKey, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
+    Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NameDigest, NamespaceEntry,
+    NamespaceSource, Origin, OriginKey, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId,
+    ipv4_mapped,
 };
 
 pub use self::{
     diag::{Listener, LiveSocket, Remembered},
     error::Error,
     events::Events,
+    namespace_source::{PacketNamespaces, gap_of_running_kernel},
     socket::{control_congestion, speak_as},
     sockets::Sockets,
     state::Order,
@@ -82,6 +86,9 @@ pub struct Settings {
     pub maps: Maps,
     /// Whether the programs log every verdict.
     pub log: EbpfLog,
+    /// How the programs find a packet's network namespace; none is the best that the kernel
+    /// offers. For tests: older kernels offer less.
+    pub namespace_source: Option<NamespaceSource>,
 }
 
 /// What the maps shall hold.
@@ -103,6 +110,7 @@ pub struct Datapath {
     settings: Settings,
     pins: Mutex<Pins>,
     links: Mutex<Links>,
+    namespaces: PacketNamespaces,
     /// The pinned maps, by name.
     maps: Vec<(&'static str, OwnedFd)>,
     ebpf: Mutex<Ebpf>,
@@ -176,12 +184,21 @@ impl Datapath {
     /// stays so.
     pub fn load(settings: Settings) -> Result<Self, Error> {
         let pins = Pins::find(&settings.pins)?;
-        let mut ebpf = load::load(&settings, pins.folder())?;
+        let namespaces = PacketNamespaces::find(settings.namespace_source);
+        match namespaces.gap() {
+            Some(gap) => tracing::warn!("{gap}"),
+            None => tracing::info!(
+                source = namespaces.name(),
+                "the programs know the network namespace of every packet"
+            ),
+        }
+        let mut ebpf = load::load(&settings, pins.folder(), &namespaces)?;
         let state = State::adopt(&mut ebpf, settings.ports)?;
         let links = load::attach(&ebpf, &settings.cgroup_root, pins.folder())?;
         Ok(Self {
             state: Mutex::new(state),
             links: Mutex::new(links),
+            namespaces,
             events: Mutex::new(Some(take(&mut ebpf, "EVENTS", |map| map.try_into())?.0)),
             counters: take(&mut ebpf, "COUNTERS", |map| map.try_into())?.0,
             origins: take(&mut ebpf, "ORIGINAL_DESTINATIONS", |map| map.try_into())?,
@@ -196,6 +213,12 @@ impl Datapath {
             ebpf: Mutex::new(ebpf),
             settings,
         })
+    }
+
+    /// How the programs find a packet's network namespace.
+    #[must_use]
+    pub const fn packet_namespaces(&self) -> &PacketNamespaces {
+        &self.namespaces
     }
 
     /// Makes the maps hold `state`: adds and changes first, deletes last. Every connection is

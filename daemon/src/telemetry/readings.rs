@@ -31,6 +31,8 @@ pub struct Readings {
     pub counters: Option<Counters>,
     /// The kernel's maps.
     pub maps: Vec<MapUsage>,
+    /// How the kernel programs find a packet's network namespace.
+    pub namespace_source: Option<&'static str>,
     /// Every identity and its certificate.
     pub identities: Vec<IdentityStatus>,
     /// The trust bundles; a trust domain may have several, for different identities.
@@ -67,6 +69,7 @@ struct Families {
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
     map_missing: IntGaugeVec,
+    namespace_source: IntGaugeVec,
     certificates: CertificateFamilies,
     workloads: IntGaugeVec,
     ready: IntGaugeVec,
@@ -188,6 +191,12 @@ impl ReadingsCollector {
                 .with_label_values(&map)
                 .set(saturating(usage.missing));
         }
+        if let Some(source) = readings.namespace_source {
+            families
+                .namespace_source
+                .with_label_values(&[source])
+                .set(1);
+        }
         families.certificates.set(&readings);
         for (state, count) in &readings.workloads {
             families
@@ -287,6 +296,14 @@ impl Families {
                 ),
                 &["map"],
             )?,
+            namespace_source: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_packet_namespace_source",
+                    "1 for how the kernel programs find a packet's network namespace: helper, \
+                     kernel_memory, or address, which leaves a gap.",
+                ),
+                &["source"],
+            )?,
             certificates: CertificateFamilies::new()?,
             workloads: IntGaugeVec::new(
                 Opts::new("reeve_workloads", "Declared workloads by state."),
@@ -340,6 +357,7 @@ impl Families {
             &self.map_entries,
             &self.map_capacity,
             &self.map_missing,
+            &self.namespace_source,
             &self.workloads,
             &self.ready,
             &self.draining,

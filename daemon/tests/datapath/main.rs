@@ -24,6 +24,7 @@ mod ingress;
 mod kernel;
 mod live;
 mod memory;
+mod namespaces;
 mod onward;
 mod own;
 mod packet;

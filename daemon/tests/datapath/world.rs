@@ -21,9 +21,9 @@ use reeve::{
     datapath::{Datapath, Error, Events, KernelState, Settings, address, netns::Netns},
 };
 use reeve_common::{
-    Action, Direction, Event, Hook, NAMESPACE_LISTENING, NamespaceEntry, PeerEntry, Reason,
-    VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL, VerdictEntry,
-    VerdictKey, WORKLOAD_IS_REEVE, WorkloadEntry, WorkloadId, protocol,
+    Action, Direction, Event, Hook, NAMESPACE_LISTENING, NamespaceEntry, NamespaceSource,
+    PeerEntry, Reason, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL,
+    VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE, WorkloadEntry, WorkloadId, protocol,
 };
 use tokio::{runtime::Runtime, time::timeout};
 
@@ -88,21 +88,28 @@ pub(crate) struct World {
 impl World {
     /// Two namespaces and a datapath that knows of nothing.
     pub(crate) fn new() -> Self {
-        Self::attached(false)
+        Self::attached(false, None)
     }
 
     /// The same with programs for the whole machine, the kernel's own sockets included.
     pub(crate) fn of_machine() -> Self {
-        Self::attached(true)
+        Self::attached(true, None)
     }
 
-    fn attached(everywhere: bool) -> Self {
+    /// The same with programs that find a packet's namespace in this way.
+    pub(crate) fn of_machine_by(source: NamespaceSource) -> Self {
+        Self::attached(true, Some(source))
+    }
+
+    fn attached(everywhere: bool, source: Option<NamespaceSource>) -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         sweep();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
         let root = Cgroup::root(&name);
-        let (here, there) = (Place::new(1), Place::new(2));
+        // Programs for the whole machine that go by addresses must not find those of other tests.
+        let first = source.map_or(1, |_| 3 + (number % 120) as u8 * 2);
+        let (here, there) = (Place::new(first), Place::new(first + 1));
         wire(&here, &there);
         let settings = Settings {
             cgroup_root: if everywhere {
@@ -115,6 +122,7 @@ impl World {
             ports: Ports::default(),
             maps: Maps::default(),
             log: EbpfLog::Off,
+            namespace_source: source.or_else(wanted_source),
         };
         let mut world = Self {
             state: KernelState::default(),
@@ -331,6 +339,17 @@ impl Drop for World {
             removed.unwrap();
         }
     }
+}
+
+/// `REEVE_NAMESPACE_SOURCE` has all tests find packets' namespaces as another kernel would.
+fn wanted_source() -> Option<NamespaceSource> {
+    let wanted = std::env::var("REEVE_NAMESPACE_SOURCE").ok()?;
+    Some(match wanted.as_str() {
+        "helper" => NamespaceSource::Helper,
+        "kernel_memory" => NamespaceSource::KernelMemory,
+        "address" => NamespaceSource::Address,
+        other => panic!("REEVE_NAMESPACE_SOURCE is {other}"),
+    })
 }
 
 /// Removes what tests left that were killed.

@@ -131,6 +131,7 @@ fn what_is_kept_elsewhere_is_read_at_each_scrape() {
             capacity: 65536,
             missing: 2,
         }],
+        namespace_source: Some("kernel_memory"),
         identities: vec![identity(at)],
         bundles: vec![bundle(2000, None), bundle(3000, Some(2500))],
         reloads: [(
@@ -150,6 +151,7 @@ fn what_is_kept_elsewhere_is_read_at_each_scrape() {
         r#"reeve_map_entries{map="VERDICTS"} 3"#,
         r#"reeve_map_capacity{map="VERDICTS"} 65536"#,
         r#"reeve_map_missing_entries{map="VERDICTS"} 2"#,
+        r#"reeve_packet_namespace_source{source="kernel_memory"} 1"#,
         r#"reeve_certificate_not_before_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1000"#,
         r#"reeve_certificate_not_after_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 4600"#,
         r#"reeve_certificate_renewal_due_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 2800"#,

@@ -58,6 +58,7 @@ impl Programs {
             ports: Ports::default(),
             maps: Maps::default(),
             log: EbpfLog::Off,
+            namespace_source: None,
         };
         Self {
             datapath: Datapath::load(settings).unwrap(),
