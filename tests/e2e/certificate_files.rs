@@ -278,6 +278,69 @@ fn a_bad_change_keeps_the_old_until_it_expires_and_then_nothing_leaves() {
 }
 
 #[test]
+fn a_malformed_key_is_named_and_none_of_it_is_shown() {
+    let filed = Filed::start();
+    let daemon = &filed.guarded.daemon;
+    let key = filed.root.leaf(SERVER).key_pem().replace('\r', "");
+    let body = key.lines().nth(1).unwrap();
+    for (malformed, why) in [
+        (key.replace('\n', " "), "its line breaks are gone"),
+        (key.replace('\n', "\\n"), "its line breaks are gone"),
+        (
+            key.replace("END PRIVATE KEY", body),
+            "a block begins and does not end",
+        ),
+        (
+            key.replace("PRIVATE KEY", body),
+            "there is no PEM block in it",
+        ),
+        (key.replacen(body, &format!("!{body}"), 1), "is not base64"),
+    ] {
+        put(&filed.folder, "tls.key", &malformed);
+        eventually(why, || {
+            filed.certificate()["lastError"].to_string().contains(why)
+        });
+        assert_eq!(daemon.command(["reload"]).status.code(), Some(1));
+        // The same where a certificate, an authority or a list should be.
+        let file = filed.folder.join("tls.key");
+        let file = file.to_str().unwrap();
+        for words in [
+            &["certs", "inspect", file][..],
+            &["certs", "inspect", file, "--bundle", file, "--crl", file],
+        ] {
+            let output = daemon.command(words.iter().copied());
+            assert!(output.stderr.contains("tls.key holds no certificate"));
+            nothing_of(body, &(output.stdout + &output.stderr));
+        }
+    }
+    let pages = [
+        &["certs"][..],
+        &["certs", "--json"],
+        &["status"],
+        &["status", "--json"],
+    ];
+    for words in pages {
+        nothing_of(body, &daemon.command(words.iter().copied()).stdout);
+    }
+    nothing_of(body, &daemon.get("/metrics").unwrap());
+    nothing_of(body, &daemon.log());
+}
+
+/// No part of a key is in what is shown, neither as text nor as numbers.
+#[track_caller]
+fn nothing_of(key: &str, shown: &str) {
+    let numbers = format!("{:?}", key.as_bytes());
+    for part in [
+        &key[..6],
+        &key[key.len() - 6..],
+        &numbers[1..18],
+        &numbers[numbers.len() - 18..numbers.len() - 1],
+    ] {
+        assert!(!shown.contains(part), "{shown}");
+    }
+}
+
+#[test]
 fn everything_is_read_again_when_asked_and_what_was_refused_is_told() {
     let filed = Filed::start();
     let daemon = &filed.guarded.daemon;

@@ -200,7 +200,7 @@ fn what_cannot_be_inspected_is_said() {
     let folder = Folder::new();
     let empty = folder.write("empty.pem", "");
     for (words, text) in [
-        (vec![&*empty], "expected PEM with at least one certificate"),
+        (vec![&*empty], "empty.pem holds no certificate: it is empty"),
         (
             vec!["./nowhere.pem"],
             "neither a file nor an address with a port",

@@ -128,7 +128,8 @@ pub struct CertificateStatus {
     /// Why the last attempt failed; none where it did not.
     pub last_error: Option<String>,
     /// What an operator should know of the source though nothing fails: `polled` where files cannot
-    /// be watched, `mounted_file` where one is mounted by itself and will never change.
+    /// be watched, `mounted_file` where one is mounted by itself and will never change,
+    /// `systemd_credential` where one changes only when the unit is restarted.
     pub remarks: Vec<String>,
 }
 

@@ -188,6 +188,10 @@ fn explained(remark: &str) -> &str {
         "mounted_file" => {
             "mounted_file: a file is mounted by itself and will never change; mount its folder"
         }
+        "systemd_credential" => {
+            "systemd_credential: changes only when the unit is restarted; for renewal, read the \
+             files themselves"
+        }
         other => other,
     }
 }

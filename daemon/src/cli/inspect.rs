@@ -2,7 +2,7 @@
 
 use std::{
     fmt::Write as _,
-    io,
+    fs, io,
     net::{SocketAddr, ToSocketAddrs},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -11,16 +11,15 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use rustls_pki_types::{
-    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
-    pem::{self, PemObject},
-};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use super::{ca, failed, print, print_json};
 use crate::identity::{
-    BundleError, CryptoPolicy, CryptoProfile, CryptoRules, Inspection, Presented, ProbeError,
-    Probed, SpiffeId, TrustBundle, TrustBundles, TrustDomain, inspect as judge, peer_id, probe,
+    BundleError, CryptoPolicy, CryptoProfile, CryptoRules, Inspection, PemError, Presented,
+    ProbeError, Probed, SpiffeId, TrustBundle, TrustBundles, TrustDomain, inspect as judge,
+    peer_id, pem_file, probe,
 };
 
 /// For a connection, and for each answer on it.
@@ -67,12 +66,16 @@ enum Profile {
 /// Why there is nothing to judge.
 #[derive(Debug, thiserror::Error)]
 enum InspectError {
-    #[error("{} cannot be read: {source}; expected PEM with {what}", .path.display())]
-    File {
+    #[error("{} cannot be read: {error}", .path.display())]
+    File { path: PathBuf, error: io::Error },
+    #[error("{} holds no {what}: {error}", .path.display())]
+    Pem {
         path: PathBuf,
         what: &'static str,
-        source: pem::Error,
+        error: PemError,
     },
+    #[error("found PEM; expected the path of the file that holds it, or an address")]
+    Text,
     #[error("`{what}` is neither a file nor an address with a port: {source}")]
     Nothing { what: String, source: io::Error },
     #[error(transparent)]
@@ -122,7 +125,7 @@ fn look(words: &Inspect) -> Result<Found, InspectError> {
         let presented = match (&words.certificate, &words.key) {
             (Some(chain), Some(key)) => Some(Presented {
                 chain: certificates(chain)?,
-                key: PrivateKeyDer::from_pem_file(key).map_err(unreadable(key, "a private key"))?,
+                key: read(key, "private key", pem_file::private_key)?,
             }),
             _ => None,
         };
@@ -161,31 +164,32 @@ fn look(words: &Inspect) -> Result<Found, InspectError> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, InspectError> {
-    all(path, "at least one certificate")
+    read(path, "certificate", pem_file::certificates)
 }
 
 fn revocation_lists(
     path: &Path,
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, InspectError> {
-    all(path, "at least one revocation list")
+    read(path, "revocation list", pem_file::revocation_lists)
 }
 
-fn all<T: PemObject>(path: &Path, what: &'static str) -> Result<Vec<T>, InspectError> {
-    T::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .and_then(|found| match found.is_empty() {
-            true => Err(pem::Error::NoItemsFound),
-            false => Ok(found),
-        })
-        .map_err(unreadable(path, what))
-}
-
-fn unreadable(path: &Path, what: &'static str) -> impl FnOnce(pem::Error) -> InspectError {
+/// What a file holds. Any of them may hold a key.
+fn read<T>(
+    path: &Path,
+    what: &'static str,
+    parse: impl FnOnce(&[u8]) -> Result<T, PemError>,
+) -> Result<T, InspectError> {
     let path = path.to_owned();
-    move |source| InspectError::File { path, what, source }
+    match fs::read(&path).map(Zeroizing::new) {
+        Ok(text) => parse(&text).map_err(|error| InspectError::Pem { path, what, error }),
+        Err(error) => Err(InspectError::File { path, error }),
+    }
 }
 
 fn address(text: &str) -> Result<SocketAddr, InspectError> {
+    if text.contains("-----BEGIN ") {
+        return Err(InspectError::Text);
+    }
     let nothing = |source| InspectError::Nothing {
         what: text.to_owned(),
         source,

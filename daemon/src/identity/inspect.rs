@@ -67,9 +67,6 @@ pub fn inspect(
                 Ok(id) => found.id = Some(id),
                 Err(rule) => found.breaks(rule, Some(position)),
             }
-            if certificate.is_ca() {
-                found.breaks(RejectReason::LeafIsCa, Some(position));
-            }
             for result in [
                 svid_rules::check_leaf(&certificate),
                 policy.check_leaf(&certificate),

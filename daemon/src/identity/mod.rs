@@ -14,6 +14,7 @@ mod federation;
 mod files;
 mod inspect;
 mod key_kind;
+pub mod pem_file;
 mod probe;
 mod reject;
 mod renewal;
@@ -44,6 +45,7 @@ pub use federation::{
 pub use files::{FilesLayout, FilesSource, PathPattern, read_revocation_lists};
 pub use inspect::{BrokenRule, Inspection, inspect};
 pub use key_kind::KeyKind;
+pub use pem_file::PemError;
 pub use probe::{Presented, ProbeError, Probed, probe};
 pub use reject::RejectReason;
 pub use server_name::{server_name_for, server_name_matches};

@@ -46,8 +46,6 @@ reject_reasons! {
         "the certificate's SPIFFE ID names a trust domain, not a workload: it has no path";
     LeafIsCa = "leaf_is_ca", InvalidSvid,
         "the certificate is a CA's";
-    LeafBasicConstraints = "leaf_basic_constraints", InvalidSvid,
-        "the certificate has no BasicConstraints";
     LeafKeyUsage = "leaf_key_usage", InvalidSvid,
         "the certificate has no KeyUsage, or one without digitalSignature";
     LeafMaySign = "leaf_may_sign", InvalidSvid,

@@ -39,6 +39,8 @@ pub enum Remark {
     Polled,
     /// A file is mounted by itself, as a `subPath` is: it will never change.
     MountedFile,
+    /// A file is a systemd credential, which changes only when the unit is restarted.
+    SystemdCredential,
 }
 
 /// One identity's certificate as a source gives it: unchecked, and always the whole set.
@@ -74,7 +76,7 @@ pub enum SourceError {
 
 impl Remark {
     /// Every remark.
-    pub const ALL: [Self; 2] = [Self::Polled, Self::MountedFile];
+    pub const ALL: [Self; 3] = [Self::Polled, Self::MountedFile, Self::SystemdCredential];
 
     /// Name in metrics and status.
     #[must_use]
@@ -82,6 +84,7 @@ impl Remark {
         match self {
             Self::Polled => "polled",
             Self::MountedFile => "mounted_file",
+            Self::SystemdCredential => "systemd_credential",
         }
     }
 }

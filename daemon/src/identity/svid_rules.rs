@@ -36,12 +36,14 @@ pub(super) fn only_uri<'a>(certificate: &'a X509Certificate<'_>) -> Result<&'a s
     }
 }
 
-/// Rules for a workload's certificate. That cA is false is webpki's check.
+/// Rules for a workload's certificate. BasicConstraints may be missing, as Vault and step-ca leave
+/// them out: cA is then false (RFC 5280, section 4.2.1.9).
 pub(super) fn check_leaf(certificate: &X509Certificate<'_>) -> Result<(), RejectReason> {
     let constraints = certificate.basic_constraints();
-    constraints
-        .map_err(|_| RejectReason::Malformed)?
-        .ok_or(RejectReason::LeafBasicConstraints)?;
+    let constraints = constraints.map_err(|_| RejectReason::Malformed)?;
+    if constraints.is_some_and(|constraints| constraints.value.ca) {
+        return Err(RejectReason::LeafIsCa);
+    }
     let usage = key_usage(certificate)?.ok_or(RejectReason::LeafKeyUsage)?;
     if !usage.digital_signature() {
         return Err(RejectReason::LeafKeyUsage);

@@ -75,8 +75,13 @@ pub(super) fn is_template(text: &str) -> bool {
     holds("{{", "}}") || holds("${", "}") || holds("<%", "%>")
 }
 
-/// Somebody's text as it may stand in a message: short, on one line, without control characters.
+/// A text of a file as it may stand in a message: short, on one line, without control characters, and
+/// never a private key.
 pub(crate) fn shown(text: &str) -> String {
+    if text.contains("-----BEGIN ") {
+        // Perhaps a key, where its file's name should be.
+        return "-----BEGIN …".to_owned();
+    }
     let mut shown: String = text
         .chars()
         .take(SHOWN_LENGTH)

@@ -72,8 +72,6 @@ flaws! {
     NotText => "invalid_spiffe_id",
     /// A trust domain's ID.
     NoPath => "id_without_path",
-    /// BasicConstraints missing.
-    NoBasicConstraints => "leaf_basic_constraints",
     /// cA is true.
     LeafIsCa => "leaf_is_ca",
     /// KeyUsage missing.
@@ -182,7 +180,6 @@ impl Flaw {
                 params.custom_extensions.push(san);
             }),
             Self::NoPath => with_uri(&format!("spiffe://{}", rest.split('/').next().unwrap())),
-            Self::NoBasicConstraints => with(|params| params.is_ca = IsCa::NoCa),
             Self::LeafIsCa => with(|params| {
                 params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             }),

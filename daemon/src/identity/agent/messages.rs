@@ -4,7 +4,7 @@
 //! They are written down here, and not taken from a client library, for what those leave out: the
 //! revocation lists that come with a response, and every identity of it but the first.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt};
 
 use prost::Message;
 
@@ -27,6 +27,7 @@ pub(super) struct X509SvidResponse {
 
 /// One SVID with its key and its trust domain's bundle.
 #[derive(Clone, PartialEq, Message)]
+#[prost(skip_debug)]
 pub(super) struct X509Svid {
     #[prost(string, tag = "1")]
     pub(super) spiffe_id: String,
@@ -101,6 +102,7 @@ pub(super) struct DelegatedResponse {
 
 /// One SVID and its key, PKCS #8, DER.
 #[derive(Clone, PartialEq, Message)]
+#[prost(skip_debug)]
 pub(super) struct SvidWithKey {
     #[prost(message, optional, tag = "1")]
     pub(super) x509_svid: Option<SvidChain>,
@@ -135,4 +137,24 @@ pub(super) struct BundlesRequest {}
 pub(super) struct BundlesResponse {
     #[prost(map = "string, bytes", tag = "1")]
     pub(super) ca_certificates: HashMap<String, Vec<u8>>,
+}
+
+// === impl Debug ===
+
+// By hand, without the keys.
+
+impl fmt::Debug for X509Svid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("X509Svid")
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SvidWithKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SvidWithKey")
+            .field("x509_svid", &self.x509_svid)
+            .finish_non_exhaustive()
+    }
 }

@@ -18,10 +18,11 @@ use std::{
 };
 
 use rcgen::KeyPair;
-use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use zeroize::Zeroizing;
 
 use super::{CaError, changes::Changes};
+use crate::identity::{PemError, pem_file};
 
 pub(super) const ROOT: Names = Names("root.key", "root.pem");
 pub(super) const NEXT: Names = Names("next.key", "next.pem");
@@ -130,7 +131,12 @@ impl Folder {
         };
         match self.file(BUNDLE)? {
             Some(file) => {
-                for root in read_pem(file, &self.path.join(BUNDLE), "certificate")? {
+                for root in read(
+                    file,
+                    &self.path.join(BUNDLE),
+                    "certificate",
+                    pem_file::certificates,
+                )? {
                     if !trusted.contains(&root) {
                         trusted.push(root);
                     }
@@ -144,7 +150,10 @@ impl Folder {
             None => {}
         }
         let lists = match self.file(LISTS)? {
-            Some(file) => read_pem(file, &self.path.join(LISTS), "revocation list")?,
+            Some(file) => {
+                let path = self.path.join(LISTS);
+                read(file, &path, "revocation list", pem_file::revocation_lists)?
+            }
             None => Vec::new(),
         };
         Ok(Some(Contents {
@@ -218,7 +227,7 @@ impl Folder {
                 check_private(&key, &key_path, KEY_MODE)?;
                 Ok(Some(Pair {
                     key: read_key(key, &key_path)?,
-                    chain: read_pem(chain, &chain_path, "certificate")?,
+                    chain: read(chain, &chain_path, "certificate", pem_file::certificates)?,
                     key_path,
                     chain_path,
                 }))
@@ -279,36 +288,31 @@ fn check_private(file: &File, path: &Path, wanted: u32) -> Result<(), CaError> {
     Ok(())
 }
 
-fn read_key(mut file: File, path: &Path) -> Result<KeyPair, CaError> {
-    let mut pem = Zeroizing::new(String::new());
-    file.read_to_string(&mut pem)
-        .map_err(io_error("read", path))?;
-    KeyPair::from_pem(&pem).map_err(|error| CaError::Unreadable {
+fn read_key(file: File, path: &Path) -> Result<KeyPair, CaError> {
+    let key = Zeroizing::new(read(file, path, "private key", pem_file::private_key)?);
+    // The library's error could repeat what it has read.
+    KeyPair::try_from(key.secret_der()).map_err(|_| CaError::Unreadable {
         path: path.to_owned(),
         what: "private key",
-        error: error.to_string(),
+        error: "it is of a kind that cannot sign here".to_owned(),
     })
 }
 
-/// Every block of one kind, of which there is at least one.
-fn read_pem<T: PemObject>(
+/// What a PEM file holds. Any of them may hold a key.
+fn read<T>(
     mut file: File,
     path: &Path,
     what: &'static str,
-) -> Result<Vec<T>, CaError> {
-    let mut pem = Vec::new();
-    file.read_to_end(&mut pem).map_err(io_error("read", path))?;
-    T::pem_slice_iter(&pem)
-        .collect::<Result<Vec<_>, _>>()
-        .and_then(|found| match found.is_empty() {
-            true => Err(rustls_pki_types::pem::Error::NoItemsFound),
-            false => Ok(found),
-        })
-        .map_err(|error| CaError::Unreadable {
-            path: path.to_owned(),
-            what,
-            error: error.to_string(),
-        })
+    parse: impl FnOnce(&[u8]) -> Result<T, PemError>,
+) -> Result<T, CaError> {
+    let mut text = Zeroizing::new(Vec::new());
+    file.read_to_end(&mut text)
+        .map_err(io_error("read", path))?;
+    parse(&text).map_err(|error| CaError::Unreadable {
+        path: path.to_owned(),
+        what,
+        error: error.to_string(),
+    })
 }
 
 pub(super) fn io_error<'a>(

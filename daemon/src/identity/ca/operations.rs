@@ -7,7 +7,7 @@ use std::{
 };
 
 use rcgen::{Issuer, KeyPair};
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rustls_pki_types::CertificateDer;
 
 use super::{
     CaError,
@@ -17,7 +17,7 @@ use super::{
     lists::{self, Crl, Split},
     template,
 };
-use crate::identity::{SpiffeId, TrustDomain, svid_rules};
+use crate::identity::{SpiffeId, TrustDomain, pem_file, svid_rules};
 
 /// Ten years: replacing a root means visiting every node.
 pub const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
@@ -344,9 +344,9 @@ fn serial_of(file: &Path, signer: &Signer) -> Result<Vec<u8>, CaError> {
         path: file.to_owned(),
         error,
     })?;
-    let der =
-        CertificateDer::from_pem_slice(&pem).map_err(|error| unreadable(error.to_string()))?;
-    let certificate = svid_rules::parse(&der).map_err(|reason| unreadable(reason.to_string()))?;
+    let chain = pem_file::certificates(&pem).map_err(|error| unreadable(error.to_string()))?;
+    let der = chain.first().map_or(&[][..], |der| der.as_ref());
+    let certificate = svid_rules::parse(der).map_err(|reason| unreadable(reason.to_string()))?;
     if certificate.issuer().as_raw() != signer.subject()? {
         return Err(CaError::IssuedElsewhere {
             certificate: file.to_owned(),

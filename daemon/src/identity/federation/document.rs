@@ -66,8 +66,8 @@ pub enum KeyProblem {
     #[error("has {0} in `x5c`; expected exactly one")]
     Certificates(String),
     /// The certificate is not base64 of DER.
-    #[error("has no base64 in `x5c[0]`: {0}")]
-    Base64(String),
+    #[error("has no base64 in `x5c[0]`")]
+    Base64,
     /// The certificate may not sign.
     #[error("has a certificate that is refused: {0}")]
     Certificate(RejectReason),
@@ -100,7 +100,7 @@ impl BundleDocument {
     /// # Errors
     /// The first thing in it that is wrong.
     pub fn parse(text: &[u8]) -> Result<Self, DocumentError> {
-        let json = |error: serde_json::Error| DocumentError::Json(error.to_string());
+        let json = |error: serde_json::Error| DocumentError::Json(without_contents(&error));
         let written: Written = serde_json::from_slice(text).map_err(json)?;
         are_objects(&serde_json::from_slice(text).map_err(json)?)?;
         let keys = written.keys.ok_or(DocumentError::NoKeys)?;
@@ -171,10 +171,23 @@ impl WrittenKey {
             },
             _ => return Err(wrong("something that is no list".into())),
         };
-        let der = STANDARD
-            .decode(text)
-            .map_err(|error| KeyProblem::Base64(error.to_string()))?;
+        let der = STANDARD.decode(text).map_err(|_| KeyProblem::Base64)?;
         Ok(Some(der.into()))
+    }
+}
+
+/// A parser's error without the text that it found: a file may be another than it should be, and
+/// hold a key.
+fn without_contents(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let found = ["invalid type: string ", "invalid value: string "];
+    match found.iter().find(|start| text.starts_with(**start)) {
+        // What was expected comes last, behind the text that was found.
+        Some(start) => match text.rsplit_once(", expected ") {
+            Some((_, expected)) => format!("{}, expected {expected}", start.trim_end()),
+            None => start.trim_end().to_owned(),
+        },
+        None => text,
     }
 }
 
@@ -293,6 +306,10 @@ mod tests {
                 "`keys[0]` is no JSON object",
             ),
             ("{\"keys\":{}}", "expected a sequence"),
+            (
+                "{\"keys\":\"MIGHAg, expected\"}",
+                "cannot be read: invalid type: string, expected a sequence",
+            ),
             ("{\"keys\":[7]}", "invalid type"),
             ("{\"keys\":[],\"keys\":[]}", "duplicate field `keys`"),
             (

@@ -1,6 +1,6 @@
 //! One answer of a bundle endpoint, by HTTPS.
 
-use std::{error::Error, path::PathBuf, sync::Arc, time::Duration};
+use std::{error::Error, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use http::{
     Request, StatusCode,
@@ -17,13 +17,14 @@ use rustls::{
     client::{WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::CryptoProvider,
 };
-use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
+use rustls_native_certs::ErrorKind;
+use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 
 use super::{BundleDocument, EndpointError, EndpointUrl};
 use crate::identity::{
-    RejectReason, SpiffeId, SvidVerifier, TrustBundle, TrustDomain, TrustStore, crypto,
+    RejectReason, SpiffeId, SvidVerifier, TrustBundle, TrustDomain, TrustStore, crypto, pem_file,
 };
 
 /// For the name's addresses and the TCP connection.
@@ -181,14 +182,21 @@ fn authorities(file: Option<&PathBuf>) -> Result<Vec<CertificateDer<'static>>, E
         let found = rustls_native_certs::load_native_certs();
         return match &found.errors[..] {
             [error, ..] if found.certs.is_empty() => {
-                Err(EndpointError::Authorities(error.to_string()))
+                // Of a file that is no PEM the library's error repeats the bytes.
+                let why = match &error.kind {
+                    ErrorKind::Io { inner, path } => format!("{}: {inner}", path.display()),
+                    _ => "the operating system's files are no PEM".to_owned(),
+                };
+                Err(EndpointError::Authorities(why))
             }
             _ => Ok(found.certs),
         };
     };
-    CertificateDer::pem_file_iter(file)
-        .and_then(Iterator::collect)
-        .map_err(|error| EndpointError::Authorities(format!("{}: {error}", file.display())))
+    let unusable = |error: &dyn fmt::Display| {
+        EndpointError::Authorities(format!("{}: {error}", file.display()))
+    };
+    let text = std::fs::read(file).map_err(|error| unusable(&error))?;
+    pem_file::certificates(&text).map_err(|error| unusable(&error))
 }
 
 /// With what lies below an error: the outermost says little.

@@ -25,7 +25,6 @@ use std::{
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
-use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tokio::{task::JoinHandle, time::timeout};
 
 use self::{
@@ -33,7 +32,8 @@ use self::{
     thread::Fetcher,
 };
 use super::{
-    BundleError, IdentityStore, ReloadCounts, ReloadResult, TrustBundle, TrustDomain, hex,
+    BundleError, IdentityStore, PemError, ReloadCounts, ReloadResult, TrustBundle, TrustDomain,
+    hex, pem_file,
 };
 use crate::privileges::Confinement;
 
@@ -76,7 +76,7 @@ pub enum BundleFileError {
     Read(#[from] std::io::Error),
     /// It is neither PEM nor a bundle document.
     #[error("it has no certificate: {0}; expected PEM, or a SPIFFE bundle document")]
-    Pem(rustls_pki_types::pem::Error),
+    Pem(PemError),
     /// It is a bundle document that cannot be used.
     #[error(transparent)]
     Document(#[from] DocumentError),
@@ -136,13 +136,7 @@ fn parse_bundle(domain: &TrustDomain, text: &[u8]) -> Result<TrustBundle, Bundle
     if text.trim_ascii_start().first() == Some(&b'{') {
         return Ok(BundleDocument::parse(text)?.bundle(domain.clone())?);
     }
-    let certificates = CertificateDer::pem_slice_iter(text)
-        .collect::<Result<Vec<_>, _>>()
-        .and_then(|certificates| match certificates.is_empty() {
-            true => Err(rustls_pki_types::pem::Error::NoItemsFound),
-            false => Ok(certificates),
-        })
-        .map_err(BundleFileError::Pem)?;
+    let certificates = pem_file::certificates(text).map_err(BundleFileError::Pem)?;
     Ok(TrustBundle::new(domain.clone(), certificates, Vec::new())?)
 }
 

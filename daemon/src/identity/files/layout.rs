@@ -41,6 +41,9 @@ impl PathPattern {
         if text.is_empty() || text.contains('\0') {
             return Err("found an empty path".to_owned());
         }
+        if text.contains("-----BEGIN ") {
+            return Err("found PEM; expected the path of the file that holds it".to_owned());
+        }
         let mut rest = text.to_owned();
         for placeholder in PLACEHOLDERS {
             rest = rest.replace(placeholder, "");

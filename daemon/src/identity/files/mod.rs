@@ -62,6 +62,8 @@ struct Known {
     polled: Polled,
     /// One of them is mounted by itself, and will never change.
     mounted: AtomicBool,
+    /// One of them is a systemd credential.
+    credential: AtomicBool,
 }
 
 // === impl FilesSource ===
@@ -96,6 +98,7 @@ impl FilesSource {
         Ok(move || {
             let set = read::read(&paths)?;
             known.mounted.store(set.mounted, Ordering::Relaxed);
+            known.credential.store(set.credential, Ordering::Relaxed);
             parse::material(&paths, &set, &domain, &bundles)
         })
     }
@@ -132,7 +135,7 @@ impl CertificateSource for FilesSource {
         let files = Files::watch(Vec::new(), paths.all().cloned().collect());
         let known = Arc::new(Known {
             polled: files.polled().clone(),
-            mounted: AtomicBool::new(false),
+            ..Known::default()
         });
         let mut all = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert(id.clone(), known);
@@ -141,12 +144,15 @@ impl CertificateSource for FilesSource {
 
     fn remarks(&self, id: &SpiffeId) -> Vec<Remark> {
         let known = self.known(id);
-        let polled = known.polled.get().then_some(Remark::Polled);
-        let mounted = known.mounted.load(Ordering::Relaxed);
-        polled
-            .into_iter()
-            .chain(mounted.then_some(Remark::MountedFile))
-            .collect()
+        let set = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        [
+            (known.polled.get(), Remark::Polled),
+            (set(&known.mounted), Remark::MountedFile),
+            (set(&known.credential), Remark::SystemdCredential),
+        ]
+        .into_iter()
+        .filter_map(|(is, remark)| is.then_some(remark))
+        .collect()
     }
 }
 

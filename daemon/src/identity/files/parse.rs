@@ -7,14 +7,13 @@ use std::{
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
-use rustls_pki_types::{
-    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
-    pem::{self, PemObject},
-};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use zeroize::Zeroizing;
 
 use super::read::{Paths, Set};
-use crate::identity::{Material, SourceError, TrustBundle, TrustDomain, svid_rules};
+use crate::identity::{
+    Material, PemError, SourceError, TrustBundle, TrustDomain, pem_file, svid_rules,
+};
 
 /// The bundles that are in use, by what they were made from: a thousand identities mostly have the
 /// same, and it is kept once.
@@ -30,9 +29,9 @@ pub(super) fn material(
     bundles: &Bundles,
 ) -> Result<Material, SourceError> {
     let chain = certificates(&paths.certificate, &set.certificate)?;
-    let key = PrivateKeyDer::from_pem_slice(&set.key)
+    let key = pem_file::private_key(&set.key)
         .map(Zeroizing::new)
-        .map_err(|error| unreadable(&paths.key, "an unencrypted private key", &error))?;
+        .map_err(|error| unreadable(&paths.key, "a private key", error))?;
     let mut own = Vec::new();
     if let (Some(path), Some(bytes)) = (&paths.bundle, &set.bundle) {
         let lists = set.revocation_lists.as_deref();
@@ -58,44 +57,19 @@ pub(super) fn material(
 }
 
 /// The certificates in a PEM file, at least one.
-pub(in crate::identity) fn certificates(
-    path: &Path,
-    bytes: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, SourceError> {
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(bytes).collect();
-    match found {
-        Ok(found) if found.is_empty() => {
-            Err(unreadable(path, "a certificate", &pem::Error::NoItemsFound))
-        }
-        Ok(found) => Ok(found),
-        Err(error) => Err(unreadable(path, "a certificate", &error)),
-    }
+fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, SourceError> {
+    pem_file::certificates(bytes).map_err(|error| unreadable(path, "a certificate", error))
 }
 
-/// The revocation lists in a PEM file, at least one, or the one that a DER file is: an authority
-/// publishes them so.
+/// The revocation lists in a file, at least one.
 pub(in crate::identity) fn revocation_lists(
     path: &Path,
     bytes: &[u8],
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, SourceError> {
-    /// Of an ASN.1 SEQUENCE, with which a PEM file cannot begin.
-    const SEQUENCE: u8 = 0x30;
-    if bytes.first() == Some(&SEQUENCE) {
-        return Ok(vec![bytes.to_vec().into()]);
-    }
-    let found: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(bytes).collect();
-    match found {
-        Ok(found) if found.is_empty() => Err(unreadable(
-            path,
-            "a revocation list",
-            &pem::Error::NoItemsFound,
-        )),
-        Ok(found) => Ok(found),
-        Err(error) => Err(unreadable(path, "a revocation list", &error)),
-    }
+    pem_file::revocation_lists(bytes).map_err(|error| unreadable(path, "a revocation list", error))
 }
 
-fn unreadable(path: &Path, what: &str, error: &pem::Error) -> SourceError {
+fn unreadable(path: &Path, what: &str, error: PemError) -> SourceError {
     SourceError::Unreadable(format!(
         "{} does not hold {what} in PEM: {error}",
         path.display()

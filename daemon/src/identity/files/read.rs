@@ -20,6 +20,8 @@ const MAX_SIZE: u64 = 16 << 20;
 const ATTEMPTS: u32 = 5;
 /// Between two of these.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Where systemd puts the credentials of its units, each in a folder of its own.
+const CREDENTIALS: &str = "/run/credentials";
 /// The link that a Kubernetes volume swaps in order to change all of its files at once.
 const DATA: &str = "..data";
 
@@ -40,6 +42,8 @@ pub(super) struct Set {
     pub(super) revocation_lists: Option<Zeroizing<Vec<u8>>>,
     /// One of them is a mount of its own.
     pub(super) mounted: bool,
+    /// One of them is a systemd credential.
+    pub(super) credential: bool,
 }
 
 // === impl Paths ===
@@ -99,6 +103,7 @@ pub(super) fn read(paths: &Paths) -> Result<Set, SourceError> {
                 return Ok(Set {
                     // By the names that were configured: a link into a folder is no mount.
                     mounted: paths.all().any(|path| is_mount(path)),
+                    credential: paths.all().any(|path| is_credential(path)),
                     ..set
                 });
             }
@@ -120,6 +125,7 @@ fn read_once(paths: &Paths) -> Result<Set, SourceError> {
         bundle: optional(&paths.bundle)?,
         revocation_lists: optional(&paths.revocation_lists)?,
         mounted: false,
+        credential: false,
     })
 }
 
@@ -168,4 +174,9 @@ fn is_mount(path: &Path) -> bool {
         (Some(file), Some(folder)) => file != folder,
         _ => false,
     }
+}
+
+/// Whether a file is a credential of a systemd unit: a copy that was made when the unit was started.
+fn is_credential(path: &Path) -> bool {
+    fs::canonicalize(path).is_ok_and(|target| target.starts_with(CREDENTIALS))
 }

@@ -200,6 +200,40 @@ fn a_file_that_is_mounted_by_itself_is_found() {
     .unwrap();
 }
 
+#[test]
+fn a_systemd_credential_is_remarked() {
+    // A mount namespace of this thread alone, with a `/run` of its own.
+    thread::spawn(|| {
+        let none = None::<&Path>;
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(none, "/", none, private, none).unwrap();
+        mount(none, "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        let folder = Path::new("/run/credentials/reeve.service");
+        fs::create_dir_all(folder).unwrap();
+        for name in ["tls.crt", "tls.key"] {
+            fs::write(folder.join(name), "not read here").unwrap();
+        }
+        let source = FilesSource::new(layout(folder));
+        assert!(source.read(&id()).is_err(), "they hold nothing in PEM");
+        assert_eq!(source.remarks(&id()), [Remark::SystemdCredential]);
+        // A link to it is the same; a copy elsewhere is not.
+        let (link, copy) = (Path::new("/run/link"), Path::new("/run/copy"));
+        symlink(folder, link).unwrap();
+        fs::create_dir(copy).unwrap();
+        for name in ["tls.crt", "tls.key"] {
+            fs::copy(folder.join(name), copy.join(name)).unwrap();
+        }
+        for (folder, remarks) in [(link, &[Remark::SystemdCredential][..]), (copy, &[])] {
+            let source = FilesSource::new(layout(folder));
+            let _ = source.read(&id());
+            assert_eq!(source.remarks(&id()), remarks);
+        }
+    })
+    .join()
+    .unwrap();
+}
+
 /// Run by [`that_files_are_only_polled_is_said`] where nothing can be watched.
 #[tokio::test]
 #[ignore = "for a process whose user has no inotify watches"]

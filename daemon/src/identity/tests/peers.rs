@@ -54,6 +54,10 @@ fn what_is_right_is_accepted() {
         params.extended_key_usages.clear();
         params.distinguished_name.push(DnType::CommonName, "stock");
     }));
+    // BasicConstraints may be missing.
+    world.accepts(&world.root.leaf_with(PEERS, |params| {
+        params.is_ca = rcgen::IsCa::NoCa;
+    }));
     // Intermediates without an ID, with the trust domain's, and with another trust domain's.
     world.accepts(&world.root.intermediate(|_| {}).leaf(PEERS));
     for domain in ["spiffe://example.org", "spiffe://upstream.example"] {
