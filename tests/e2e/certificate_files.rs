@@ -4,7 +4,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use harness::{
-    Reeve,
+    Programs, Reeve,
     certs::{Authority, Issued},
     eventually,
     hbone::{Conduct, Stream, Tunnel},
@@ -239,6 +239,75 @@ fn an_expired_clients_tunnel_is_closed_and_no_other() {
 }
 
 #[test]
+fn an_expired_roots_clients_are_closed_at_its_end_and_no_others() {
+    let filed = Filed::start();
+    let end = OffsetDateTime::now_utc() + Duration::from_secs(12);
+    let other = Authority::root_with("example.org", |params| params.not_after = end);
+    let both = lists(&filed.root, &[]) + &lists(&other, &[]);
+    put(&filed.folder, "crl.pem", &both);
+    put_all(
+        &filed.folder,
+        &filed.root.leaf(SERVER),
+        &[&filed.root, &other],
+    );
+    eventually("both roots are trusted", || {
+        let right = filed.guarded.client(&other.leaf(CLIENT));
+        right.handshake(filed.guarded.tunnel_port()).is_ok()
+    });
+    let mut stays = filed.open(&filed.root.leaf(CLIENT));
+    let mut goes = filed.open(&other.leaf(CLIENT));
+    eventually("the expired root's stream ends", || {
+        filed.closed("certificate_expired") == 1.0
+    });
+    let late = OffsetDateTime::now_utc() - end;
+    assert!(late < Duration::from_secs(4), "{late}");
+    assert!(goes.stream.receive().is_err());
+    stays.echoes();
+    let refused = filed.guarded.client(&other.leaf(CLIENT));
+    refused.handshake(filed.guarded.tunnel_port()).unwrap_err();
+}
+
+#[test]
+fn an_own_ca_that_expires_is_announced_and_then_nothing_is_ready() {
+    let filed = Filed::start();
+    let daemon = &filed.guarded.daemon;
+    let before = filed.certificate();
+    let end = OffsetDateTime::now_utc() + Duration::from_secs(10);
+    let brief = filed.root.intermediate(|params| params.not_after = end);
+    put(
+        &filed.folder,
+        "crl.pem",
+        &(lists(&filed.root, &[]) + &lists(&brief, &[])),
+    );
+    put_all(&filed.folder, &brief.leaf(SERVER), &[&filed.root]);
+    eventually("the certificate below it", || {
+        filed.certificate()["serial"] != before["serial"]
+    });
+    let certificate = filed.certificate();
+    assert!(
+        certificate["secondsLeft"].as_u64().unwrap() <= 10,
+        "{certificate}"
+    );
+    assert_eq!(certificate["signerNotAfter"], certificate["notAfter"]);
+    assert_eq!(certificate["remarks"], json!(["signer_expires"]));
+    daemon.wait_for_log(&["a CA above the certificate expires soon"]);
+    let page = daemon.command(["certs"]).ok();
+    assert!(page.contains("signer_expires"), "{page}");
+    let mut open = filed.open(&filed.root.leaf(CLIENT));
+
+    eventually("the daemon is not ready", || !daemon.is_ready());
+    daemon.wait_for_log(&["a CA above the certificate has expired"]);
+    assert!(filed.certificate()["serial"].is_null());
+    assert!(open.stream.receive().is_err());
+    let right = filed.guarded.client(&filed.root.leaf(CLIENT));
+    right.handshake(filed.guarded.tunnel_port()).unwrap_err();
+
+    put_all(&filed.folder, &filed.root.leaf(SERVER), &[&filed.root]);
+    eventually("the daemon is ready", || daemon.is_ready());
+    filed.open(&filed.root.leaf(CLIENT));
+}
+
+#[test]
 fn a_bad_change_keeps_the_old_until_it_expires_and_then_nothing_leaves() {
     let (root, mut folder) = (Authority::root("example.org"), PathBuf::new());
     let lifetime = Duration::from_secs(12);
@@ -308,9 +377,14 @@ fn a_malformed_key_is_named_and_none_of_it_is_shown() {
             &["certs", "inspect", file][..],
             &["certs", "inspect", file, "--bundle", file, "--crl", file],
         ] {
-            let output = daemon.command(words.iter().copied());
-            assert!(output.stderr.contains("tls.key holds no certificate"));
-            nothing_of(body, &(output.stdout + &output.stderr));
+            let output = std::process::Command::new(&Programs::get().reeve)
+                .args(words)
+                .output()
+                .unwrap();
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(said.contains("tls.key holds no certificate"), "{said}");
+            nothing_of(body, &said);
         }
     }
     let pages = [

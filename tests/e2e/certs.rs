@@ -141,6 +141,89 @@ fn trust_revocation_identity_and_profile_are_checked_where_they_are_given() {
 }
 
 #[test]
+fn the_path_is_judged_and_not_what_is_presented_besides() {
+    let folder = Folder::new();
+    let root = Authority::root("example.org");
+    let bundle = folder.write("bundle.pem", &root.certificate_pem());
+    let issued = root.intermediate(|_| {}).leaf(CLIENT);
+    let spare = root.intermediate(harness::certs::expire);
+    let chain = issued.chain_pem();
+    let more = folder.write("more.pem", &(chain.clone() + &spare.certificate_pem()));
+    for words in [vec![&*more], vec![&more, "--bundle", &bundle]] {
+        let (found, is_right) = inspect(&words);
+        assert!(is_right, "{found}");
+        assert_eq!(found["unused"], serde_json::json!([3]));
+    }
+    // Reissued under the same name, and presented beside the one that has expired.
+    let (old, new) = (root.reissued(harness::certs::expire), root.reissued(|_| {}));
+    let both = folder.write(
+        "both.pem",
+        &(old.certificate_pem() + &new.certificate_pem()),
+    );
+    let leaf = folder.write("leaf.pem", &root.leaf(CLIENT).chain_pem());
+    assert!(inspect(&[&leaf, "--bundle", &both]).1);
+
+    let reversed: Vec<String> = issued.chain.iter().rev().map(|der| pem(der)).collect();
+    let reversed = folder.write("reversed.pem", &reversed.concat());
+    let (found, _) = inspect(&[&reversed, "--bundle", &bundle]);
+    assert_eq!(rules(&found), ["chain_reversed"]);
+
+    let joined = folder.write("joined.pem", &(chain.trim_end().to_owned() + &chain));
+    let marked = folder.write("marked.pem", &format!("\u{feff}{chain}"));
+    let key = folder.write("svid.key", &issued.key_pem());
+    let binary = folder.write("svid.der", "");
+    fs::write(&binary, &issued.chain[0]).unwrap();
+    for (words, said) in [
+        (
+            vec![&*joined],
+            "joined.pem holds no certificate: a BEGIN line does not start",
+        ),
+        (
+            vec![&marked],
+            "marked.pem holds no certificate: it begins with a byte order mark",
+        ),
+        (
+            vec![&binary],
+            "svid.der holds no certificate: it is DER, not PEM",
+        ),
+        (
+            vec![&key],
+            "svid.key holds no certificate: it holds only a block of the kind `PRIVATE KEY`",
+        ),
+        (
+            vec![&leaf, "--bundle", &leaf],
+            "leaf.pem: certificate 1 of the trust bundle",
+        ),
+    ] {
+        let output = reeve(&words);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(text.contains(said), "{text}");
+    }
+}
+
+fn pem(der: &[u8]) -> String {
+    pem::encode(&pem::Pem::new("CERTIFICATE", der))
+}
+
+#[test]
+fn a_roots_path_length_and_its_right_to_sign_lists_are_judged() {
+    let folder = Folder::new();
+    let root = Authority::root_with("example.org", |params| {
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
+        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    });
+    let bundle = folder.write("bundle.pem", &root.certificate_pem());
+    let leaf = folder.write("leaf.pem", &root.leaf(CLIENT).chain_pem());
+    let below = folder.write(
+        "below.pem",
+        &root.intermediate(|_| {}).leaf(CLIENT).chain_pem(),
+    );
+    assert!(inspect(&[&leaf, "--bundle", &bundle]).1);
+    let (found, _) = inspect(&[&below, "--bundle", &bundle]);
+    assert_eq!(rules(&found), ["path_length"]);
+}
+
+#[test]
 fn a_live_tunnel_port_is_inspected() {
     let guarded = Guarded::start();
     let folder = Folder::new();

@@ -111,12 +111,13 @@ pub struct CertificateStatus {
     pub generation: Option<u64>,
     /// Start of validity.
     pub not_before: Option<String>,
-    /// End of validity.
+    /// When the first certificate of its chain expires, the authority that vouches for it included:
+    /// peers refuse it from then on.
     pub not_after: Option<String>,
     /// Seconds until then.
     pub seconds_left: Option<u64>,
-    /// When the first of the intermediates expires that are presented with it.
-    pub intermediate_not_after: Option<String>,
+    /// When the first CA of the chain expires, the authority included.
+    pub signer_not_after: Option<String>,
     /// When the source is asked next.
     pub next_attempt: Option<String>,
     /// When the source was last asked.
@@ -129,7 +130,8 @@ pub struct CertificateStatus {
     pub last_error: Option<String>,
     /// What an operator should know of the source though nothing fails: `polled` where files cannot
     /// be watched, `mounted_file` where one is mounted by itself and will never change,
-    /// `systemd_credential` where one changes only when the unit is restarted.
+    /// `systemd_credential` where one changes only when the unit is restarted, `signer_expires` where
+    /// a CA of the chain has less than a tenth of its lifetime left.
     pub remarks: Vec<String>,
 }
 

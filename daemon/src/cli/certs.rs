@@ -108,8 +108,12 @@ fn identity(page: &mut String, certificate: &CertificateStatus) {
             line(page, "issuer", known(&certificate.issuer));
             line(page, "serial", known(&certificate.serial));
             line(page, "valid", &format!("{from} to {until}, {left} left"));
-            if let Some(until) = &certificate.intermediate_not_after {
-                line(page, "intermediate", &format!("valid to {until}"));
+            if let Some(until) = &certificate.signer_not_after {
+                line(
+                    page,
+                    "signers",
+                    &format!("the first CA above it expires {until}"),
+                );
             }
             let generation = certificate.generation.unwrap_or_default();
             line(page, "generation", &generation.to_string());
@@ -187,6 +191,10 @@ fn explained(remark: &str) -> &str {
         "polled" => "polled: the files cannot be watched, and are looked at twice a second",
         "mounted_file" => {
             "mounted_file: a file is mounted by itself and will never change; mount its folder"
+        }
+        "signer_expires" => {
+            "signer_expires: a CA above the certificate has less than a tenth of its lifetime left; of \
+             the embedded one, `reeve ca rotate` makes a new one"
         }
         "systemd_credential" => {
             "systemd_credential: changes only when the unit is restarted; for renewal, read the \

@@ -78,8 +78,8 @@ enum InspectError {
     Text,
     #[error("`{what}` is neither a file nor an address with a port: {source}")]
     Nothing { what: String, source: io::Error },
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
+    #[error("{}: {error}", .path.display())]
+    Bundle { path: PathBuf, error: BundleError },
     #[error(transparent)]
     Probe(#[from] ProbeError),
 }
@@ -146,7 +146,14 @@ fn look(words: &Inspect) -> Result<Found, InspectError> {
         let roots = certificates(file)?;
         // Without an ID there is no bundle to look into, and that is said.
         if let Some(domain) = words.trust_domain.clone().or(own) {
-            let bundle = TrustBundle::new(domain.clone(), roots, lists)?;
+            let bundle = TrustBundle::new(domain.clone(), roots, lists);
+            let bundle = bundle.map_err(|error| InspectError::Bundle {
+                path: match (&error, &words.crl) {
+                    (BundleError::RevocationList { .. }, Some(lists)) => lists.clone(),
+                    _ => file.clone(),
+                },
+                error,
+            })?;
             bundles.insert(domain, Arc::new(bundle));
         }
     }
@@ -224,6 +231,7 @@ impl Found {
         json!({
             "spiffeId": self.inspection.id.as_ref().map(SpiffeId::as_str),
             "certificates": self.inspection.certificates,
+            "unused": self.inspection.unused,
             "trustChecked": self.trust_checked,
             "revocationChecked": self.revocation_checked,
             "brokenRules": broken.collect::<Vec<_>>(),
@@ -274,6 +282,12 @@ impl Found {
             };
             let (group, suite) = (known(&tls.group), known(&tls.cipher_suite));
             let _ = writeln!(page, "TLS 1.3, {group}, {suite}; the other end {client}");
+        }
+        for number in &self.inspection.unused {
+            let _ = writeln!(
+                page,
+                "certificate {number} is not on the path, and is not judged"
+            );
         }
         for broken in &self.inspection.broken {
             let place = broken.certificate.map_or_else(

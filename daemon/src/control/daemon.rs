@@ -249,10 +249,9 @@ impl Daemon {
                     let left = found.not_after.duration_since(SystemTime::now());
                     left.ok().map(|left| left.as_secs())
                 }),
-                intermediate_not_after: certificate
+                signer_not_after: certificate
                     .as_ref()
-                    .and_then(|found| found.intermediate_not_after)
-                    .map(rfc3339),
+                    .map(|found| rfc3339(found.signer.not_after)),
                 next_attempt: identity.next_attempt.map(rfc3339),
                 last_attempt: identity.last_attempt.map(rfc3339),
                 last_success: identity.last_success.map(rfc3339),

@@ -9,13 +9,12 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
-use webpki::{CertRevocationList, OwnedCertRevocationList};
-use x509_parser::{
-    prelude::FromDer, revocation_list::CertificateRevocationList, x509::X509Version,
-};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor};
+use x509_parser::{certificate::X509Certificate, extensions::ParsedExtension, x509::X509Version};
 
-use super::{CryptoPolicy, KeyKind, RejectReason, TrustDomain, clock, svid_rules};
+use super::{
+    CryptoPolicy, KeyKind, RejectReason, RevocationList, TrustDomain, clock, revocation, svid_rules,
+};
 
 /// The certificates that sign for one trust domain, and the revocation lists that go with them.
 ///
@@ -34,20 +33,23 @@ struct Authorities {
     certificates: Vec<CertificateDer<'static>>,
 }
 
-/// A list of revoked certificates, read. Whether the right authority has signed it is seen when a
-/// certificate is checked.
-pub struct RevocationList {
-    list: CertRevocationList<'static>,
-    der: CertificateRevocationListDer<'static>,
-    /// When it expires, and everybody whom it speaks of is refused.
-    next_update: SystemTime,
-}
-
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Facts {
     not_before: SystemTime,
     not_after: SystemTime,
     key: KeyKind,
+    public_key: Vec<u8>,
+    key_id: Option<Vec<u8>>,
+    /// How many CAs it allows between itself and a workload's certificate.
+    path_length: Option<u32>,
+    may_sign_lists: bool,
+}
+
+/// An authority of a bundle that may sign now.
+pub(super) struct Anchor<'a> {
+    pub(super) not_before: SystemTime,
+    pub(super) not_after: SystemTime,
+    pub(super) issuer: revocation::Issuer<'a>,
 }
 
 /// Why a trust bundle cannot be used.
@@ -177,16 +179,17 @@ impl TrustBundle {
         facts.iter().map(|about| about.not_after).min()
     }
 
-    /// When the first of its revocation lists expires; none where revocation is not checked.
+    /// When the first of its revocation lists expires for which there is no newer one; none where
+    /// revocation is not checked.
     #[must_use]
     pub fn next_update(&self) -> Option<SystemTime> {
-        self.lists.iter().map(|list| list.next_update).min()
+        revocation::next_update(&self.lists)
     }
 
     /// The times at which it begins to say something else by itself.
     pub(super) fn turns(&self) -> impl Iterator<Item = SystemTime> {
         let facts = self.authorities.facts.iter();
-        let lists = self.lists.iter().map(|list| list.next_update);
+        let lists = self.lists.iter().map(|list| list.next_update());
         facts
             .flat_map(|about| [about.not_before, about.not_after])
             .chain(lists)
@@ -199,7 +202,7 @@ impl TrustBundle {
             return true;
         }
         let same_list = |(one, other): (&Arc<RevocationList>, &Arc<RevocationList>)| {
-            Arc::ptr_eq(one, other) || one.der == other.der
+            Arc::ptr_eq(one, other) || one.der() == other.der()
         };
         self.trust_domain == other.trust_domain
             && (Arc::ptr_eq(&self.authorities, &other.authorities)
@@ -212,53 +215,44 @@ impl TrustBundle {
         &self.authorities.anchors
     }
 
-    pub(super) fn crls(&self) -> impl Iterator<Item = &CertRevocationList<'static>> {
-        self.lists.iter().map(|list| &list.list)
+    pub(super) fn lists(&self) -> &[Arc<RevocationList>] {
+        &self.lists
     }
 
-    /// Whether this very element of [`Self::anchors`] may sign at `now`.
+    /// This very element of [`Self::anchors`], where it may sign at `now` with so many CAs below it.
     pub(super) fn check_anchor(
         &self,
         anchor: &TrustAnchor<'_>,
+        below: usize,
         policy: &CryptoPolicy,
-        now: UnixTime,
-    ) -> Result<(), RejectReason> {
-        let now = clock::from_unix(now);
-        let mut anchors = self.authorities.anchors.iter().zip(&self.authorities.facts);
-        let about = anchors
+        now: SystemTime,
+    ) -> Result<Anchor<'_>, RejectReason> {
+        let Authorities {
+            anchors,
+            facts,
+            certificates,
+        } = &*self.authorities;
+        let (about, der) = anchors
+            .iter()
+            .zip(facts.iter().zip(certificates))
             .find(|(candidate, _)| std::ptr::eq(*candidate, anchor))
-            .map(|(_, about)| about)
-            .filter(|about| about.not_before <= now && now <= about.not_after)
+            .map(|(_, found)| found)
+            .filter(|(about, _)| about.not_before <= now && now <= about.not_after)
             .ok_or(RejectReason::AnchorValidity)?;
-        policy.check_key(about.key)
-    }
-}
-
-// === impl RevocationList ===
-
-impl RevocationList {
-    /// Reads a list.
-    ///
-    /// # Errors
-    /// When it cannot be read, or does not say when it expires.
-    pub fn parse(der: CertificateRevocationListDer<'static>) -> Result<Self, webpki::Error> {
-        let list = OwnedCertRevocationList::from_der(&der)?.into();
-        let (_, parsed) =
-            CertificateRevocationList::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
-        let next_update = parsed.next_update().ok_or(webpki::Error::BadDerTime)?;
-        Ok(Self {
-            list,
-            next_update: clock::from_asn1(next_update),
-            der,
+        policy.check_key(about.key)?;
+        if about.path_length.is_some_and(|most| below > most as usize) {
+            return Err(RejectReason::PathLength);
+        }
+        Ok(Anchor {
+            not_before: about.not_before,
+            not_after: about.not_after,
+            issuer: revocation::Issuer {
+                der,
+                public_key: &about.public_key,
+                key_id: about.key_id.as_deref(),
+                may_sign_lists: about.may_sign_lists,
+            },
         })
-    }
-}
-
-impl fmt::Debug for RevocationList {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RevocationList")
-            .field("next_update", &self.next_update)
-            .finish_non_exhaustive()
     }
 }
 
@@ -272,9 +266,22 @@ fn anchor(der: &CertificateDer<'_>) -> Result<(TrustAnchor<'static>, Facts), Rej
         not_before: clock::from_asn1(certificate.validity().not_before),
         not_after: clock::from_asn1(certificate.validity().not_after),
         key: KeyKind::of(&certificate),
+        public_key: certificate.public_key().raw.to_vec(),
+        key_id: key_id(&certificate).map(<[u8]>::to_vec),
+        path_length: svid_rules::path_length(&certificate)?,
+        may_sign_lists: svid_rules::may_sign_lists(&certificate)?,
     };
     let anchor = webpki::anchor_from_trusted_cert(der)?.to_owned();
     Ok((anchor, facts))
+}
+
+/// Subject key identifier.
+pub(super) fn key_id<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a [u8]> {
+    let mut extensions = certificate.extensions().iter();
+    extensions.find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0),
+        _ => None,
+    })
 }
 
 impl fmt::Debug for TrustBundle {

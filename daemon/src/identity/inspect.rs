@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use rustls_pki_types::CertificateDer;
 use serde::Serialize;
+use x509_parser::certificate::X509Certificate;
 
 use super::{
     CertificateSummary, KeyKind, RejectReason, SpiffeId, TrustBundles, clock, svid_rules,
@@ -18,6 +19,8 @@ pub struct Inspection {
     pub id: Option<SpiffeId>,
     /// Its certificates in their order; those that cannot be read are left out.
     pub certificates: Vec<CertificateSummary>,
+    /// Positions of certificates, counted from 1, that are presented and not needed: nobody judges them.
+    pub unused: Vec<usize>,
     /// The rules that are broken; each once for each certificate.
     pub broken: Vec<BrokenRule>,
 }
@@ -34,7 +37,8 @@ pub struct BrokenRule {
 }
 
 /// Judges a chain, the workload's certificate first, by the rules of the standard and by the policy
-/// of the bundles, and where `check_trust` is set by whether it leads to one of them.
+/// of the bundles, and where `check_trust` is set by whether it leads to one of them. As a peer does,
+/// it looks at the certificates along the path only, and not at others that are presented.
 #[must_use]
 pub fn inspect(
     chain: &[CertificateDer<'_>],
@@ -42,61 +46,78 @@ pub fn inspect(
     check_trust: bool,
     now: SystemTime,
 ) -> Inspection {
-    let policy = bundles.policy();
     let mut found = Inspection {
         id: None,
         certificates: Vec::new(),
+        unused: Vec::new(),
         broken: Vec::new(),
     };
+    let mut parsed = Vec::new();
     for (der, position) in chain.iter().zip(1..) {
         match CertificateSummary::of(der) {
             Ok(summary) => found.certificates.push(summary),
             Err(rule) => found.breaks(rule, Some(position)),
         }
-        let Ok(certificate) = svid_rules::parse(der) else {
-            continue;
-        };
-        let validity = certificate.validity();
-        if now < clock::from_asn1(validity.not_before) {
-            found.breaks(RejectReason::NotYetValid, Some(position));
-        } else if now > clock::from_asn1(validity.not_after) {
-            found.breaks(RejectReason::Expired, Some(position));
-        }
-        if position == 1 {
-            match svid_rules::leaf_id(&certificate) {
-                Ok(id) => found.id = Some(id),
-                Err(rule) => found.breaks(rule, Some(position)),
+        parsed.push(svid_rules::parse(der).ok());
+    }
+    let Some((leaf, above)) = chain.split_first() else {
+        found.breaks(RejectReason::Malformed, None);
+        return found;
+    };
+    let first = parsed.first().and_then(Option::as_ref);
+    if first.is_some_and(|first| svid_rules::is_reversed(first, above)) {
+        found.breaks(RejectReason::ChainReversed, None);
+        return found;
+    }
+    let verdict = check_trust.then(|| verify_chain(bundles, leaf, above, now));
+    let path = match &verdict {
+        Some(Ok(verified)) => on_path(&verified.intermediates),
+        _ => linked(&parsed),
+    };
+    for (certificate, position) in parsed.iter().zip(1..) {
+        match certificate {
+            Some(certificate) if path.contains(&position) => {
+                found.judge(certificate, position, bundles, now);
             }
-            for result in [
-                svid_rules::check_leaf(&certificate),
-                policy.check_leaf(&certificate),
-            ] {
-                if let Err(rule) = result {
-                    found.breaks(rule, Some(position));
-                }
-            }
-        } else {
-            for result in [
-                svid_rules::check_signer(&certificate),
-                policy.check_key(KeyKind::of(&certificate)),
-            ] {
-                if let Err(rule) = result {
-                    found.breaks(rule, Some(position));
-                }
-            }
+            Some(_) => found.unused.push(position),
+            None => {}
         }
     }
-    match chain.split_first() {
-        None => found.breaks(RejectReason::Malformed, None),
-        Some((leaf, above)) if check_trust => {
-            let verdict = verify_chain(bundles, leaf, above, clock::to_unix(now));
-            if let Err(rule) = verdict
-                && !found.broken.iter().any(|broken| broken.rule == rule)
-            {
-                found.breaks(rule, None);
+    match verdict {
+        // What is presented besides harms nothing.
+        Some(Ok(_)) => found.broken.clear(),
+        Some(Err(rule)) if !found.broken.iter().any(|broken| broken.rule == rule) => {
+            found.breaks(rule, None);
+        }
+        _ => {}
+    }
+    found
+}
+
+/// Positions, counted from 1, of the workload's certificate and of these above it.
+fn on_path(intermediates: &[usize]) -> Vec<usize> {
+    let above = intermediates.iter().map(|index| index + 2);
+    std::iter::once(1).chain(above).collect()
+}
+
+/// Positions, counted from 1, of the certificates that the first one leads to by the names of issuers.
+fn linked(parsed: &[Option<X509Certificate<'_>>]) -> Vec<usize> {
+    let mut found = vec![1];
+    let mut next = 0;
+    while let Some(position) = found.get(next).copied() {
+        next += 1;
+        let Some(Some(certificate)) = parsed.get(position - 1) else {
+            continue;
+        };
+        let issuer = certificate.issuer().as_raw();
+        for (other, position) in parsed.iter().zip(1..) {
+            let signs = other
+                .as_ref()
+                .is_some_and(|it| it.subject().as_raw() == issuer);
+            if signs && !found.contains(&position) {
+                found.push(position);
             }
         }
-        Some(_) => {}
     }
     found
 }
@@ -108,6 +129,40 @@ impl Inspection {
     pub fn expect(&mut self, expected: &SpiffeId) {
         if self.id.as_ref().is_some_and(|id| id != expected) {
             self.breaks(RejectReason::WrongIdentity, Some(1));
+        }
+    }
+
+    fn judge(
+        &mut self,
+        certificate: &X509Certificate<'_>,
+        position: usize,
+        bundles: &TrustBundles,
+        now: SystemTime,
+    ) {
+        let policy = bundles.policy();
+        let validity = certificate.validity();
+        if now < clock::from_asn1(validity.not_before) {
+            self.breaks(RejectReason::NotYetValid, Some(position));
+        } else if now > clock::from_asn1(validity.not_after) {
+            self.breaks(RejectReason::Expired, Some(position));
+        }
+        let results = if position == 1 {
+            match svid_rules::leaf_id(certificate) {
+                Ok(id) => self.id = Some(id),
+                Err(rule) => self.breaks(rule, Some(position)),
+            }
+            [
+                svid_rules::check_leaf(certificate),
+                policy.check_leaf(certificate),
+            ]
+        } else {
+            [
+                svid_rules::check_signer(certificate),
+                policy.check_key(KeyKind::of(certificate)),
+            ]
+        };
+        for rule in results.into_iter().filter_map(Result::err) {
+            self.breaks(rule, Some(position));
         }
     }
 

@@ -18,6 +18,7 @@ pub mod pem_file;
 mod probe;
 mod reject;
 mod renewal;
+mod revocation;
 mod server_name;
 mod source;
 mod spiffe_id;
@@ -27,10 +28,11 @@ mod svid;
 mod svid_rules;
 #[cfg(test)]
 mod tests;
+mod verdict;
 mod verify;
 
 pub use agent::{Broker, BrokerPeers, DelegatedIdentity, Holder, Holders, Selector, WorkloadApi};
-pub use bundle::{BundleError, RevocationList, TrustBundle, TrustBundles, TrustStore};
+pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
 pub use crypto::{ALPN, provider};
 pub use crypto_policy::{
@@ -48,13 +50,15 @@ pub use key_kind::KeyKind;
 pub use pem_file::PemError;
 pub use probe::{Presented, ProbeError, Probed, probe};
 pub use reject::RejectReason;
+pub use revocation::RevocationList;
 pub use server_name::{server_name_for, server_name_matches};
 pub use source::{CertificateSource, Material, Remark, SourceError};
 pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use status::{BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, ReloadResult};
 pub use store::{IdentityStore, RevocationLists, Sources};
 pub use svid::{ReloadError, Svid};
-pub use verify::{SvidVerifier, peer_id, verify_chain};
+pub use verdict::judged;
+pub use verify::{SvidVerifier, Validity, Verified, peer_id, verify_chain};
 
 use renewal::random_fraction;
 

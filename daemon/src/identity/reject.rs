@@ -44,6 +44,8 @@ reject_reasons! {
         "the certificate's URI is not a SPIFFE ID";
     IdWithoutPath = "id_without_path", InvalidSvid,
         "the certificate's SPIFFE ID names a trust domain, not a workload: it has no path";
+    ChainReversed = "chain_reversed", InvalidSvid,
+        "the chain begins with a CA's certificate, and the workload's comes later: put it first";
     LeafIsCa = "leaf_is_ca", InvalidSvid,
         "the certificate is a CA's";
     LeafKeyUsage = "leaf_key_usage", InvalidSvid,

@@ -31,7 +31,7 @@ pub trait CertificateSource: Send + Sync + fmt::Debug {
     }
 }
 
-/// What an operator should know of a source that does not fail: a closed set.
+/// What an operator should know of an identity whose source does not fail: a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Remark {
@@ -41,6 +41,8 @@ pub enum Remark {
     MountedFile,
     /// A file is a systemd credential, which changes only when the unit is restarted.
     SystemdCredential,
+    /// A CA above the certificate expires soon, and the certificate with it.
+    SignerExpires,
 }
 
 /// One identity's certificate as a source gives it: unchecked, and always the whole set.
@@ -76,7 +78,12 @@ pub enum SourceError {
 
 impl Remark {
     /// Every remark.
-    pub const ALL: [Self; 3] = [Self::Polled, Self::MountedFile, Self::SystemdCredential];
+    pub const ALL: [Self; 4] = [
+        Self::Polled,
+        Self::MountedFile,
+        Self::SystemdCredential,
+        Self::SignerExpires,
+    ];
 
     /// Name in metrics and status.
     #[must_use]
@@ -85,6 +92,7 @@ impl Remark {
             Self::Polled => "polled",
             Self::MountedFile => "mounted_file",
             Self::SystemdCredential => "systemd_credential",
+            Self::SignerExpires => "signer_expires",
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde::{Serialize, Serializer};
 
-use super::{ReloadError, Remark, SpiffeId, TrustBundle, TrustDomain};
+use super::{ReloadError, Remark, SpiffeId, TrustBundle, TrustDomain, Validity};
 
 /// One identity that the node is to have a certificate for.
 #[derive(Clone, Debug, Serialize)]
@@ -68,13 +68,11 @@ pub struct CertificateStatus {
     /// Start of validity.
     #[serde(serialize_with = "rfc3339_sure")]
     pub not_before: SystemTime,
-    /// End of validity.
+    /// When the first certificate of its chain expires, the authority that vouches for it included.
     #[serde(serialize_with = "rfc3339_sure")]
     pub not_after: SystemTime,
-    /// When the first of the intermediates expires that are presented with it; none where there is
-    /// none.
-    #[serde(serialize_with = "rfc3339")]
-    pub intermediate_not_after: Option<SystemTime>,
+    /// The signer of the chain, the authority included, that expires first.
+    pub signer: Validity,
     /// Counts the certificates of all identities since the daemon began.
     pub generation: u64,
 }

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use rustls::{ClientConfig, ServerConfig, sign::CertifiedKey};
@@ -12,12 +12,17 @@ use rustls_pki_types::{CertificateDer, ServerName};
 
 use super::{
     BundleError, Material, RejectReason, SourceError, SpiffeId, SvidVerifier, TrustBundles,
-    TrustStore, clock, crypto, server_name_for, svid_rules, verify_chain,
+    TrustStore, Validity, clock, crypto, server_name_for, svid_rules, verify_chain,
 };
 
 /// Client configurations that one certificate keeps, one for each peer. Beyond, all are forgotten
 /// and made anew: a node seldom has that many peers, and making one costs microseconds.
 const MAX_CLIENT_CONFIGS: usize = 4096;
+
+/// Part of its lifetime, as a divisor, that a signer has left when its end is announced: five weeks of
+/// a year, two hours of a day. Of ten years, eight weeks.
+const ANNOUNCED: u32 = 10;
+const ANNOUNCED_AT_MOST: Duration = Duration::from_secs(56 * 24 * 3600);
 
 /// One identity's checked material: a certificate, and the TLS configurations made from it.
 /// A value is never changed; a reload publishes a new one with a higher generation.
@@ -28,8 +33,11 @@ pub struct Svid {
     pub generation: u64,
     /// Start of the certificate's validity.
     pub not_before: SystemTime,
-    /// End of the certificate's validity.
+    /// When the first certificate of the chain expires, the authority that vouches for it included:
+    /// from then on every peer refuses it.
     pub not_after: SystemTime,
+    /// The signer of the chain, the authority included, that expires first.
+    pub signer: Validity,
     /// Serial number, lower case hexadecimal.
     pub serial: String,
     /// Distinguished name of the certificate's issuer.
@@ -98,8 +106,8 @@ impl Svid {
             .load_private_key(material.key.clone_key())
             .map_err(|error| ReloadError::Key(error.to_string()))?;
         let key = Arc::new(CertifiedKey::new(material.chain.clone(), key));
-        let held = verify_chain(bundles, leaf, intermediates, clock::to_unix(now))?;
-        if held != *id {
+        let verified = verify_chain(bundles, leaf, intermediates, now)?;
+        if verified.id != *id {
             return Err(RejectReason::WrongIdentity.into());
         }
         key.keys_match().map_err(|_| ReloadError::KeyMismatch)?;
@@ -110,7 +118,8 @@ impl Svid {
             id: id.clone(),
             generation: 0,
             not_before: clock::from_asn1(certificate.validity().not_before),
-            not_after: clock::from_asn1(certificate.validity().not_after),
+            not_after: verified.not_after,
+            signer: verified.signer,
             serial: super::hex(certificate.raw_serial()),
             issuer: certificate.issuer().to_string(),
             server_name: server_name_for(id),
@@ -149,15 +158,42 @@ impl Svid {
         &self.key.cert
     }
 
-    /// When the first of the intermediates expires; none where there is none.
+    /// The same certificate as these bundles judge it: an authority that is reissued, or one more
+    /// path, changes for how long it is good. None where nothing changes, and where the bundles do
+    /// not vouch for it: peers with other bundles may.
+    pub(super) fn judged_again(&self, bundles: &TrustBundles, now: SystemTime) -> Option<Self> {
+        let (leaf, intermediates) = self.key.cert.split_first()?;
+        let verified = verify_chain(bundles, leaf, intermediates, now).ok()?;
+        if (verified.not_after, verified.signer) == (self.not_after, self.signer) {
+            return None;
+        }
+        Some(Self {
+            id: self.id.clone(),
+            generation: self.generation,
+            not_before: self.not_before,
+            not_after: verified.not_after,
+            signer: verified.signer,
+            serial: self.serial.clone(),
+            issuer: self.issuer.clone(),
+            server_name: self.server_name.clone(),
+            server: self.server.clone(),
+            any_client: self.any_client.clone(),
+            key: self.key.clone(),
+            trust: self.trust.clone(),
+            clients: Mutex::default(),
+        })
+    }
+
+    /// Whether a signer of the chain is near its end: a tenth of its lifetime is left, or eight weeks.
     #[must_use]
-    pub fn intermediate_not_after(&self) -> Option<SystemTime> {
-        let intermediates = self.key.cert.iter().skip(1);
-        // Whatever was checked can be parsed.
-        let parsed = intermediates.filter_map(|der| svid_rules::parse(der).ok());
-        parsed
-            .map(|certificate| clock::from_asn1(certificate.validity().not_after))
-            .min()
+    pub fn signer_expires_soon(&self, now: SystemTime) -> bool {
+        let Validity {
+            not_before,
+            not_after,
+        } = self.signer;
+        let lifetime = not_after.duration_since(not_before).unwrap_or_default();
+        let left = not_after.duration_since(now).unwrap_or_default();
+        left < (lifetime / ANNOUNCED).min(ANNOUNCED_AT_MOST)
     }
 
     /// Whether both hold the same chain; then they hold the same key.
@@ -165,7 +201,7 @@ impl Svid {
         self.key.cert == other.key.cert
     }
 
-    /// Whether the certificate is within its validity at `now`.
+    /// Whether the whole chain is within its validity at `now`.
     #[must_use]
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         self.not_before <= now && now <= self.not_after

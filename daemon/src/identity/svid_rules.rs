@@ -1,5 +1,6 @@
 //! What the X.509-SVID standard asks of a certificate by itself, and webpki does not look at.
 
+use rustls_pki_types::CertificateDer;
 use x509_parser::{
     certificate::X509Certificate,
     extensions::{GeneralName, KeyUsage},
@@ -72,6 +73,25 @@ pub(super) fn check_signer(certificate: &X509Certificate<'_>) -> Result<(), Reje
         }
     }
     Ok(())
+}
+
+/// Whether a chain that begins with `first` has its certificates in the wrong order: the workload's
+/// comes first, then those above it.
+pub(super) fn is_reversed(first: &X509Certificate<'_>, others: &[CertificateDer<'_>]) -> bool {
+    let is_workloads = |der| parse(der).is_ok_and(|other| !other.is_ca());
+    first.is_ca() && others.iter().any(|der| is_workloads(der))
+}
+
+/// How many CAs a CA's certificate allows below itself; none where it sets no bound.
+pub(super) fn path_length(certificate: &X509Certificate<'_>) -> Result<Option<u32>, RejectReason> {
+    let constraints = certificate.basic_constraints();
+    let constraints = constraints.map_err(|_| RejectReason::Malformed)?;
+    Ok(constraints.and_then(|constraints| constraints.value.path_len_constraint))
+}
+
+/// Whether a CA's certificate may sign revocation lists.
+pub(super) fn may_sign_lists(certificate: &X509Certificate<'_>) -> Result<bool, RejectReason> {
+    Ok(key_usage(certificate)?.is_some_and(KeyUsage::crl_sign))
 }
 
 fn key_usage<'a>(

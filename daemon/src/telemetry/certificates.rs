@@ -16,7 +16,8 @@ pub(super) struct CertificateFamilies {
     reloads: IntCounterVec,
     rejections: IntCounterVec,
     source_up: IntGaugeVec,
-    intermediate: GaugeVec,
+    signer_not_before: GaugeVec,
+    signer_not_after: GaugeVec,
     bundle: GaugeVec,
     revocation_checked: IntGaugeVec,
     next_update: GaugeVec,
@@ -45,7 +46,7 @@ impl CertificateFamilies {
             )?,
             not_after: times(
                 "reeve_certificate_not_after_timestamp_seconds",
-                "End of the validity of an identity's newest certificate.",
+                "When an identity's certificate, or one above it up to the authority, expires first.",
                 "identity",
             )?,
             renewal_due: times(
@@ -60,7 +61,7 @@ impl CertificateFamilies {
             )?,
             remarks: gauges(
                 "reeve_certificate_remark",
-                "1 for what is to be known of an identity's source though nothing fails.",
+                "1 for each condition of an identity that is no failure (`remark` says which).",
                 &["identity", "remark"],
             )?,
             reloads: counters(
@@ -78,9 +79,14 @@ impl CertificateFamilies {
                 "1 when the source answered the last time for each of its identities, else 0.",
                 &["source"],
             )?,
-            intermediate: times(
-                "reeve_certificate_intermediate_not_after_timestamp_seconds",
-                "End of the validity of the intermediate in an identity's chain that expires first.",
+            signer_not_before: times(
+                "reeve_certificate_signer_not_before_timestamp_seconds",
+                "Start of the validity of the CA above an identity's certificate that expires first.",
+                "identity",
+            )?,
+            signer_not_after: times(
+                "reeve_certificate_signer_not_after_timestamp_seconds",
+                "End of the validity of the CA above an identity's certificate that expires first.",
                 "identity",
             )?,
             bundle: times(
@@ -136,8 +142,12 @@ impl CertificateFamilies {
                 (&self.not_before, certificate.map(|found| found.not_before)),
                 (&self.not_after, certificate.map(|found| found.not_after)),
                 (
-                    &self.intermediate,
-                    certificate.and_then(|found| found.intermediate_not_after),
+                    &self.signer_not_before,
+                    certificate.map(|found| found.signer.not_before),
+                ),
+                (
+                    &self.signer_not_after,
+                    certificate.map(|found| found.signer.not_after),
                 ),
                 (&self.renewal_due, status.next_attempt),
                 (&self.last_success, status.last_success),
@@ -225,7 +235,7 @@ impl CertificateFamilies {
         }
     }
 
-    pub(super) fn collectors(&self) -> [&dyn Collector; 16] {
+    pub(super) fn collectors(&self) -> [&dyn Collector; 17] {
         [
             &self.not_before,
             &self.not_after,
@@ -235,7 +245,8 @@ impl CertificateFamilies {
             &self.reloads,
             &self.rejections,
             &self.source_up,
-            &self.intermediate,
+            &self.signer_not_before,
+            &self.signer_not_after,
             &self.bundle,
             &self.revocation_checked,
             &self.next_update,

@@ -8,7 +8,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     datapath::netns::Netns,
-    identity::{ALPN, RejectReason, SpiffeId, Svid, server_name_for},
+    identity::{ALPN, RejectReason, SpiffeId, Svid, judged, server_name_for},
     telemetry::{Handshake, HandshakeReason, Limit, Role},
 };
 
@@ -34,8 +34,8 @@ use super::{
     frames::FrameMeter,
     link::{Ends, Link},
     registry::Registered,
-    server::not_after,
     socket,
+    sweep::judge,
     wire::{FULL_FRAME, SMALL_FRAMES, Wire, WireControl, wire},
     worker::Worker,
 };
@@ -109,6 +109,7 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
     });
     let answered = result?;
     let link = worker.links.insert(Link::new(answered.ends));
+    judge(worker, &link, SystemTime::now());
     let last = answered.control.last();
     let driver = Driver::new(
         worker,
@@ -164,10 +165,8 @@ async fn shake(
     };
     let local = tcp.local_addr().map_err(failed)?;
     let config = target.svid.client(&target.expected);
-    let stream = TlsConnector::from(config)
-        .connect(server_name_for(&target.expected), tcp)
-        .await
-        .map_err(failed)?;
+    let connecting = TlsConnector::from(config).connect(server_name_for(&target.expected), tcp);
+    let stream = judged(connecting).await.map_err(failed)?;
     let (tcp, tls) = stream.into_inner();
     // A server that chooses no protocol at all passes the TLS library.
     if tls.alpn_protocol() != Some(ALPN) {
@@ -183,7 +182,7 @@ async fn shake(
         own: target.svid.id.clone(),
         generation: target.svid.generation,
         peer: target.expected.clone(),
-        not_after: not_after(&chain).min(target.svid.not_after),
+        own_not_after: target.svid.not_after,
         chain,
         remote: to,
         local,

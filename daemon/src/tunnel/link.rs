@@ -28,8 +28,8 @@ pub(super) struct Ends {
     pub(super) peer: SpiffeId,
     /// The far end's certificates, leaf first, as they were verified.
     pub(super) chain: Vec<CertificateDer<'static>>,
-    /// When the first of both ends' certificates expires.
-    pub(super) not_after: SystemTime,
+    /// When the own certificate expires that the handshake used, or one above it.
+    pub(super) own_not_after: SystemTime,
     /// The far end's address.
     pub(super) remote: SocketAddr,
     /// The own address.
@@ -62,8 +62,11 @@ pub(super) struct Link {
     /// Streams whose application has not read for a while: each holds up to a stream's window of
     /// what the whole tunnel may have outstanding.
     stalled: Cell<usize>,
-    /// The bundles by which the peer was last judged since the tunnel stands.
-    judged_by: RefCell<Option<Arc<TrustBundles>>>,
+    /// The bundles by which the peer was last judged since the tunnel was opened, and until when they
+    /// accept it.
+    judged: RefCell<Option<(Arc<TrustBundles>, SystemTime)>>,
+    /// When the first certificate of either end expires, or one above it.
+    not_after: Cell<SystemTime>,
     driver: RefCell<Option<Waker>>,
 }
 
@@ -71,6 +74,7 @@ impl Link {
     pub(super) fn new(ends: Ends) -> Self {
         let now = Instant::now();
         Self {
+            not_after: Cell::new(ends.own_not_after),
             ends,
             opened: now,
             streams: Cell::new(0),
@@ -79,7 +83,7 @@ impl Link {
             order: Cell::new(Order::Serve),
             outdated_since: Cell::new(None),
             stalled: Cell::new(0),
-            judged_by: RefCell::new(None),
+            judged: RefCell::new(None),
             driver: RefCell::new(None),
         }
     }
@@ -147,17 +151,36 @@ impl Link {
         self.order.get()
     }
 
-    /// Whether the peer was judged by these very bundles.
-    pub(super) fn is_judged_by(&self, bundles: &Arc<TrustBundles>) -> bool {
-        let judged_by = self.judged_by.borrow();
-        judged_by
-            .as_ref()
-            .is_some_and(|before| Arc::ptr_eq(before, bundles))
+    /// Until when these very bundles accept the peer; none where they have not judged it.
+    pub(super) fn accepted_until(&self, bundles: &Arc<TrustBundles>) -> Option<SystemTime> {
+        let judged = self.judged.borrow();
+        let (by, until) = judged.as_ref()?;
+        Arc::ptr_eq(by, bundles).then_some(*until)
     }
 
-    /// The peer is trusted by these bundles.
-    pub(super) fn judged_by(&self, bundles: Arc<TrustBundles>) {
-        self.judged_by.replace(Some(bundles));
+    /// These bundles accept the peer, until a time.
+    pub(super) fn accepted(&self, by: Arc<TrustBundles>, until: SystemTime) {
+        self.judged.replace(Some((by, until)));
+    }
+
+    /// When the first certificate of either end expires, or one above it.
+    pub(super) fn not_after(&self) -> SystemTime {
+        self.not_after.get()
+    }
+
+    /// Sets [`Self::not_after`].
+    pub(super) fn expires(&self, not_after: SystemTime) {
+        self.not_after.set(not_after);
+    }
+
+    /// Whether no certificate has expired since the tunnel was last looked at; ends it where one has.
+    /// For each new stream, which is not to wait for the next look.
+    pub(super) fn is_in_time(&self) -> bool {
+        let in_time = SystemTime::now() <= self.not_after.get();
+        if !in_time {
+            self.close(Reason::CertificateExpired);
+        }
+        in_time
     }
 
     /// Sets the number of streams that hold their whole window.

@@ -471,7 +471,7 @@ impl Tunnel {
         if let Poll::Ready(Err(_)) = self.request.poll_ready(&mut nobody) {
             self.link.retire();
         }
-        self.link.order() == Order::Serve
+        self.link.is_in_time() && self.link.order() == Order::Serve
     }
 }
 

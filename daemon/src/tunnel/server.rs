@@ -13,7 +13,6 @@ use std::{
 use bytes::Bytes;
 use h2::server::{Builder, Connection};
 use rustls::{ServerConfig, server::Acceptor};
-use rustls_pki_types::CertificateDer;
 use tokio::{
     net::{TcpListener, TcpStream},
     task::spawn_local,
@@ -23,7 +22,7 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use crate::{
     datapath::netns::Netns,
-    identity::{ALPN, RejectReason, SpiffeId, Svid, peer_id, server_name_matches},
+    identity::{ALPN, RejectReason, SpiffeId, Svid, judged, peer_id, server_name_matches},
     telemetry::{Handshake, HandshakeReason, Limit, Role},
     workload::RunningWorkload,
 };
@@ -37,6 +36,7 @@ use super::{
     frames::FrameMeter,
     inbound,
     link::{Ends, Link},
+    sweep::judge,
     wire::{FULL_FRAME, SMALL_FRAMES, Wire, WireControl, wire},
     worker::Worker,
 };
@@ -170,7 +170,7 @@ async fn shake(
             detail: format!("no workload with a valid certificate is at {local}"),
         })?;
     let config: Arc<ServerConfig> = svid.server.clone();
-    let (tcp, tls) = start.into_stream(config).await?.into_inner();
+    let (tcp, tls) = judged(start.into_stream(config)).await?.into_inner();
     // A client that offers no protocol at all passes the TLS library.
     if tls.alpn_protocol() != Some(ALPN) {
         return Err(Refused {
@@ -191,7 +191,7 @@ async fn shake(
         own: svid.id.clone(),
         generation: svid.generation,
         peer,
-        not_after: not_after(&chain).min(svid.not_after),
+        own_not_after: svid.not_after,
         chain,
         remote,
         local,
@@ -262,12 +262,16 @@ pub(super) fn builder(worker: &Worker) -> Builder {
 async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     let _place = shaken.place;
     let link = worker.links.insert(Link::new(shaken.ends));
+    judge(&worker, &link, SystemTime::now());
     if worker.draining.get() || worker.leaving.get() {
         link.retire();
     }
     let on_stream = {
         let (worker, link) = (worker.clone(), link.value().clone());
         move |stream| {
+            if !link.is_in_time() {
+                return;
+            }
             spawn_local(inbound::serve(
                 worker.clone(),
                 netns.clone(),
@@ -290,19 +294,4 @@ async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     worker.ended(&link, &end);
     drop(link);
     last.linger().await;
-}
-
-/// When the first certificate of a verified chain expires.
-pub(super) fn not_after(chain: &[CertificateDer<'_>]) -> SystemTime {
-    let expiry = |certificate: &CertificateDer<'_>| {
-        let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
-        let seconds = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
-        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
-    };
-    // What cannot be read counts as expired; a verified chain can be read.
-    chain
-        .iter()
-        .map(|certificate| expiry(certificate).unwrap_or(SystemTime::UNIX_EPOCH))
-        .min()
-        .unwrap_or(SystemTime::UNIX_EPOCH)
 }

@@ -4,15 +4,15 @@
 use std::{
     collections::HashMap,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use reeve_common::Reason;
-use rustls_pki_types::UnixTime;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
-    identity::{RejectReason, TrustBundles, verify_chain},
+    identity::{RejectReason, Svid, TrustBundles, verify_chain},
     telemetry::Role,
 };
 
@@ -48,16 +48,16 @@ fn sweep(worker: &Rc<Worker>) {
     let wall_clock = SystemTime::now();
     // The wall clock at every tick: a clock that was set makes no certificate live longer.
     worker.links.for_each(|link| {
-        match link.ends.not_after.duration_since(wall_clock) {
-            Ok(left) if !left.is_zero() => {
-                if expires_soon(left, link.age(now), worker.timeouts.drain) {
-                    link.retire();
-                }
-            }
-            _ => link.close(Reason::CertificateExpired),
-        }
         // A bundle may have changed between the handshake and the tunnel's first change.
-        judge(worker, link);
+        look_after(worker, link, wall_clock);
+        let left = link.not_after().duration_since(wall_clock);
+        if expires_soon(
+            left.unwrap_or_default(),
+            link.age(now),
+            worker.timeouts.drain,
+        ) {
+            link.retire();
+        }
         if link.outdated(now) >= Some(worker.timeouts.outdated) {
             link.close(Reason::CertificateReplaced);
         }
@@ -106,37 +106,63 @@ fn sweep_connections(worker: &Worker, now: Instant) {
 
 /// Judges every tunnel again by the certificates that are in force now.
 fn check_identities(worker: &Worker) {
-    worker.links.for_each(|link| judge(worker, link));
+    let now = SystemTime::now();
+    worker.links.for_each(|link| look_after(worker, link, now));
     worker.pool.retire_outdated(&worker.shared.identities);
     worker.stop_closed();
 }
 
-/// Judges a tunnel again. What was judged by the same bundles is not looked at twice: a change to
-/// one identity is to cost nothing to the tunnels of the others.
-fn judge(worker: &Worker, link: &Link) {
-    let identities = &worker.shared.identities;
-    let ends = &link.ends;
-    let own = identities.current(&ends.own);
-    let (Some(svid), Some(bundles)) = (own, identities.trust_of(&ends.own)) else {
-        link.close(Reason::NoCertificate);
-        return;
-    };
-    if !link.is_judged_by(&bundles) {
-        match verify_peer(&bundles, ends) {
-            Ok(()) => link.judged_by(bundles),
-            Err(reason) => link.close(reason.closing_reason()),
-        }
-    }
-    if svid.generation != ends.generation {
+/// Judges a tunnel again, and retires it where its own certificate was replaced.
+fn look_after(worker: &Worker, link: &Link, now: SystemTime) {
+    if let Some(svid) = judge(worker, link, now)
+        && svid.generation != link.ends.generation
+    {
         link.outdate(Instant::now());
     }
 }
 
-fn verify_peer(bundles: &TrustBundles, ends: &Ends) -> Result<(), RejectReason> {
+/// Judges a tunnel by the certificates of both ends, and ends it where one does not count. What was
+/// judged by the same bundles is not looked at twice while it lasts: a change to one identity is to
+/// cost nothing to the tunnels of the others. Gives the own certificate in force.
+pub(super) fn judge(worker: &Worker, link: &Link, now: SystemTime) -> Option<Arc<Svid>> {
+    let identities = &worker.shared.identities;
+    let ends = &link.ends;
+    let svid = identities.current(&ends.own);
+    let used = svid
+        .as_ref()
+        .filter(|svid| svid.generation == ends.generation);
+    let own = used.map_or(ends.own_not_after, |svid| svid.not_after);
+    if own < now {
+        link.close(Reason::CertificateExpired);
+        return None;
+    }
+    let (Some(svid), Some(bundles)) = (svid, identities.trust_of(&ends.own)) else {
+        link.close(Reason::NoCertificate);
+        return None;
+    };
+    let accepted = link.accepted_until(&bundles).filter(|until| *until >= now);
+    let peer = match accepted.map_or_else(|| verify_peer(&bundles, ends, now), Ok) {
+        Ok(until) => until,
+        Err(reason) => {
+            link.close(reason.closing_reason());
+            return None;
+        }
+    };
+    link.accepted(bundles, peer);
+    link.expires(peer.min(own));
+    Some(svid)
+}
+
+/// Until when the peer's chain is good.
+fn verify_peer(
+    bundles: &TrustBundles,
+    ends: &Ends,
+    now: SystemTime,
+) -> Result<SystemTime, RejectReason> {
     let (leaf, intermediates) = ends.chain.split_first().ok_or(RejectReason::Malformed)?;
-    let id = verify_chain(bundles, leaf, intermediates, UnixTime::now())?;
-    if id == ends.peer {
-        Ok(())
+    let verified = verify_chain(bundles, leaf, intermediates, now)?;
+    if verified.id == ends.peer {
+        Ok(verified.not_after)
     } else {
         Err(RejectReason::WrongIdentity)
     }

@@ -168,6 +168,16 @@ impl Authority {
         revoked: &[&[u8]],
         valid: Duration,
     ) -> CertificateRevocationListDer<'static> {
+        self.revocation_list_with(revoked, valid, |_| {})
+    }
+
+    /// The same, which `change` may spoil.
+    pub fn revocation_list_with(
+        &self,
+        revoked: &[&[u8]],
+        valid: Duration,
+        change: impl FnOnce(&mut CertificateRevocationListParams),
+    ) -> CertificateRevocationListDer<'static> {
         let now = OffsetDateTime::now_utc();
         let revoke = |serial: &&[u8]| RevokedCertParams {
             serial_number: SerialNumber::from_slice(serial),
@@ -175,17 +185,16 @@ impl Authority {
             reason_code: None,
             invalidity_date: None,
         };
-        CertificateRevocationListParams {
+        let mut params = CertificateRevocationListParams {
             this_update: now - Duration::hours(1),
             next_update: now + valid,
             crl_number: SerialNumber::from(1_u64),
             issuing_distribution_point: None,
             revoked_certs: revoked.iter().map(revoke).collect(),
             key_identifier_method: KeyIdMethod::Sha256,
-        }
-        .signed_by(&self.issuer)
-        .unwrap()
-        .into()
+        };
+        change(&mut params);
+        params.signed_by(&self.issuer).unwrap().into()
     }
 }
 

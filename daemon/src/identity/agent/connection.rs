@@ -24,7 +24,7 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{feed::Failure, per_workload::OWN};
-use crate::identity::{IdentityStore, RejectReason, SpiffeId, server_name_for};
+use crate::identity::{IdentityStore, RejectReason, SpiffeId, judged, server_name_for};
 
 /// For the socket, and the TLS handshake where there is one.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -146,8 +146,7 @@ impl Connection {
             io::Error::other(format!("there is no valid certificate for {}", tls.own))
         })?;
         let connector = TlsConnector::from(own.client(&tls.agent));
-        let stream = connector
-            .connect(server_name_for(&tls.agent), stream)
+        let stream = judged(connector.connect(server_name_for(&tls.agent), stream))
             .await
             .map_err(|error| io::Error::other(RejectReason::explain(&error)))?;
         Ok(Box::new(stream))

@@ -24,7 +24,8 @@ use tokio_rustls::TlsConnector;
 
 use super::{BundleDocument, EndpointError, EndpointUrl};
 use crate::identity::{
-    RejectReason, SpiffeId, SvidVerifier, TrustBundle, TrustDomain, TrustStore, crypto, pem_file,
+    RejectReason, SpiffeId, SvidVerifier, TrustBundle, TrustDomain, TrustStore, crypto, judged,
+    pem_file,
 };
 
 /// For the name's addresses and the TCP connection.
@@ -95,8 +96,7 @@ async fn get(question: &Question) -> Result<Vec<u8>, EndpointError> {
         .await
         .map_err(|_| EndpointError::Timeout(CONNECT_TIMEOUT))?
         .map_err(|error| EndpointError::Unreachable(error.to_string()))?;
-    let stream = TlsConnector::from(Arc::new(tls))
-        .connect(name, tcp)
+    let stream = judged(TlsConnector::from(Arc::new(tls)).connect(name, tcp))
         .await
         .map_err(|error| EndpointError::Handshake(RejectReason::explain(&error)))?;
 

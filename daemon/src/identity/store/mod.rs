@@ -23,7 +23,7 @@ use self::{
     slot::Slot,
 };
 use super::{
-    BundleStatus, CertificateSource, CryptoPolicy, Holders, IdentityStatus, ReloadCounts,
+    BundleStatus, CertificateSource, CryptoPolicy, Holders, IdentityStatus, ReloadCounts, Remark,
     RevocationList, SpiffeId, Svid, TrustBundle, TrustBundles, TrustDomain,
 };
 
@@ -72,6 +72,7 @@ impl IdentityStore {
                 slots: ArcSwap::default(),
                 changes: watch::Sender::new(0),
                 generation: AtomicU64::new(0),
+                announced: Mutex::default(),
             }),
             tasks: Mutex::default(),
             holders: Holders::default(),
@@ -229,8 +230,16 @@ impl IdentityStore {
         let slots = self.shared.slots.load();
         let status = |slot: &Arc<Slot>| {
             let source = self.shared.sources.get(&slot.source);
+            let mut remarks = source.map_or_else(Vec::new, |source| source.remarks(&slot.id));
+            let svid = slot.svid.load();
+            if svid
+                .as_ref()
+                .is_some_and(|svid| svid.signer_expires_soon(SystemTime::now()))
+            {
+                remarks.push(Remark::SignerExpires);
+            }
             IdentityStatus {
-                remarks: source.map_or_else(Vec::new, |source| source.remarks(&slot.id)),
+                remarks,
                 ..slot.status()
             }
         };

@@ -21,6 +21,8 @@ use crate::identity::{
 
 /// How long a source may take to answer. A source that issues over the network needs seconds.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often it is logged that a signer expires soon.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(24 * 3600);
 
 /// What the store and the tasks of its identities share.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub(super) struct Shared {
     pub(super) changes: watch::Sender<u64>,
     /// Of the newest certificate.
     pub(super) generation: AtomicU64,
+    /// Ends of signers that were announced in the log, and when: identities mostly have the same.
+    pub(super) announced: Mutex<BTreeMap<SystemTime, SystemTime>>,
 }
 
 // === impl Shared ===
@@ -49,6 +53,7 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
         let now = SystemTime::now();
         shared.drop_expired(&slot, now);
         shared.let_time_pass(&slot, looked, now);
+        shared.announce(&slot, now);
         looked = now;
         if renewal.is_due(now) {
             let number = *asked.borrow_and_update();
@@ -116,6 +121,9 @@ impl Shared {
             .as_ref()
             .is_some_and(|old| old.same_as(&svid))
         {
+            if slot.judge_again(now) {
+                self.changed();
+            }
             return Ok(if trust_changed {
                 ReloadResult::Accepted
             } else {
@@ -140,7 +148,12 @@ impl Shared {
     /// is different now.
     pub(super) fn settle_trust(&self, slot: &Slot) -> bool {
         let configured = lock(&self.configured);
-        slot.trust.replace(configured.bundles(&lock(&slot.own)))
+        let different = slot.trust.replace(configured.bundles(&lock(&slot.own)));
+        drop(configured);
+        if different {
+            slot.judge_again(SystemTime::now());
+        }
+        different
     }
 
     fn record(
@@ -199,17 +212,53 @@ impl Shared {
         let mut turns = bundles.values().flat_map(|bundle| bundle.turns());
         if turns.any(|turn| earlier <= turn && turn < later) {
             slot.trust.renew();
+            slot.judge_again(now);
             self.changed();
         }
     }
 
+    /// Says in the log that a CA above a certificate expires soon: renewing the certificate does not
+    /// help, and replacing a CA takes people and time.
+    fn announce(&self, slot: &Slot, now: SystemTime) {
+        let Some(svid) = slot
+            .svid
+            .load_full()
+            .filter(|svid| svid.signer_expires_soon(now))
+        else {
+            return;
+        };
+        let end = svid.signer.not_after;
+        let mut announced = lock(&self.announced);
+        announced.retain(|end, _| *end >= now);
+        let is_new = |last: &SystemTime| {
+            now.duration_since(*last)
+                .is_ok_and(|it| it < ANNOUNCE_EVERY)
+        };
+        if announced.get(&end).is_some_and(is_new) {
+            return;
+        }
+        announced.insert(end, now);
+        tracing::warn!(
+            spiffe_id = %slot.id,
+            source = slot.source,
+            issuer = svid.issuer,
+            signer_not_after = %humantime::format_rfc3339_seconds(end),
+            "a CA above the certificate expires soon, and the certificate is refused from then on: \
+             replace the CA (of the embedded one: `reeve ca rotate`)"
+        );
+    }
+
     /// An expired key is of no use but to a thief.
     fn drop_expired(&self, slot: &Slot, now: SystemTime) {
-        let expired = |svid: &Arc<Svid>| svid.not_after < now;
-        if slot.svid.load().as_ref().is_some_and(expired) {
+        let svid = slot.svid.load_full().filter(|svid| svid.not_after < now);
+        if let Some(svid) = svid {
+            let what = match svid.signer.not_after < now {
+                true => "a CA above the certificate",
+                false => "the certificate",
+            };
             tracing::error!(
                 spiffe_id = %slot.id,
-                "the certificate has expired and there is no new one: connections are refused"
+                "{what} has expired and there is no new one: connections are refused"
             );
             slot.svid.store(None);
             self.changed();

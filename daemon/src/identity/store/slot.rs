@@ -76,13 +76,31 @@ impl Slot {
         }
     }
 
-    /// Time until its bundles begin to say something else by themselves.
+    /// Time until its certificate expires, or its bundles begin to say something else by themselves.
     pub(super) fn until_turn(&self, now: SystemTime) -> Duration {
         let bundles = self.trust.current();
         let turns = bundles.values().flat_map(|bundle| bundle.turns());
+        let end = self.svid.load().as_ref().map(|svid| svid.not_after);
+        let turns = turns.chain(end);
         let next = turns.filter_map(|turn| turn.duration_since(now).ok()).min();
-        // Times in certificates are whole seconds: the one that is over counts.
+        // Up to its end, a certificate counts.
         next.map_or(Duration::MAX, |left| left + TURN_SLACK)
+    }
+
+    /// Looks again for how long the certificate is good, where the bundles have changed or time has
+    /// changed what they mean. Returns whether that is another time now.
+    pub(super) fn judge_again(&self, now: SystemTime) -> bool {
+        let Some(svid) = self.svid.load_full() else {
+            return false;
+        };
+        let Some(judged) = svid.judged_again(&self.trust.current(), now) else {
+            return false;
+        };
+        // Unless there is a newer one already.
+        let before = self.svid.compare_and_swap(&svid, Some(Arc::new(judged)));
+        before
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(before, &svid))
     }
 
     pub(super) fn status(&self) -> IdentityStatus {
@@ -99,7 +117,7 @@ impl Slot {
                 issuer: svid.issuer.clone(),
                 not_before: svid.not_before,
                 not_after: svid.not_after,
-                intermediate_not_after: svid.intermediate_not_after(),
+                signer: svid.signer,
                 generation: svid.generation,
             }),
             next_attempt: progress.next_attempt,

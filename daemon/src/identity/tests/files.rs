@@ -9,7 +9,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls_pki_types::UnixTime;
 use time::OffsetDateTime;
 use tokio::time::{Instant, timeout};
 
@@ -283,6 +282,36 @@ async fn a_folder_that_goes_and_comes_again_costs_nothing_but_the_wait() {
 }
 
 #[tokio::test]
+async fn a_certificate_lasts_as_long_as_what_is_above_it() {
+    let scene = Scene::new().await;
+    let old = scene.current().unwrap();
+    assert!(!old.signer_expires_soon(SystemTime::now()));
+    let in_seconds = |seconds| OffsetDateTime::now_utc() + time::Duration::seconds(seconds);
+    let brief = Authority::root_with("example.org", |params| params.not_after = in_seconds(60));
+    let issued = brief.leaf(OURS);
+    scene.put(&issued, &[&brief]);
+    let svid = scene.newer(&old).await;
+    let minute = SystemTime::now() + Duration::from_secs(61);
+    assert!(svid.not_after < minute && svid.signer.not_after == svid.not_after);
+    assert!(
+        scene.store.status()[0]
+            .remarks
+            .contains(&Remark::SignerExpires)
+    );
+
+    // The root is reissued: the same certificate lasts longer. Then it is about to end.
+    let longer = brief.reissued(|params| params.not_after = in_seconds(1800));
+    scene.put(&issued, &[&brief, &longer]);
+    until(|| scene.current().filter(|svid| svid.not_after > minute)).await;
+    assert!(scene.store.status()[0].remarks.is_empty());
+    let last = brief.reissued(|params| params.not_after = in_seconds(3));
+    scene.put(&issued, &[&last]);
+    until(|| scene.current().filter(|svid| svid.not_after < minute)).await;
+    until(|| scene.current().is_none().then_some(())).await;
+    assert!(scene.store.status()[0].certificate.is_none());
+}
+
+#[tokio::test]
 async fn both_roots_count_while_both_are_in_the_file() {
     let scene = Scene::new().await;
     let (old, new_root) = (&scene.root, Authority::root("example.org"));
@@ -292,7 +321,7 @@ async fn both_roots_count_while_both_are_in_the_file() {
             &bundles,
             &issued.chain[0],
             &issued.chain[1..],
-            UnixTime::now(),
+            SystemTime::now(),
         )
     };
     let (olds, news) = (old.leaf(PEERS), new_root.leaf(PEERS));
@@ -341,11 +370,12 @@ async fn a_revocation_list_in_the_files_counts_until_it_expires() {
     );
     let store = store_of(with_lists, &[OURS]);
     until(|| store.current(&id(OURS))).await;
-    let peer = root.leaf(PEERS);
-    let judge = || {
+    let (peer, other) = (root.leaf(PEERS), root.leaf(PEERS));
+    let judge_this = |issued: &Issued| {
         let bundles = store.trust_of(&id(OURS)).unwrap();
-        verify_chain(&bundles, &peer.chain[0], &[], UnixTime::now())
+        verify_chain(&bundles, &issued.chain[0], &[], SystemTime::now())
     };
+    let judge = || judge_this(&peer);
     assert!(judge().is_ok());
     assert!(store.bundles()[0].revocation_checked);
 
@@ -354,12 +384,15 @@ async fn a_revocation_list_in_the_files_counts_until_it_expires() {
     put(folder.path().join("crl.pem"), &revoked);
     until(|| judge().err()).await;
     assert_eq!(judge(), Err(RejectReason::Revoked));
+    assert!(judge_this(&other).is_ok());
 
     // Whoever has judged by the list is to judge again when it has expired.
     let (before, start) = (store.trust_of(&id(OURS)).unwrap(), Instant::now());
     until(|| (!Arc::ptr_eq(&before, &store.trust_of(&id(OURS)).unwrap())).then_some(())).await;
     assert!(start.elapsed() < 2 * LIST, "{:?}", start.elapsed());
-    assert_eq!(judge(), Err(RejectReason::RevocationListExpired));
+    assert_eq!(judge_this(&other), Err(RejectReason::RevocationListExpired));
+    // What a list names stays revoked.
+    assert_eq!(judge(), Err(RejectReason::Revoked));
 }
 
 #[tokio::test]
@@ -369,7 +402,7 @@ async fn configured_lists_are_for_whichever_source_the_bundle_is_of() {
     let peer = scene.root.leaf(PEERS);
     let judge = || {
         let bundles = scene.store.trust_of(&id(OURS)).unwrap();
-        verify_chain(&bundles, &peer.chain[0], &[], UnixTime::now())
+        verify_chain(&bundles, &peer.chain[0], &[], SystemTime::now())
     };
     assert!(judge().is_ok());
     let serial = svid_rules::parse(&peer.chain[0]).unwrap();

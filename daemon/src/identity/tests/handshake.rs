@@ -208,7 +208,7 @@ pub(super) fn material(issued: &Issued) -> Material {
 }
 
 /// A key that nobody has looked at.
-fn unchecked(issued: &Issued) -> Arc<CertifiedKey> {
+pub(super) fn unchecked(issued: &Issued) -> Arc<CertifiedKey> {
     let provider = provider().key_provider;
     let key = provider.load_private_key(issued.private_key()).unwrap();
     Arc::new(CertifiedKey::new(issued.chain.clone(), key))

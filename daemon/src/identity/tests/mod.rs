@@ -1,5 +1,6 @@
 //! Real handshakes in memory, with right and wrong certificates.
 
+mod alerts;
 #[expect(
     dead_code,
     unreachable_pub,
@@ -15,6 +16,7 @@ mod ca_life;
 )]
 #[path = "../../../../tests/harness/certs/mod.rs"]
 pub(in crate::identity) mod certs;
+mod chains;
 mod crypto_policy;
 mod embedded_ca;
 mod federation;

@@ -97,7 +97,10 @@ fn identity(at: impl Fn(u64) -> SystemTime) -> IdentityStatus {
             issuer: String::new(),
             not_before: at(1000),
             not_after: at(4600),
-            intermediate_not_after: None,
+            signer: crate::identity::Validity {
+                not_before: SystemTime::UNIX_EPOCH,
+                not_after: SystemTime::UNIX_EPOCH,
+            },
             generation: 1,
         }),
         next_attempt: Some(at(2800)),

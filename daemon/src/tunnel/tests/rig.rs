@@ -256,7 +256,7 @@ fn ends(role: Role, own: &Svid, peer: &Svid) -> Ends {
         generation: own.generation,
         peer: peer.id.clone(),
         chain: peer.chain().to_vec(),
-        not_after: own.not_after.min(peer.not_after),
+        own_not_after: own.not_after,
         remote: "127.0.0.1:1".parse().unwrap(),
         local: "127.0.0.1:2".parse().unwrap(),
     }
