@@ -11,7 +11,11 @@ use crate::maps::{COUNTERS, EVENTS};
 
 /// One connection as its workload sees it: the question that `judge` answers, and what an event
 /// says of it.
+///
+/// Passed to functions that are verified by themselves (see [`crate::judge::judge`]), so it has no
+/// padding, which would be memory that nothing has written.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Connection {
     /// The workload's address, zero where not known.
     pub local: Address,
@@ -29,15 +33,17 @@ pub struct Connection {
     pub direction: u8,
     /// `Hook` that asks.
     pub hook: u8,
+    /// Answer: `DryRun`.
+    pub dry_run: u8,
     /// Answer: number of the peer.
     pub peer: u32,
     /// Answer: rule.
     pub rule: u32,
     /// Answer: rule in dry run.
     pub dry_run_rule: u32,
-    /// Answer: `DryRun`.
-    pub dry_run: u8,
 }
+
+const _: () = assert!(size_of::<Connection>() == 56, "padding");
 
 impl Connection {
     /// A question about nothing yet.
@@ -52,10 +58,10 @@ impl Connection {
             protocol: 0,
             direction: 0,
             hook: hook as u8,
+            dry_run: DryRun::Same as u8,
             peer: 0,
             rule: 0,
             dry_run_rule: 0,
-            dry_run: DryRun::Same as u8,
         }
     }
 
@@ -114,6 +120,18 @@ impl Outcome {
         self.0 & THROUGH_TUNNEL != 0
     }
 
+    /// All of it, for another function of this object.
+    #[inline(always)]
+    pub const fn to_number(self) -> u32 {
+        self.0
+    }
+
+    /// What [`Self::to_number`] gave.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+
     /// Why, as a number.
     #[inline(always)]
     pub const fn reason(self) -> u8 {
@@ -166,8 +184,29 @@ fn log(connection: &Connection, outcome: Outcome) {
 }
 
 /// Counts a verdict and tells the daemon of it.
-#[inline(never)]
+#[inline(always)]
 pub fn report(connection: &Connection, outcome: Outcome) {
+    // SAFETY: a reference is never null.
+    unsafe { reeve_report(connection, outcome.to_number()) };
+}
+
+/// Verified by itself, like [`crate::judge::judge`].
+///
+/// # Safety
+///
+/// `connection` is null or may be read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn reeve_report(connection: *const Connection, outcome: u32) -> u32 {
+    // SAFETY: as the caller promises.
+    if let Some(connection) = unsafe { connection.as_ref() } {
+        tell(connection, Outcome::from_number(outcome));
+    }
+    0
+}
+
+#[inline(always)]
+fn tell(connection: &Connection, outcome: Outcome) {
     count_verdict(connection.direction, outcome);
     let dry_run = connection.dry_run(outcome);
     if dry_run != DryRun::Same {

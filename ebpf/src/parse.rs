@@ -5,8 +5,9 @@ use aya_ebpf::{
 };
 use reeve_common::{Address, ipv4_mapped, protocol};
 
-/// What a packet says of itself.
+/// What a packet says of itself. Without padding, as [`crate::event::Connection`].
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Packet {
     /// Where it comes from.
     pub source: Address,
@@ -32,7 +33,11 @@ pub struct Packet {
     pub payload: bool,
     /// Whether it names a route of its own, and so has another far end than its header says.
     pub routed: bool,
+    /// Nothing.
+    pub reserved: u8,
 }
+
+const _: () = assert!(size_of::<Packet>() == 46, "padding");
 
 /// TCP's flags.
 pub const FIN: u8 = 1 << 0;
@@ -90,6 +95,7 @@ impl Packet {
             inet6: false,
             payload: false,
             routed: false,
+            reserved: 0,
         }
     }
 }
@@ -116,10 +122,25 @@ pub fn is_plain(ctx: &SkBuffContext) -> bool {
 
 /// Reads a packet's headers. False: truncated, a fragment, or more headers than allowed.
 ///
-/// A function of its own, for its buffers not to lie on the stack while the packet is judged.
-#[inline(never)]
+/// A function of its own, for its buffers not to lie on the stack while the packet is judged; and
+/// verified by itself, like [`crate::judge::judge`].
+#[inline(always)]
 pub fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
-    parse_headers(&SkBuffContext::new(skb), packet).is_some()
+    // SAFETY: `skb` is the program's context, and a reference is never null.
+    unsafe { reeve_parse(skb, packet) != 0 }
+}
+
+/// # Safety
+///
+/// `skb` is the program's context, and `packet` null or may be written.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn reeve_parse(skb: *mut __sk_buff, packet: *mut Packet) -> u32 {
+    // SAFETY: as the caller promises.
+    match unsafe { packet.as_mut() } {
+        Some(packet) => u32::from(parse_headers(&SkBuffContext::new(skb), packet).is_some()),
+        None => 0,
+    }
 }
 
 #[inline(always)]
