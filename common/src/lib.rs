@@ -46,6 +46,10 @@ pub mod protocol {
     pub const TCP: u8 = 6;
     /// UDP.
     pub const UDP: u8 = 17;
+    /// IPsec's encrypted packets.
+    pub const ESP: u8 = 50;
+    /// IPsec's authenticated packets.
+    pub const AH: u8 = 51;
     /// ICMP for IPv6; judged as [`ICMP`].
     pub const ICMPV6: u8 = 58;
     /// SCTP.

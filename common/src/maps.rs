@@ -15,6 +15,25 @@ pub const fn ipv4_mapped(ip: [u8; 4]) -> Address {
     ]
 }
 
+/// The key in `LOCAL_ADDRESSES` of an address that means something on its link only (`fe80::/64`,
+/// `169.254.0.0/16`): with the workload in bytes that are always zero, since several workloads may have
+/// the same one. None for any other address.
+#[inline(always)]
+#[must_use]
+pub const fn link_local_key(address: &Address, workload: WorkloadId) -> Option<Address> {
+    let &[a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address;
+    let v6 = matches!([a, b, c, d, e, f, g, h], [0xfe, 0x80, 0, 0, 0, 0, 0, 0]);
+    let v4 = matches!(
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 169, 254]
+    );
+    if !v6 && !v4 {
+        return None;
+    }
+    let [w, x, y, z] = workload.to_ne_bytes();
+    Some([a, b, c, d, w, x, y, z, i, j, k, l, m, n, o, p])
+}
+
 /// Which end of a connection the judged workload is.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,7 +133,8 @@ pub enum NamespaceSource {
 }
 
 /// `LOCAL_ADDRESSES`: hash from [`Address`] to [`WorkloadId`], for addresses of namespaces that one
-/// workload owns. Written by the daemon; read by `sk_lookup`, which sees no cgroup.
+/// workload owns; link-local ones under their [`link_local_key`]. Written by the daemon; read by
+/// `sk_lookup`, which sees no cgroup, and wherever it is asked what stays in a workload.
 pub type LocalAddressEntry = WorkloadId;
 
 /// `PEERS`: longest prefix match from an address to what is known of the far end. aya's LPM key

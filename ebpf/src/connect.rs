@@ -27,7 +27,7 @@ pub const PROCEED: i32 = 1;
 pub const REFUSE: i32 = 0;
 
 const LOCALHOST_V4: [u8; 4] = [127, 0, 0, 1];
-const LOCALHOST_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+pub const LOCALHOST_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const LOCALHOST_MAPPED: Address = ipv4_mapped(LOCALHOST_V4);
 
 /// `SOCK_STREAM`.
@@ -113,7 +113,10 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
 
     // What the socket remembered was said of another far end.
     forget(socket);
-    let outcome = judge_connect(&mut connection, &settings, &caller);
+    let source = bound_address(socket);
+    // Under a stranger's address the kernel would answer the stranger.
+    let from_here = judge::is_from_here(&source, caller.workload, || namespace_owner(ctx));
+    let outcome = judge_connect(&mut connection, &settings, &caller, from_here);
     let Some(outcome) = outcome else {
         return PROCEED;
     };
@@ -121,7 +124,7 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         report(&connection, outcome);
         return REFUSE;
     }
-    if is_forged(ctx, socket, caller.workload) {
+    if is_forged(ctx, &source, caller.workload) {
         report(&connection, Outcome::deny(Reason::ForgedSource));
         return REFUSE;
     }
@@ -161,9 +164,10 @@ fn judge_connect(
     connection: &mut Connection,
     settings: &Settings,
     caller: &WorkloadEntry,
+    from_here: bool,
 ) -> Option<Outcome> {
     let tcp = connection.protocol == protocol::TCP;
-    if is_loopback(&connection.remote) {
+    if from_here && is_loopback(&connection.remote) {
         let reserved = connection.remote_port == settings.outbound_port
             || connection.remote_port == settings.tunnel_port;
         return (tcp && reserved).then_some(Outcome::deny(Reason::ReservedPort));
@@ -171,7 +175,7 @@ fn judge_connect(
     if is_unknown(caller) {
         return Some(Outcome::deny(Reason::UnknownWorkload));
     }
-    if judge::workload_at(&connection.remote) == Some(connection.workload) {
+    if from_here && judge::is_own(&connection.remote, connection.workload) {
         let reserved = connection.remote_port == settings.tunnel_port;
         return (tcp && reserved).then_some(Outcome::deny(Reason::ReservedPort));
     }
@@ -182,23 +186,31 @@ fn judge_connect(
     Some(outcome)
 }
 
-/// Whether the socket is bound to an address that the workload has no right to. The packets of a
-/// connection that is allowed are not asked for theirs.
+/// The address that a socket is bound to. Bound to none, it gets one of the namespace's own;
+/// `is_loopback` takes none for one of them.
 #[inline(always)]
-fn is_forged(ctx: *mut bpf_sock_addr, socket: *mut bpf_sock, workload: WorkloadId) -> bool {
+fn bound_address(socket: *mut bpf_sock) -> Address {
     // SAFETY: fields of the hook's socket.
-    let source = unsafe {
+    unsafe {
         address::of_family(
             field(&raw const (*socket).family),
             &raw const (*socket).src_ip4,
             &raw const (*socket).src_ip6,
         )
-    };
-    // Bound to none, it gets one of the namespace's own.
-    !is_loopback(&source)
-        && judge::is_forged(&source, workload, || {
-            namespace(ctx).map_or(NO_WORKLOAD, |entry| entry.workload)
-        })
+    }
+}
+
+/// Whether the socket is bound to an address that the workload has no right to. The packets of a
+/// connection that is allowed are not asked for theirs.
+#[inline(always)]
+fn is_forged(ctx: *mut bpf_sock_addr, source: &Address, workload: WorkloadId) -> bool {
+    !is_loopback(source) && judge::is_forged(source, workload, || namespace_owner(ctx))
+}
+
+/// The workload that alone owns the caller's namespace.
+#[inline(always)]
+pub fn namespace_owner(ctx: *mut bpf_sock_addr) -> WorkloadId {
+    namespace(ctx).map_or(NO_WORKLOAD, |entry| entry.workload)
 }
 
 /// What the daemon says of the caller's namespace.

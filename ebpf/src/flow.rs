@@ -94,6 +94,24 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
     true
 }
 
+/// Whether a connection's flow is remembered and still allowed. Nothing is remembered of the question.
+#[inline(always)]
+pub fn is_live(connection: &mut Connection, generation: u32) -> bool {
+    let Some(entry) = FLOWS.get_ptr(&key(connection)) else {
+        return false;
+    };
+    // SAFETY: as in `pass`; asking for the time has no condition.
+    let (entry, now) = unsafe { (&*entry, bpf_ktime_get_ns()) };
+    if now.saturating_sub(entry.last_seen) >= FLOW_IDLE_NANOSECONDS {
+        return false;
+    }
+    let observed = connection.direction;
+    connection.direction = entry.direction as u8;
+    let live = entry.generation == generation || judge(connection).allowed();
+    connection.direction = observed;
+    live
+}
+
 /// The other direction.
 #[inline(always)]
 pub fn opposite(direction: u8) -> u8 {

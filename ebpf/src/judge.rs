@@ -11,10 +11,11 @@ use aya_ebpf::{
 use reeve_common::{
     Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_TUNNEL,
     PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
-    WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, protocol,
+    WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key, protocol,
 };
 
 use crate::{
+    address::is_loopback,
     event::{Connection, Outcome},
     maps::{LOCAL_ADDRESSES, PEER_PORTS, PEERS, VERDICTS, WORKLOADS},
 };
@@ -76,6 +77,32 @@ fn deepest(depths: u32, ancestor: impl Fn(i32) -> u64) -> Option<WorkloadEntry> 
 pub fn workload_at(address: &Address) -> Option<WorkloadId> {
     // SAFETY: as in `deepest`.
     unsafe { LOCAL_ADDRESSES.get(address) }.copied()
+}
+
+/// Whether an address is the workload's: one of its own, or loopback's.
+///
+/// A function of its own, for the key not to lie on the caller's stack.
+#[inline(never)]
+pub fn is_own(address: &Address, workload: WorkloadId) -> bool {
+    if is_loopback(address) {
+        return true;
+    }
+    match link_local_key(address, workload) {
+        Some(key) => workload_at(&key) == Some(workload),
+        None => workload_at(address) == Some(workload),
+    }
+}
+
+/// Whether a source address may lead back to the workload alone: it is one of its own, or the
+/// namespace is shared, whose addresses the daemon does not know. `namespace_owner` is asked only where it
+/// matters.
+#[inline(always)]
+pub fn is_from_here(
+    source: &Address,
+    workload: WorkloadId,
+    namespace_owner: impl FnOnce() -> WorkloadId,
+) -> bool {
+    is_own(source, workload) || namespace_owner() != workload
 }
 
 /// Whether an address under which a workload sends is somebody else's whom reeve knows: another

@@ -1,15 +1,17 @@
-//! The look-up of a listener for an arriving TCP connection, in each workload's namespace: the
-//! place where a refusal reaches the client at once, as a reset.
+//! The look-up of a socket for an arriving TCP connection or UDP datagram, in each workload's
+//! namespace: the place where a refusal reaches a TCP client at once, as a reset. An ICMP error about a
+//! datagram looks for the datagram's socket here as well.
 //!
-//! What passes here is judged once more when its packet reaches the listening socket, which
-//! reports it; here only refusals are.
+//! What passes here is judged once more when its packet reaches the socket, which reports it; here
+//! only refusals are.
 
 use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
-use reeve_common::{Direction, FlowKey, Hook, protocol};
+use reeve_common::{Direction, FlowKey, Hook, Reason, protocol};
 
 use crate::{
-    address::{self, field, is_loopback},
-    event::{Connection, report},
+    address::{self, FAMILY_INET6, field, is_mapped},
+    event::{Connection, Outcome, report},
+    flow,
     judge::{self, judge},
     maps::{ONWARD, settings},
 };
@@ -33,13 +35,16 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
             field(&raw const (*ctx).protocol),
         )
     };
-    if ip_protocol != u32::from(protocol::TCP) {
+    let tcp = ip_protocol == u32::from(protocol::TCP);
+    if !tcp && ip_protocol != u32::from(protocol::UDP) {
         return PASS;
     }
     let Some(settings) = settings() else {
         return DROP;
     };
     let mut connection = Connection::new(Hook::SocketLookup);
+    connection.protocol = ip_protocol as u8;
+    connection.direction = Direction::Ingress as u8;
     // SAFETY: as above.
     unsafe {
         connection.local = address::of_family(
@@ -55,23 +60,28 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
         connection.local_port = field(&raw const (*ctx).local_port) as u16;
         connection.remote_port = u16::from_be(field(&raw const (*ctx).remote_port));
     }
-    if is_loopback(&connection.local) || is_loopback(&connection.remote) {
-        return PASS;
+    // In an IPv6 packet they would be judged as IPv4's, and answered elsewhere.
+    if family == FAMILY_INET6 && (is_mapped(&connection.local) || is_mapped(&connection.remote)) {
+        report(&connection, Outcome::deny(Reason::Malformed));
+        return DROP;
     }
-    if connection.local_port == settings.tunnel_port {
+    if tcp && connection.local_port == settings.tunnel_port {
         return PASS;
     }
     let Some(workload) = judge::workload_at(&connection.local) else {
         return PASS;
     };
     // Who writes such a source from elsewhere is found out at the packet, which comes by a device.
-    if judge::workload_at(&connection.remote) == Some(workload) {
+    if judge::is_own(&connection.remote, workload) {
         return PASS;
     }
     connection.workload = workload;
-    connection.protocol = protocol::TCP;
-    connection.direction = Direction::Ingress as u8;
-    if is_onward(&connection) {
+    let known = if tcp {
+        is_onward(&connection)
+    } else {
+        flow::is_live(&mut connection, settings.generation)
+    };
+    if known {
         return PASS;
     }
     let outcome = judge(&mut connection);

@@ -30,6 +30,13 @@ pub static NETWORK_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static COOKIE_OFFSET: Global<u32> = Global::new(0);
 
+/// Where a socket says whether it is the kernel's own, set at load: a byte in `sock`, and a bit in it.
+/// No bit: it cannot be read.
+#[unsafe(no_mangle)]
+pub static KERNEL_SOCKET_OFFSET: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static KERNEL_SOCKET_MASK: Global<u8> = Global::new(0);
+
 /// Stands for a capacity that the daemon sets.
 const SET_AT_LOAD: usize = 1;
 /// The same for the ring buffer, in bytes.

@@ -1,4 +1,5 @@
-//! The network namespace of a packet's socket, and the workload that owns it.
+//! The network namespace of a packet's socket, the workload that owns it, and whether the socket is the
+//! kernel's own.
 //!
 //! Linux 6.16 and later tell it to a packet's program. On older kernels the program reads it from
 //! the kernel's own structures: it is the same number, for every socket, the kernel's own and those
@@ -16,7 +17,10 @@ use reeve_common::{
 use crate::{
     address::field,
     judge,
-    maps::{COOKIE_OFFSET, NAMESPACE_SOURCE, NAMESPACES, NETWORK_OFFSET, SOCKET_OFFSET},
+    maps::{
+        COOKIE_OFFSET, KERNEL_SOCKET_MASK, KERNEL_SOCKET_OFFSET, NAMESPACE_SOURCE, NAMESPACES,
+        NETWORK_OFFSET, SOCKET_OFFSET,
+    },
 };
 
 /// linux/if_ether.h, as a packet's `protocol` has it.
@@ -80,6 +84,23 @@ fn read_cookie(skb: *mut __sk_buff) -> Result<u64, i32> {
         let network: *const u8 = bpf_probe_read_kernel(at(socket, NETWORK_OFFSET.load()).cast())?;
         bpf_probe_read_kernel(at(network, COOKIE_OFFSET.load()).cast())
     }
+}
+
+/// Whether a packet's socket is one of the kernel's own, which no process has opened. `otherwise` where
+/// that cannot be read.
+#[inline(never)]
+pub fn is_kernels(skb: *mut __sk_buff, otherwise: bool) -> bool {
+    let mask = KERNEL_SOCKET_MASK.load();
+    if mask == 0 {
+        return otherwise;
+    }
+    let at = |structure: *const u8, offset: u32| structure.wrapping_add(offset as usize);
+    // SAFETY: as in `read_cookie`.
+    let read = unsafe {
+        bpf_probe_read_kernel(at(skb.cast_const().cast(), SOCKET_OFFSET.load()).cast())
+            .and_then(|socket| bpf_probe_read_kernel(at(socket, KERNEL_SOCKET_OFFSET.load())))
+    };
+    read.is_ok_and(|byte: u8| byte & mask != 0)
 }
 
 /// The address of the packet's own end: the source of one that leaves, the destination of one

@@ -18,19 +18,21 @@ use reeve_common::{
 };
 
 use crate::{
-    address::{field, is_loopback},
-    event::{Connection, Outcome, report},
+    address::{self, field, is_loopback},
+    event::{Connection, Outcome, count_verdict, report},
     flow, icmp,
     judge::{self, is_reeve, is_unknown},
     maps::{ARRIVING, set_tag, settings, tag},
     namespace,
-    parse::{Packet, RST, is_plain, parse},
+    parse::{Packet, RST, has_ports, is_plain, parse},
     segment,
 };
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
 
+/// `SOCK_STREAM`.
+const STREAM: u32 = 1;
 /// `SOCK_RAW`.
 const RAW: u32 = 3;
 /// `TCP_LISTEN`.
@@ -59,6 +61,9 @@ pub struct Subject {
     pub socket: *mut bpf_sock,
     /// Whether it is a raw one.
     pub raw: bool,
+    /// Whether it is one of the kernel's own, by which it answers for connections, sends errors and
+    /// finds neighbours. They are raw, and of the cgroup in which their namespace was made.
+    pub kernels: bool,
     /// Whether it listens.
     pub listening: bool,
 }
@@ -92,7 +97,8 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
     };
     let listening = state == LISTEN;
     let remembered = tag(socket);
-    if !listening
+    if kind == STREAM
+        && !listening
         && let Some(tag) = remembered.as_deref()
         && tag.protocol == protocol::TCP
         && let Some(verdict) = of_remembered(ctx, tag, &settings)
@@ -130,6 +136,13 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         return DROP;
     }
     if !is_found {
+        let may_leak = !arrives && kind == RAW && !is_on_loopback(skb);
+        if may_leak && namespace::is_known(skb, false) && icmp::is_leak(skb) {
+            // It is none of one workload's, so that there is none to tell of.
+            let outcome = Outcome::deny(Reason::ForgedSource);
+            count_verdict(Direction::Egress as u8, outcome);
+            return DROP;
+        }
         return PASS;
     }
     let subject = Subject {
@@ -137,6 +150,7 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         by_socket,
         socket,
         raw: kind == RAW,
+        kernels: kind == RAW && namespace::is_kernels(skb, !by_socket),
         listening,
     };
     if judge_packet(ctx, arrives, &settings, &subject) {
@@ -314,7 +328,14 @@ fn judge_packet(
         report(&connection, Outcome::deny(Reason::ForgedSource));
         return false;
     }
-    match packet.protocol {
+    if matches!(packet.protocol, protocol::ESP | protocol::AH)
+        && !arrives
+        && !subject.raw
+        && is_secured(subject.socket, &connection.remote)
+    {
+        as_connected(subject.socket, &mut connection);
+    }
+    match connection.protocol {
         protocol::TCP => {
             if subject.raw {
                 return segment::raw(&connection, &packet, settings, subject);
@@ -330,25 +351,62 @@ fn judge_packet(
         }
         protocol::UDP if subject.raw => segment::raw(&connection, &packet, settings, subject),
         // The other family's number is a protocol like any other.
-        protocol::ICMP if !packet.inet6 => {
-            icmp::icmp(arrives, settings, subject, &mut connection, &packet)
-        }
-        protocol::ICMPV6 if packet.inet6 => {
-            icmp::icmpv6(arrives, settings, subject, &mut connection, &packet)
+        protocol::ICMP | protocol::ICMPV6
+            if (connection.protocol == protocol::ICMPV6) == packet.inet6 =>
+        {
+            icmp::icmp(
+                ctx.skb.skb,
+                arrives,
+                settings,
+                subject,
+                &mut connection,
+                &packet,
+            )
         }
         _ => flow(settings, subject, &mut connection),
     }
 }
 
-/// Whether a packet goes from the workload to itself: between addresses that nobody else has, and
-/// by way of the loopback device. The addresses alone say nothing, for whoever makes packets by
-/// hand can write what he likes into them.
+/// Whether IPsec has made a packet of one that a connected socket sends: it goes to where the socket
+/// is connected, as in transport mode. Only a raw socket writes IPsec's protocols by itself.
+#[inline(never)]
+fn is_secured(socket: *mut bpf_sock, destination: &Address) -> bool {
+    // SAFETY: fields of a whole socket.
+    unsafe {
+        let connected = address::of_family(
+            field(&raw const (*socket).family),
+            &raw const (*socket).dst_ip4,
+            &raw const (*socket).dst_ip6,
+        );
+        has_ports(field(&raw const (*socket).protocol) as u8)
+            && field(&raw const (*socket).dst_port) != 0
+            && connected == *destination
+    }
+}
+
+/// What cannot be read in such a packet is what its socket says.
+#[inline(always)]
+fn as_connected(socket: *mut bpf_sock, connection: &mut Connection) {
+    // SAFETY: fields of a whole socket.
+    unsafe {
+        connection.protocol = field(&raw const (*socket).protocol) as u8;
+        connection.remote_port = u16::from_be(field(&raw const (*socket).dst_port));
+    }
+    connection.local_port = port(socket);
+}
+
+/// Whether a packet goes from the workload to itself: both its ends are the workload's, and it
+/// takes the loopback device. The addresses alone say nothing, for a raw socket writes any of them;
+/// and a packet to the workload under a stranger's address has the kernel answer the stranger. In a
+/// namespace that several share, the daemon knows of no address whose it is: loopback's at one end
+/// will do there, and `icmp::is_leak` looks at the kernel's answers.
 #[inline(always)]
 fn stays(ctx: &SkBuffContext, connection: &Connection) -> bool {
     is_on_loopback(ctx.skb.skb)
-        && (is_loopback(&connection.local)
-            || is_loopback(&connection.remote)
-            || judge::workload_at(&connection.remote) == Some(connection.workload))
+        && (judge::is_own(&connection.local, connection.workload)
+            && judge::is_own(&connection.remote, connection.workload)
+            || (is_loopback(&connection.local) || is_loopback(&connection.remote))
+                && namespace::owner(ctx.skb.skb, false) != connection.workload)
 }
 
 #[inline(always)]
@@ -377,7 +435,7 @@ pub fn remember(
         rule: connection.rule,
         generation,
         remote_port: connection.remote_port,
-        protocol: protocol::TCP,
+        protocol: connection.protocol,
         direction: connection.direction,
         flags,
     };
@@ -395,13 +453,14 @@ pub fn flow(settings: &Settings, subject: &Subject, connection: &mut Connection)
         return false;
     }
     // `connect()` told of the verdict before the socket had a port.
-    let told = tag(subject.socket).is_some_and(|tag| {
-        tag.generation == settings.generation
-            && tag.flags & TAG_ALLOWED != 0
-            && tag.protocol == connection.protocol
-            && tag.direction == connection.direction
-            && tag.remote_port == connection.remote_port
-            && tag.remote == connection.remote
-    });
+    let told = !subject.raw
+        && tag(subject.socket).is_some_and(|tag| {
+            tag.generation == settings.generation
+                && tag.flags & TAG_ALLOWED != 0
+                && tag.protocol == connection.protocol
+                && tag.direction == connection.direction
+                && tag.remote_port == connection.remote_port
+                && tag.remote == connection.remote
+        });
     flow::pass(connection, settings.generation, told)
 }

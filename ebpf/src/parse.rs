@@ -5,6 +5,8 @@ use aya_ebpf::{
 };
 use reeve_common::{Address, ipv4_mapped, protocol};
 
+use crate::address::{field, is_mapped};
+
 /// What a packet says of itself. Without padding, as [`crate::event::Connection`].
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -27,6 +29,8 @@ pub struct Packet {
     pub hops: u8,
     /// Identifier of an ICMP echo.
     pub icmp_id: u16,
+    /// Where the protocol's own header begins.
+    pub header: u16,
     /// Whether it is IPv6.
     pub inet6: bool,
     /// Whether a TCP segment carries anything behind its header.
@@ -37,7 +41,7 @@ pub struct Packet {
     pub reserved: u8,
 }
 
-const _: () = assert!(size_of::<Packet>() == 46, "padding");
+const _: () = assert!(size_of::<Packet>() == 48, "padding");
 
 /// TCP's flags.
 pub const FIN: u8 = 1 << 0;
@@ -92,12 +96,23 @@ impl Packet {
             icmp_type: 0,
             hops: 0,
             icmp_id: 0,
+            header: 0,
             inet6: false,
             payload: false,
             routed: false,
             reserved: 0,
         }
     }
+}
+
+/// Whether a packet is IPv6, by what its device or its socket says and not by what it says of
+/// itself: a raw socket of IPv4 can write any version into its header.
+#[inline(always)]
+fn is_inet6(skb: *mut __sk_buff) -> bool {
+    /// `linux/if_ether.h`.
+    const ETH_P_IPV6: u16 = 0x86dd;
+    // SAFETY: a field of the context.
+    field(unsafe { &raw const (*skb).protocol }) == u32::from(ETH_P_IPV6.to_be())
 }
 
 /// Whether nothing stands between a TCP packet's first header and TCP's own: no option and no
@@ -120,7 +135,8 @@ pub fn is_plain(ctx: &SkBuffContext) -> bool {
     first == V4_PLAIN || (first >> 4 == 6 && next == protocol::TCP)
 }
 
-/// Reads a packet's headers. False: truncated, a fragment, or more headers than allowed.
+/// Reads a packet's headers. False: truncated, a fragment, more headers than allowed, a version
+/// that is not its device's, or addresses of one version in a packet of the other.
 ///
 /// A function of its own, for its buffers not to lie on the stack while the packet is judged; and
 /// verified by itself, like [`crate::judge::judge`].
@@ -146,12 +162,13 @@ unsafe extern "C" fn reeve_parse(skb: *mut __sk_buff, packet: *mut Packet) -> u3
 #[inline(always)]
 fn parse_headers(ctx: &SkBuffContext, packet: &mut Packet) -> Option<()> {
     let version: u8 = ctx.load(0).ok()?;
-    packet.inet6 = version >> 4 == 6;
-    let offset = match version >> 4 {
-        4 => parse_v4(ctx, packet)?,
-        6 => parse_v6(ctx, packet)?,
+    packet.inet6 = is_inet6(ctx.skb.skb);
+    let offset = match (version >> 4, packet.inet6) {
+        (4, false) => parse_v4(ctx, packet)?,
+        (6, true) => parse_v6(ctx, packet)?,
         _ => return None,
     };
+    packet.header = offset as u16;
     match packet.protocol {
         protocol::TCP => {
             let header: [u8; 14] = ctx.load(offset).ok()?;
@@ -160,7 +177,7 @@ fn parse_headers(ctx: &SkBuffContext, packet: &mut Packet) -> Option<()> {
             let end = offset + usize::from(header[12] >> 4) * 4;
             packet.payload = ctx.len() as usize > end;
         }
-        protocol::UDP | protocol::SCTP | DCCP | UDP_LITE => {
+        other if has_ports(other) => {
             let header: [u8; 8] = ctx.load(offset).ok()?;
             ports(packet, &[header[0], header[1], header[2], header[3]]);
         }
@@ -172,6 +189,15 @@ fn parse_headers(ctx: &SkBuffContext, packet: &mut Packet) -> Option<()> {
         _ => {}
     }
     Some(())
+}
+
+/// Whether a protocol's header begins with two ports.
+#[inline(always)]
+pub fn has_ports(protocol: u8) -> bool {
+    matches!(
+        protocol,
+        protocol::TCP | protocol::UDP | protocol::SCTP | DCCP | UDP_LITE
+    )
 }
 
 #[inline(always)]
@@ -243,10 +269,22 @@ fn names_route(skb: *mut __sk_buff, header: u32) -> Option<bool> {
     Some(false)
 }
 
+/// Whether an IPv6 packet has an address of IPv4's in IPv6's notation. On the wire there are none
+/// (RFC 4942): it would be judged as IPv4's, and goes elsewhere.
+///
+/// A function of its own, for the addresses' words not to lie on the stack with the headers.
+#[inline(never)]
+fn is_mixed(packet: &Packet) -> bool {
+    is_mapped(&packet.source) || is_mapped(&packet.destination)
+}
+
 #[inline(always)]
 fn parse_v6(ctx: &SkBuffContext, packet: &mut Packet) -> Option<usize> {
     packet.source = ctx.load(8).ok()?;
     packet.destination = ctx.load(24).ok()?;
+    if is_mixed(packet) {
+        return None;
+    }
     let fixed: [u8; 2] = ctx.load(6).ok()?;
     packet.hops = fixed[1];
     let mut next = fixed[0];

@@ -19,8 +19,8 @@ use crate::{
 };
 
 /// A raw socket speaks TCP or UDP: refused, and told once for each socket and generation. The
-/// kernel's own raw sockets answer for connections that have no socket any more; only in a
-/// namespace are they found, and what they send has nothing in it.
+/// kernel's own raw sockets answer for connections that have no socket any more, and what they send
+/// has nothing in it.
 #[inline(always)]
 pub fn raw(
     connection: &Connection,
@@ -32,7 +32,7 @@ pub fn raw(
     let bare = packet.protocol == protocol::TCP
         && !packet.payload
         && (flags == ACK || flags & !ACK == RST);
-    if !subject.by_socket && bare {
+    if subject.kernels && bare {
         return true;
     }
     let outcome = Outcome::deny(Reason::RawSocket);
@@ -180,7 +180,7 @@ fn plaintext(connection: &mut Connection) -> Outcome {
 
 /// Judges an established connection of which nobody saw the beginning: either direction will do.
 #[inline(always)]
-fn either(connection: &mut Connection, observed: u8) -> Outcome {
+pub fn either(connection: &mut Connection, observed: u8) -> Outcome {
     connection.direction = flow::opposite(observed);
     let other = plaintext(connection);
     if other.allowed() {

@@ -2,11 +2,13 @@
 //! except that a reply passes.
 
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
-use reeve_common::{Direction, Hook, Reason};
+use reeve_common::{Address, Direction, Hook, Reason};
 
 use crate::{
-    address::{field, is_loopback},
-    connect::{PROCEED, REFUSE, named_address, named_port, named_protocol, socket},
+    address::{self, field, is_loopback},
+    connect::{
+        PROCEED, REFUSE, named_address, named_port, named_protocol, namespace_owner, socket,
+    },
     event::{Connection, Outcome, report},
     flow,
     judge::{self, is_reeve, is_unknown},
@@ -21,6 +23,20 @@ pub fn reeve_sendmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(sendmsg6)]
 pub fn reeve_sendmsg6(ctx: SockAddrContext) -> i32 {
     sendmsg(ctx.sock_addr, true)
+}
+
+/// The address that the message is sent under, unspecified where the kernel is to choose one of the
+/// namespace's own.
+#[inline(always)]
+fn source_address(ctx: *mut bpf_sock_addr, inet6: bool) -> Address {
+    // SAFETY: fields of the context, which is not null.
+    unsafe {
+        if inet6 {
+            address::v6(&raw const (*ctx).msg_src_ip6)
+        } else {
+            address::v4(field(&raw const (*ctx).msg_src_ip4))
+        }
+    }
 }
 
 #[inline(always)]
@@ -38,7 +54,10 @@ fn sendmsg(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         return PROCEED;
     }
     let remote = named_address(ctx, inet6);
-    if is_loopback(&remote) {
+    // Under a stranger's address the kernel would answer the stranger.
+    let source = source_address(ctx, inet6);
+    let from_here = judge::is_from_here(&source, caller.workload, || namespace_owner(ctx));
+    if from_here && is_loopback(&remote) {
         return PROCEED;
     }
     let mut connection = Connection::new(Hook::Sendmsg);
@@ -51,7 +70,7 @@ fn sendmsg(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         report(&connection, Outcome::deny(Reason::UnknownWorkload));
         return REFUSE;
     }
-    if judge::workload_at(&remote) == Some(caller.workload) {
+    if from_here && judge::is_own(&remote, caller.workload) {
         return PROCEED;
     }
     // SAFETY: a field of the hook's socket. The kernel has chosen a port before it asks.

@@ -15,9 +15,9 @@ use std::{
 };
 
 use reeve_common::{
-    Direction, DryRun, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
+    Address, Direction, DryRun, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
     NO_WORKLOAD, Reason, UNKNOWN_WORKLOAD, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry,
-    WorkloadId, protocol,
+    WorkloadId, link_local_key, protocol,
 };
 use tokio::task::block_in_place;
 
@@ -38,7 +38,7 @@ struct Judge<'a> {
     /// Whose each namespace is, by cookie.
     namespaces: HashMap<u64, WorkloadId>,
     /// Addresses that belong to one workload alone.
-    local: HashSet<(IpAddr, WorkloadId)>,
+    local: HashSet<(Address, WorkloadId)>,
 }
 
 /// A connection without a tunnel.
@@ -178,11 +178,7 @@ impl<'a> Judge<'a> {
                 .iter()
                 .map(|(cookie, entry)| (*cookie, entry.workload))
                 .collect(),
-            local: state
-                .local_addresses
-                .iter()
-                .map(|(address, workload)| (ip(address), *workload))
-                .collect(),
+            local: state.local_addresses.iter().copied().collect(),
         }
     }
 
@@ -242,9 +238,12 @@ impl<'a> Judge<'a> {
             }
         };
         let (local, remote) = (socket.local, socket.remote);
-        let stays = local.ip().is_loopback()
-            || remote.ip().is_loopback()
-            || self.local.contains(&(remote.ip(), workload));
+        let own = || {
+            let address = datapath::address(remote.ip());
+            let key = link_local_key(&address, workload).unwrap_or(address);
+            self.local.contains(&(key, workload))
+        };
+        let stays = local.ip().is_loopback() || remote.ip().is_loopback() || own();
         (!stays).then_some(Plain {
             workload,
             protocol: socket.protocol,
@@ -340,7 +339,7 @@ impl Plain {
     }
 }
 
-fn ip(address: &reeve_common::Address) -> IpAddr {
+fn ip(address: &Address) -> IpAddr {
     Ipv6Addr::from(*address).to_canonical()
 }
 

@@ -51,6 +51,16 @@ struct Type {
     target: u32,
 }
 
+/// A member of a structure.
+struct Member {
+    /// Offset in bits.
+    bits: u32,
+    /// Its bits, 0 where it is no bit field.
+    size: u32,
+    /// Its type.
+    of: u32,
+}
+
 // === impl KernelTypes ===
 
 impl KernelTypes {
@@ -85,22 +95,33 @@ impl KernelTypes {
     /// Offset in bytes of the field that the names of `path` lead to, one within the other, from
     /// the start of a structure. None where there is no such field, or it is a bit field.
     pub(super) fn offset(&self, structure: &str, path: &[&str]) -> Option<u32> {
-        let is_it = |at: &usize| {
-            let found = Type::read(&self.bytes, *at)?;
-            (found.kind == kind::STRUCT && self.is_named(found.name, structure)).then_some(found)
-        };
-        let mut within = self.types.iter().find_map(is_it)?;
+        let mut within = self.structure(structure)?;
         let mut offset = 0;
         for name in path {
-            let (bits, field) = self.member(within, name, 0)?;
-            offset += (bits % 8 == 0).then_some(bits / 8)?;
-            within = self.resolve(field)?;
+            let member = self.member(within, name, 0)?;
+            let is_whole = member.size == 0 && member.bits % 8 == 0;
+            offset += is_whole.then_some(member.bits / 8)?;
+            within = self.resolve(member.of)?;
         }
         Some(offset)
     }
 
-    /// Offset in bits and type of a member, those of members without a name among them.
-    fn member(&self, within: Type, name: &str, depth: u32) -> Option<(u32, u32)> {
+    /// Where a field of one bit lies: its byte, from the start of a structure, and its place there.
+    pub(super) fn bit(&self, structure: &str, name: &str) -> Option<(u32, u8)> {
+        let member = self.member(self.structure(structure)?, name, 0)?;
+        (member.size == 1).then_some((member.bits / 8, 1 << (member.bits % 8)))
+    }
+
+    fn structure(&self, name: &str) -> Option<Type> {
+        let is_it = |at: &usize| {
+            let found = Type::read(&self.bytes, *at)?;
+            (found.kind == kind::STRUCT && self.is_named(found.name, name)).then_some(found)
+        };
+        self.types.iter().find_map(is_it)
+    }
+
+    /// A member, those of members without a name among them.
+    fn member(&self, within: Type, name: &str, depth: u32) -> Option<Member> {
         /// Far more than any structure of the kernel nests.
         const DEEPEST: u32 = 16;
         if !matches!(within.kind, kind::STRUCT | kind::UNION) || depth > DEEPEST {
@@ -113,19 +134,22 @@ impl KernelTypes {
                 return ControlFlow::Break(None);
             };
             // The upper byte is then the size of a bit field.
-            let (bits, is_whole) = match within.has_bit_fields {
-                true => (bits & 0xff_ffff, bits >> 24 == 0),
-                false => (bits, true),
+            let (bits, size) = match within.has_bit_fields {
+                true => (bits & 0xff_ffff, bits >> 24),
+                false => (bits, 0),
             };
             if called == 0 {
                 let inner = self.resolve(of);
                 let inner = inner.and_then(|inner| self.member(inner, name, depth + 1));
                 match inner {
-                    Some((more, of)) => ControlFlow::Break(Some((bits + more, of))),
+                    Some(mut inner) => {
+                        inner.bits += bits;
+                        ControlFlow::Break(Some(inner))
+                    }
                     None => ControlFlow::Continue(()),
                 }
             } else if self.is_named(called, name) {
-                ControlFlow::Break(is_whole.then_some((bits, of)))
+                ControlFlow::Break(Some(Member { bits, size, of }))
             } else {
                 ControlFlow::Continue(())
             }
@@ -203,6 +227,9 @@ mod tests {
         let whole = types.offset("sock", &["__sk_common", "skc_net", "net"]);
         let part = types.offset("sock_common", &["skc_net"]);
         assert_eq!(whole, part);
+        assert_eq!(types.bit("tcphdr", "fin"), Some((13, 1)));
+        assert_eq!(types.bit("tcphdr", "ack"), Some((13, 16)));
+        assert!(types.bit("sock", "sk_kern_sock").is_some());
         assert!(types.offset("sk_buff", &["sk"]).is_some());
         assert!(types.offset("net", &["net_cookie"]).is_some());
     }
@@ -213,8 +240,10 @@ mod tests {
         assert_eq!(types.offset("no_such_structure", &["field"]), None);
         assert_eq!(types.offset("iphdr", &["no_such_field"]), None);
         assert_eq!(types.offset("iphdr", &["saddr", "within"]), None);
-        // A bit field.
+        // A bit field, of more than one bit.
         assert_eq!(types.offset("iphdr", &["version"]), None);
+        assert_eq!(types.bit("iphdr", "version"), None);
+        assert_eq!(types.bit("tcphdr", "dest"), None);
     }
 
     #[test]

@@ -25,6 +25,7 @@ use reeve_common::{
 
 use super::{
     Error, Settings, bpffs,
+    kernel_sockets::KernelSocketBit,
     links::{self, Target},
     namespace_source::PacketNamespaces,
     pins::SETTINGS,
@@ -160,7 +161,12 @@ pub(super) fn load(
     let source = namespaces.source() as u8;
     let offsets = namespaces.offsets();
     loader.override_global("NAMESPACE_SOURCE", &source, true);
-    loader.override_global("SOCKET_OFFSET", &offsets.socket, true);
+    let kernels = KernelSocketBit::find();
+    // The same place, whichever found it.
+    let socket = offsets.socket.max(kernels.socket);
+    loader.override_global("SOCKET_OFFSET", &socket, true);
+    loader.override_global("KERNEL_SOCKET_OFFSET", &kernels.offset, true);
+    loader.override_global("KERNEL_SOCKET_MASK", &kernels.mask, true);
     loader.override_global("NETWORK_OFFSET", &offsets.network, true);
     loader.override_global("COOKIE_OFFSET", &offsets.cookie, true);
     let mut ebpf = loader.load(OBJECT)?;

@@ -13,6 +13,7 @@ mod ending;
 mod error;
 mod events;
 mod ids;
+mod kernel_sockets;
 mod kernel_types;
 mod links;
 mod load;

@@ -232,6 +232,10 @@ pub(super) enum RawProtocol {
     Sctp,
     #[serde(rename = "ICMP")]
     Icmp,
+    #[serde(rename = "ESP")]
+    Esp,
+    #[serde(rename = "AH")]
+    Ah,
     Any,
 }
 

@@ -3,7 +3,7 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
 };
 
 use reeve::datapath::address;
@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     place::set_option,
-    world::{CLASS, MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused},
+    world::{CLASS, MOMENT, PATIENCE, PEER, Scope, WORKLOAD, World, assert_refused},
 };
 
 /// Options of IPv4: a loose source route by way of 10.0.0.9.
@@ -197,6 +197,83 @@ fn what_is_written_by_hand_may_name_no_route() {
     for _ in 0..2 {
         world.verdict_event(Hook::PacketEgress, false, Reason::SourceRouted);
     }
+}
+
+/// A raw socket whose packets have headers of their own.
+fn by_hand(domain: Domain) -> Socket {
+    let any = Protocol::from(libc::IPPROTO_RAW);
+    Socket::new(domain, Type::RAW, Some(any)).unwrap()
+}
+
+/// An IPv6 packet of a protocol that no program knows.
+fn packet_v6(source: Ipv6Addr, destination: Ipv6Addr) -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0, 0, 8, 253, 64];
+    packet.extend([source.octets(), destination.octets()].concat());
+    packet.extend([7; 8]);
+    packet
+}
+
+#[test]
+fn a_packet_is_of_the_version_that_its_device_says() {
+    let mut world = World::enrolled();
+    let entry = PeerEntry {
+        class: CLASS,
+        peer: PEER,
+        flags: 0,
+    };
+    // To the far end's IPv6 address alone.
+    world
+        .state
+        .tables
+        .peers
+        .push((128, address(world.there.v6), entry));
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    let (IpAddr::V6(here), IpAddr::V6(there)) = (world.here.v6, world.there.v6) else {
+        panic!("IPv6 addresses");
+    };
+    let packet = packet_v6(here, there);
+    let to = world.there.port6(0);
+    world
+        .as_workload(|| by_hand(Domain::IPV6).send_to(&packet, &to.into()))
+        .unwrap();
+
+    // The same bytes in an IPv4 packet, whose header is five words long.
+    let mut packet = packet;
+    packet[0] = 0x65;
+    let to = world.there.port4(0);
+    assert_refused(world.as_workload(|| by_hand(Domain::IPV4).send_to(&packet, &to.into())));
+    world.verdict_event(Hook::PacketEgress, false, Reason::Malformed);
+}
+
+#[test]
+fn an_ipv6_packet_has_no_address_of_ipv4() {
+    let mut world = World::enrolled();
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Anything);
+    world.allow(Direction::Ingress, Scope::Anything);
+    world.apply();
+    let (IpAddr::V6(here), IpAddr::V4(there)) = (world.here.v6, world.there.v4) else {
+        panic!("an address of either family");
+    };
+    let there = there.to_ipv6_mapped();
+    let to = world.there.port6(0);
+    let packet = packet_v6(here, there);
+    assert_refused(world.as_workload(|| by_hand(Domain::IPV6).send_to(&packet, &to.into())));
+    world.verdict_event(Hook::PacketEgress, false, Reason::Malformed);
+
+    let listener = world.as_workload(|| {
+        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::from(253))).unwrap();
+        socket.set_read_timeout(Some(MOMENT)).unwrap();
+        socket
+    });
+    let to = world.here.port6(0);
+    let packet = packet_v6(there, here);
+    world
+        .as_far_end(|| by_hand(Domain::IPV6).send_to(&packet, &to.into()))
+        .unwrap();
+    assert!((&listener).read(&mut [0; 64]).is_err());
+    world.verdict_event(Hook::PacketIngress, false, Reason::Malformed);
 }
 
 #[test]

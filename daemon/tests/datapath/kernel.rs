@@ -3,13 +3,13 @@
 
 use std::{
     io::{ErrorKind, Read},
-    net::{TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::Instant,
 };
 
 use reeve_common::{
-    Direction,
-    protocol::{ICMP, TCP},
+    Direction, Hook, Reason,
+    protocol::{ICMP, ICMPV6, TCP, UDP},
 };
 
 use crate::{
@@ -52,23 +52,41 @@ fn the_kernel_resets_what_nobody_listens_for() {
     assert_eq!(world.other_events(), []);
 }
 
+/// What the far end is told of a datagram to a port of the workload at which no socket listens.
+fn told_of_a_datagram(world: &World, to: SocketAddr) -> ErrorKind {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let told = world.as_far_end(|| {
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.set_read_timeout(Some(MOMENT)).unwrap();
+        socket.connect(to).unwrap();
+        socket.send(b"x").unwrap();
+        socket.recv(&mut [0])
+    });
+    told.unwrap_err().kind()
+}
+
 #[test]
 fn the_kernel_says_that_nobody_hears_a_datagram() {
     let mut world = enrolled();
-    for (any, to) in [
-        ("0.0.0.0:0", world.here.port4(9)),
-        ("[::]:0", world.here.port6(9)),
-    ] {
-        let told = world.as_far_end(|| {
-            let socket = UdpSocket::bind(any).unwrap();
-            socket.set_read_timeout(Some(MOMENT)).unwrap();
-            socket.connect(to).unwrap();
-            socket.send(b"x").unwrap();
-            socket.recv(&mut [0])
-        });
-        assert_eq!(told.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    world.allow(Direction::Ingress, Scope::Port(UDP, 9));
+    world.apply();
+    for to in [world.here.port4(9), world.here.port6(9)] {
+        assert_eq!(told_of_a_datagram(&world, to), ErrorKind::ConnectionRefused);
     }
     assert_eq!(world.other_events(), []);
+}
+
+#[test]
+fn the_kernel_says_nothing_of_a_datagram_that_no_policy_lets_in() {
+    let mut world = enrolled();
+    world.allow(Direction::Ingress, Scope::Port(UDP, 9));
+    world.allow(Direction::Egress, Scope::Protocol(UDP));
+    world.apply();
+    for to in [world.here.port4(10), world.here.port6(10)] {
+        assert_eq!(told_of_a_datagram(&world, to), ErrorKind::WouldBlock);
+        let event = world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+        assert!([ICMP, ICMPV6].contains(&event.protocol));
+    }
 }
 
 #[test]

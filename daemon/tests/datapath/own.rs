@@ -6,7 +6,9 @@ use std::{
 };
 
 use reeve::datapath::address;
-use reeve_common::{Direction, Hook, NamespaceEntry, PEER_TUNNEL, Reason, protocol::TCP};
+use reeve_common::{
+    Direction, Hook, NamespaceEntry, PEER_TUNNEL, Reason, link_local_key, protocol::TCP,
+};
 use socket2::{Domain, Socket, Type};
 
 use crate::{
@@ -114,6 +116,44 @@ fn all_addresses_of_a_workload_are_its_own() {
         );
     }
     assert_eq!(world.other_events(), []);
+}
+
+#[test]
+fn a_workload_reaches_its_own_link_local_addresses_and_no_others() {
+    let mut world = World::enrolled();
+    let (v4, v6): (IpAddr, IpAddr) = ([169, 254, 7, 7].into(), "fe80::7".parse().unwrap());
+    world.here.ip(&[
+        format!("addr add {v4}/16 dev wire"),
+        format!("addr add {v6}/64 dev wire nodad"),
+    ]);
+    for ip in [v4, v6] {
+        let key = link_local_key(&address(ip), WORKLOAD).unwrap();
+        world.state.local_addresses.push((key, WORKLOAD));
+        // Another workload may have the same one on its own link.
+        let other = link_local_key(&address(ip), WORKLOAD + 1).unwrap();
+        world.state.local_addresses.push((other, WORKLOAD + 1));
+    }
+    world.apply();
+    let server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    let datagrams = world.as_workload(|| UdpSocket::bind("[::]:53").unwrap());
+    datagrams.set_read_timeout(Some(PATIENCE)).unwrap();
+    for to in ["169.254.7.7:80", "[fe80::7%2]:80"] {
+        let mut to: SocketAddr = to.parse().unwrap();
+        let client = world.as_workload(|| TcpStream::connect_timeout(&to, PATIENCE));
+        speaks(client.unwrap(), &server);
+        to.set_port(53);
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        world
+            .as_workload(|| UdpSocket::bind(any).unwrap().send_to(b"x", to))
+            .unwrap();
+        datagrams.recv(&mut [0]).unwrap();
+    }
+    assert_eq!(world.other_events(), []);
+    for to in ["169.254.7.8:80", "[fe80::8%2]:80"] {
+        let to: SocketAddr = to.parse().unwrap();
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+        world.verdict_event(Hook::Connect, false, Reason::NoPolicy);
+    }
 }
 
 #[test]

@@ -95,12 +95,27 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(number: u8) -> Self {
-        let netns = thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            Netns::open("/proc/thread-self/ns/net").unwrap()
-        })
-        .join()
-        .unwrap();
+        Self::made(number, None)
+    }
+
+    /// A namespace that is made by a process in a cgroup.
+    pub(crate) fn made_in(number: u8, cgroup: &Cgroup) -> Self {
+        Self::made(number, Some(cgroup))
+    }
+
+    fn made(number: u8, by: Option<&Cgroup>) -> Self {
+        let netns = thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    if let Some(cgroup) = by {
+                        fs::write(cgroup.path.join("cgroup.threads"), "0").unwrap();
+                    }
+                    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+                    Netns::open("/proc/thread-self/ns/net").unwrap()
+                })
+                .join()
+                .unwrap()
+        });
         Self {
             netns: Arc::new(netns),
             v4: Ipv4Addr::new(10, 0, 0, number).into(),

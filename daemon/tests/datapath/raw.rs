@@ -1,10 +1,12 @@
 //! Raw sockets in a workload's namespace that write TCP and UDP by hand: the workload's, and those
 //! of somebody who is not enrolled and shares the namespace.
 
+use std::io::Read;
+
 use reeve_common::{Direction, Hook, Reason};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::world::{Scope, World, assert_refused};
+use crate::world::{MOMENT, Scope, World, assert_refused};
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;
@@ -50,7 +52,33 @@ fn a_workload_writes_no_segment_of_any_kind() {
 }
 
 #[test]
-fn a_stranger_in_a_workloads_namespace_writes_none_that_carries_anything() {
+fn a_raw_socket_that_was_refused_sends_and_hears_no_reset_either() {
+    let mut world = open();
+    for (to, own, domain) in [
+        (world.there.port4(0), world.here.port4(0), Domain::IPV4),
+        (world.there.port6(0), world.here.port6(0), Domain::IPV6),
+    ] {
+        let socket = world.as_workload(|| raw(domain, Protocol::TCP));
+        socket.set_read_timeout(Some(MOMENT)).unwrap();
+        let send =
+            |flags| world.as_workload(|| socket.send_to(&segment(flags, b"a secret"), &to.into()));
+        assert_refused(send(PUSH | ACK));
+        for flags in [RST, RST | ACK, RST] {
+            assert_refused(send(flags));
+        }
+        world.as_far_end(|| {
+            let far_end = raw(domain, Protocol::TCP);
+            far_end
+                .send_to(&segment(RST, b"a command"), &own.into())
+                .unwrap();
+        });
+        assert!((&socket).read(&mut [0; 128]).is_err());
+        world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
+    }
+}
+
+#[test]
+fn a_stranger_in_a_workloads_namespace_writes_none_either() {
     let mut world = open();
     for (to, domain) in [
         (world.there.port4(0), Domain::IPV4),
@@ -74,9 +102,10 @@ fn a_stranger_in_a_workloads_namespace_writes_none_that_carries_anything() {
         }
         assert_refused(send(&world, Protocol::UDP, &segment(0, b"")));
         world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
-        // As the kernel's own do, which answer for connections that are gone.
+        // Not even what the kernel's own send, which answer for connections that are gone.
         for flags in [ACK, RST, RST | ACK] {
-            send(&world, Protocol::TCP, &segment(flags, b"")).unwrap();
+            assert_refused(send(&world, Protocol::TCP, &segment(flags, b"")));
+            world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
         }
     }
     assert_eq!(world.other_events(), []);

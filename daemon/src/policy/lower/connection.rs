@@ -322,7 +322,7 @@ impl Lowering<'_> {
             RawProtocol::Tcp => protocol::TCP,
             RawProtocol::Udp => protocol::UDP,
             RawProtocol::Sctp => protocol::SCTP,
-            RawProtocol::Icmp | RawProtocol::Any => {
+            RawProtocol::Icmp | RawProtocol::Esp | RawProtocol::Ah | RawProtocol::Any => {
                 if self.has(raw.node, "port") || self.has(raw.node, "endPort") {
                     self.mistake(
                         raw.node,
@@ -332,6 +332,8 @@ impl Lowering<'_> {
                 }
                 return Some(match raw.protocol {
                     RawProtocol::Any => PortMatch::Everything,
+                    RawProtocol::Esp => PortMatch::Protocol(protocol::ESP),
+                    RawProtocol::Ah => PortMatch::Protocol(protocol::AH),
                     _ => PortMatch::Protocol(protocol::ICMP),
                 });
             }
