@@ -26,10 +26,12 @@ pub enum Hook {
     PacketEgress = 3,
     /// A packet that arrives.
     PacketIngress = 4,
-    /// The look-up of a listener for an arriving connection.
+    /// The look-up of a socket for an arriving connection or datagram.
     SocketLookup = 5,
     /// A change of a socket's state.
     SocketState = 6,
+    /// `setsockopt()`.
+    SocketOption = 7,
 }
 
 /// One record of `EVENTS`. Written by every program, read by the daemon; a record that finds no

@@ -20,6 +20,7 @@ mod parse;
 mod segment;
 mod sendmsg;
 mod sock_ops;
+mod sockopt;
 
 /// Licence that the kernel asks for before it allows the helpers used here.
 #[unsafe(no_mangle)]

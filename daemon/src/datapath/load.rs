@@ -40,7 +40,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/re
 ///
 /// The order is that of their use in a connection's life; the sockets' hooks come before the
 /// packets', which is what a connection that is opened meanwhile needs.
-const CGROUP_PROGRAMS: [(&str, AttachType); 11] = [
+const CGROUP_PROGRAMS: [(&str, AttachType); 12] = [
     ("reeve_sock_ops", AttachType::CgroupSockOps),
     ("reeve_peername4", AttachType::CgroupGetpeername4),
     ("reeve_peername6", AttachType::CgroupGetpeername6),
@@ -50,6 +50,7 @@ const CGROUP_PROGRAMS: [(&str, AttachType); 11] = [
     ("reeve_sendmsg6", AttachType::CgroupSendmsg6),
     ("reeve_bind4", AttachType::CgroupBind4),
     ("reeve_bind6", AttachType::CgroupBind6),
+    ("reeve_setsockopt", AttachType::CgroupSetsockopt),
     ("reeve_egress", AttachType::CgroupEgress),
     ("reeve_ingress", AttachType::CgroupIngress),
 ];
@@ -229,6 +230,7 @@ fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
     let loaded = match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSkb(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         _ => return Err(Error::Missing(name)),

@@ -39,6 +39,7 @@ pub(super) enum AttachType {
     CgroupConnect6 = 11,
     CgroupSendmsg4 = 14,
     CgroupSendmsg6 = 15,
+    CgroupSetsockopt = 22,
     CgroupGetpeername4 = 29,
     CgroupGetpeername6 = 30,
     SkLookup = 36,

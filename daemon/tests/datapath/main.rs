@@ -29,6 +29,7 @@ mod memory;
 mod namespaces;
 mod neighbours;
 mod onward;
+mod options;
 mod own;
 mod packet;
 mod pins;
