@@ -1,6 +1,6 @@
 //! The CA's own revocation list, among those of others.
 
-use std::time::SystemTime;
+use std::{collections::BTreeSet, time::SystemTime};
 
 use rcgen::{
     CertificateRevocationListParams, Issuer, KeyIdMethod, RevokedCertParams, SerialNumber,
@@ -9,6 +9,7 @@ use rustls_pki_types::CertificateRevocationListDer;
 use x509_parser::{prelude::FromDer, revocation_list::CertificateRevocationList};
 
 use super::{CaError, authority::CaKey};
+pub(super) use crate::identity::revocation::without_zeros;
 
 pub(super) type Crl = CertificateRevocationListDer<'static>;
 
@@ -51,6 +52,26 @@ pub(super) fn split(lists: Vec<Crl>, issuer: &[u8]) -> Result<Split, String> {
     Ok(split)
 }
 
+/// Whether a list of the same issuer among `lists` revokes all that this one does.
+pub(super) fn contain(lists: &[Crl], list: &Crl) -> Result<bool, String> {
+    let revoked = |list: &CertificateRevocationList<'_>| -> BTreeSet<Vec<u8>> {
+        let revoked = list.iter_revoked_certificates();
+        revoked
+            .map(|it| without_zeros(it.raw_serial()).to_vec())
+            .collect()
+    };
+    let list = parse(list)?;
+    for other in lists {
+        let other = parse(other)?;
+        if other.issuer().as_raw() == list.issuer().as_raw()
+            && revoked(&other).is_superset(&revoked(&list))
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Signs a list that counts until `next_update`.
 pub(super) fn sign(
     issuer: &Issuer<'_, CaKey>,
@@ -81,10 +102,4 @@ pub(super) fn sign(
         key_identifier_method: KeyIdMethod::Sha256,
     };
     Ok(list.signed_by(issuer)?.into())
-}
-
-/// A serial number is a number: DER puts a zero before one that would look negative.
-pub(super) fn without_zeros(serial: &[u8]) -> &[u8] {
-    let zeros = serial.iter().take_while(|byte| **byte == 0).count();
-    serial.get(zeros..).unwrap_or_default()
 }

@@ -117,11 +117,9 @@ fn make_intermediate(
     if !old_lists.is_empty() {
         let mut merged = all.clone();
         for list in old_lists {
-            let issuer_of = |list: &Crl| lists::parse(list).map(|list| list.issuer().to_string());
-            let is_known = merged
-                .iter()
-                .any(|known| issuer_of(known) == issuer_of(&list));
-            if !is_known {
+            // What the node itself has revoked stays so: the root's folder knows nothing of it.
+            let is_known = lists::contain(&merged, &list);
+            if !is_known.map_err(|error| lists_unreadable(folder, error))? {
                 merged.push(list);
             }
         }
@@ -325,11 +323,15 @@ fn with_own_list(lists: Vec<Crl>, signer: &Signer, folder: &Folder) -> Result<Ve
 }
 
 fn split(folder: &Folder, lists: Vec<Crl>, issuer: &[u8]) -> Result<Split, CaError> {
-    lists::split(lists, issuer).map_err(|error| CaError::Unreadable {
+    lists::split(lists, issuer).map_err(|error| lists_unreadable(folder, error))
+}
+
+fn lists_unreadable(folder: &Folder, error: String) -> CaError {
+    CaError::Unreadable {
         path: folder.path().join(folder::LISTS),
         what: "revocation list",
         error,
-    })
+    }
 }
 
 /// Serial number of a certificate that this signer has issued.

@@ -286,4 +286,12 @@ fn braces_around_something_else_are_no_pattern() {
     for text in ["{name}", "a}", "{", "{{namespace}}", ""] {
         assert!(PathPattern::parse(text).is_err(), "{text}");
     }
+    // A key where its file's name should be.
+    let error = PathPattern::parse("-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMG").unwrap_err();
+    assert!(
+        error.contains("found PEM") && !error.contains("MIG"),
+        "{error}"
+    );
+    let shown = crate::yaml::shown("-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMG");
+    assert!(!shown.contains("MIG"), "{shown}");
 }

@@ -393,3 +393,24 @@ fn a_ca_is_shown_with_what_each_root_is_for() {
     assert_eq!(shown.roots[0].role, Role::Trusted);
     assert!(!format!("{shown:?}").contains("PRIVATE"));
 }
+
+#[test]
+fn a_renewed_intermediate_leaves_revoked_what_the_node_had_revoked() {
+    let fleet = Fleet::new();
+    let out = fleet.at("out");
+    let leaf = ca::issue(&fleet.at("a"), &id(), HOUR, &out)
+        .unwrap()
+        .remove(0);
+    let serial = svid_rules::parse(&leaf).unwrap().raw_serial().to_vec();
+    fleet.revoke("root", "b/intermediate.pem").unwrap();
+    fleet.bring("crl.pem", "a");
+    fleet.revoke("a", "out/svid.pem").unwrap();
+    ca::renew_intermediate(&fleet.root(), &fleet.at("a"), YEAR).unwrap();
+    let lists = ca::show(&fleet.at("a")).unwrap().revocation_lists;
+    let mut revoked = lists.iter().flat_map(|list| &list.revoked);
+    let serial = hex(crate::identity::revocation::without_zeros(&serial));
+    assert!(revoked.any(|it| it.serial == serial), "{lists:?}");
+    let a = open(&fleet.at("a")).unwrap();
+    let chain = a.issue(&id()).unwrap();
+    assert_eq!(judged(&a, &chain), Ok(()));
+}
