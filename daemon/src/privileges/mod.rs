@@ -11,6 +11,7 @@
 
 mod capabilities;
 mod exposed;
+mod refusal;
 mod seccomp;
 
 use landlock::{ABI, Access, AccessFs, BitFlags, Ruleset, RulesetAttr, RulesetStatus};
@@ -51,12 +52,12 @@ pub enum PrivilegeError {
     NoNewPrivileges(#[source] nix::Error),
     /// `sandbox.seccomp` is `required`.
     #[error(
-        "`sandbox.seccomp` is `required`, and system calls cannot be filtered: {0}; use a kernel with CONFIG_SECCOMP_FILTER, or set it to `auto`"
+        "`sandbox.seccomp` is `required`, and system calls cannot be filtered: {0}; or set it to `auto`"
     )]
     Seccomp(String),
     /// `sandbox.landlock` is `required`.
     #[error(
-        "`sandbox.landlock` is `required`, and files cannot be shut off: {0}; use Linux 5.13 or later with `landlock` among its `lsm=`, or set it to `auto`"
+        "`sandbox.landlock` is `required`, and files cannot be shut off: {0}; or set it to `auto`"
     )]
     Landlock(String),
 }
@@ -130,8 +131,8 @@ impl Confinement {
             .and_then(landlock::RulesetCreated::restrict_self);
         let failure = match ruleset {
             Ok(status) if status.ruleset != RulesetStatus::NotEnforced => return Ok(()),
-            Ok(_) => "the kernel has no Landlock".to_owned(),
-            Err(error) => error.to_string(),
+            Ok(_) => refusal::no_landlock(),
+            Err(error) => refusal::explain_cause("Landlock", &error),
         };
         if self.landlock == Demand::Required {
             return Err(PrivilegeError::Landlock(failure));

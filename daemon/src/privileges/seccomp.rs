@@ -8,6 +8,8 @@ use seccompiler::{
     SeccompRule,
 };
 
+use super::refusal;
+
 /// Makes a filter.
 pub(super) type Make = fn() -> Result<SeccompFilter, seccompiler::BackendError>;
 
@@ -19,10 +21,7 @@ pub(super) fn apply(make: Make) -> Result<(), String> {
     let program: BpfProgram = make()
         .and_then(TryInto::try_into)
         .map_err(|error| error.to_string())?;
-    seccompiler::apply_filter(&program).map_err(|error| match std::error::Error::source(&error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    })
+    seccompiler::apply_filter(&program).map_err(|error| refusal::explain_cause("seccomp", &error))
 }
 
 /// What no thread of the daemon ever does. A list of what is refused rather than of what is
