@@ -168,6 +168,9 @@ pub const PEER_BY_PORT: u32 = 1 << 1;
 /// Some of the addresses or ports below have no room in the map. Which ones is not known here, so
 /// whatever this entry is found for is refused ([`crate::Reason::MapFailure`]).
 pub const PEER_NO_ROOM: u32 = 1 << 2;
+/// An address of the node, from which plaintext is let in: no workload sends under it from a namespace
+/// of its own.
+pub const PEER_NODE: u32 = 1 << 3;
 
 /// `PEER_PORTS`: hash from this to [`PeerEntry`], for peers that share an address.
 #[repr(C)]

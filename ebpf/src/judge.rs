@@ -9,8 +9,8 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id},
 };
 use reeve_common::{
-    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_TUNNEL,
-    PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
+    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_NODE,
+    PEER_TUNNEL, PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
     WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key, protocol,
 };
 
@@ -106,8 +106,8 @@ pub fn is_from_here(
 }
 
 /// Whether an address under which a workload sends is somebody else's whom reeve knows: another
-/// workload's, or, in a namespace that is the workload's alone, a peer's. `namespace_owner` says
-/// whose the namespace is, and is asked only where it matters.
+/// workload's, or, in a namespace that is the workload's alone, a peer's or the node's.
+/// `namespace_owner` says whose the namespace is, and is asked only where it matters.
 #[inline(always)]
 pub fn is_forged(
     source: &Address,
@@ -118,7 +118,8 @@ pub fn is_forged(
         Some(owner) => owner != workload,
         None => {
             let key = Key::new(ADDRESS_BITS, *source);
-            PEERS.get(&key).is_some_and(|entry| entry.peer != 0) && namespace_owner() == workload
+            let is_others = |entry: &PeerEntry| entry.peer != 0 || entry.flags & PEER_NODE != 0;
+            PEERS.get(&key).is_some_and(is_others) && namespace_owner() == workload
         }
     }
 }

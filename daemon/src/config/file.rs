@@ -73,6 +73,8 @@ pub(super) struct RawNode {
     pub(super) name: Option<Name>,
     #[serde(default)]
     pub(super) addresses: Vec<Ip>,
+    #[serde(default)]
+    pub(super) host_addresses: bool,
     pub(super) cgroup_root: Option<PathText>,
     pub(super) bpffs: Option<PathText>,
     pub(super) proc: Option<PathText>,
@@ -185,7 +187,7 @@ pub(super) struct RawAdmin {
 #[serde(try_from = "String")]
 pub(super) struct PathText(pub(super) PathBuf);
 
-/// Path of a cgroup below the cgroup root, with a leading slash and not the root itself.
+/// Path of a cgroup from the cgroup2 mount, with a leading slash and not the root itself.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub(super) struct CgroupPath(pub(super) String);
@@ -340,7 +342,7 @@ impl TryFrom<String> for CgroupPath {
     fn try_from(text: String) -> Result<Self, String> {
         let wrong = |why: String| {
             Err(format!(
-                "`{}` {why}; expected a path below the cgroup root, as in \
+                "`{}` {why}; expected a path from the cgroup2 mount, as in \
                  `/system.slice/nginx.service`",
                 crate::yaml::shown(&text)
             ))

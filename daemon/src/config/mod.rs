@@ -56,7 +56,7 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The workloads of this node, in the order of their declaration.
     pub workloads: Vec<Arc<Workload>>,
-    /// Cgroups, as paths below the cgroup root with a leading slash, below which everything that
+    /// Cgroups, as paths from the cgroup2 mount with a leading slash, below which everything that
     /// is not enrolled is denied.
     pub enforced_parents: Vec<String>,
     /// The peers, in the order of their declaration.

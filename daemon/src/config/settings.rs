@@ -23,6 +23,9 @@ pub struct Node {
     /// Its addresses: plaintext from these is let in to every workload, as the probes of the
     /// node's own agent need. Default none.
     pub addresses: Vec<IpAddr>,
+    /// Whether all addresses of the daemon's own network are the node's too, as they come and go.
+    /// Default false.
+    pub host_addresses: bool,
     /// Cgroup at which the programs are attached. None, the default: the mount point of the
     /// cgroup2 hierarchy.
     pub cgroup_root: Option<PathBuf>,

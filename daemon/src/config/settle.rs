@@ -140,6 +140,7 @@ fn node(raw: RawNode, folder: &Path) -> Node {
     Node {
         name: raw.name.map_or_else(host_name, String::from),
         addresses: raw.addresses.into_iter().map(|ip| ip.0).collect(),
+        host_addresses: raw.host_addresses,
         cgroup_root: raw.cgroup_root.map(|path| folder.join(path.0)),
         bpffs: raw
             .bpffs

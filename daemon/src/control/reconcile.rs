@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -56,6 +57,8 @@ struct Around {
     discovery: Arc<Discovery>,
     config: Arc<Config>,
     roster: Arc<Roster>,
+    /// Of the host, where they are the node's.
+    host_addresses: Arc<[IpAddr]>,
 }
 
 /// What was done to a namespace, by its cookie.
@@ -90,6 +93,7 @@ impl Control {
             discovery: discovery.clone(),
             config: config.clone(),
             roster,
+            host_addresses: self.host_addresses.current(),
         };
         // Until this is over, or while another daemon writes, nobody knows what the kernel holds.
         let old = self.enforced.take();
@@ -264,17 +268,22 @@ impl Around {
         Arc::ptr_eq(&self.discovery, &other.discovery)
             && Arc::ptr_eq(&self.config, &other.config)
             && Arc::ptr_eq(&self.roster, &other.roster)
+            && self.host_addresses == other.host_addresses
     }
 
     fn compile(&self, policies: &PolicySet) -> Snapshot {
         let config = &self.config;
+        let mut node_addresses = config.node.addresses.clone();
+        node_addresses.extend(self.host_addresses.iter());
+        node_addresses.sort_unstable();
+        node_addresses.dedup();
         let inputs = Inputs {
             workloads: &self.discovery.workloads,
             peers: &self.roster.peers,
             namespaces: &self.roster.namespaces,
             policies,
             unselected: config.unselected,
-            node_addresses: &config.node.addresses,
+            node_addresses: &node_addresses,
             tunnel_port: config.ports.tunnel,
         };
         block_in_place(|| Snapshot::compile(&inputs))

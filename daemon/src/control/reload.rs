@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     admin::{PolicyStatus, ReloadPart, ReloadReport},
-    config::{Certificates, Config, ConfigErrors},
+    config::{Certificates, Config, ConfigErrors, Node},
     policy::{Known, PolicySet, PolicySources},
     watch::Files,
     workload::{Declaration, Roster},
@@ -238,6 +238,7 @@ impl Control {
                 return Err(vec![error]);
             }
         };
+        self.host_addresses.follow(config.node.host_addresses);
         self.declared.replace(&config);
         self.follow_roster(&config);
         self.policy_files = watch_policies(&config.policies);
@@ -340,9 +341,20 @@ impl Doubt {
 /// The old configuration with what may change of the new one, and the names of the settings that
 /// have changed and may not.
 fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
+    // Whose address is the node's changes with the policies.
+    let node = Node {
+        addresses: new.node.addresses.clone(),
+        host_addresses: new.node.host_addresses,
+        ..before.node.clone()
+    };
+    let fixed_node = Node {
+        addresses: before.node.addresses.clone(),
+        host_addresses: before.node.host_addresses,
+        ..new.node.clone()
+    };
     let fixed = [
         ("trustDomain", before.trust_domain != new.trust_domain),
-        ("node", before.node != new.node),
+        ("node", before.node != fixed_node),
         ("stateDir", before.state_dir != new.state_dir),
         (
             "certificates.sources",
@@ -359,6 +371,7 @@ fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
         ("log", before.log != new.log),
     ];
     let merged = Config {
+        node,
         workloads: new.workloads,
         enforced_parents: new.enforced_parents,
         peers: new.peers,
@@ -384,10 +397,13 @@ mod tests {
         let file = Path::new("reeve.yaml");
         let before = Config::parse(file, "trustDomain: example.org\n").unwrap();
         let new = "trustDomain: example.org\nports: {tunnel: 15009}\n\
+            node: {addresses: [192.0.2.1], hostAddresses: true}\n\
             workloads: [{name: web, cgroup: /web}]\n";
         let new = Config::parse(file, new).unwrap();
         let (merged, fixed) = merged(&before, new);
         assert_eq!(merged.workloads.len(), 1);
+        assert_eq!(merged.node.addresses.len(), 1);
+        assert!(merged.node.host_addresses);
         assert_eq!(merged.ports, before.ports);
         assert_eq!(fixed, ["ports"]);
     }

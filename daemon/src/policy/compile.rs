@@ -78,6 +78,7 @@ pub(super) fn compile(inputs: &Inputs<'_>) -> Snapshot {
         rule_numbers: &rule_numbers,
         far_ends: &far_ends,
         sets: &sets,
+        node_addresses: inputs.node_addresses,
         fingerprints: &fingerprints,
     }
     .build(inputs.workloads, &by_workload);

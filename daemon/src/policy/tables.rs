@@ -1,7 +1,7 @@
 //! The compiled policy in the form of the kernel's maps.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::IpAddr,
     rc::Rc,
     sync::Arc,
@@ -9,9 +9,9 @@ use std::{
 
 use ipnet::IpNet;
 use reeve_common::{
-    Action, Address, Direction, IPV4_MAPPED_PREFIX, PEER_BY_PORT, PEER_TUNNEL, PeerEntry,
-    PeerPortKey, VERDICT_PREFIX_ANY_PROTOCOL, VerdictEntry, VerdictKey, WorkloadId, ipv4_mapped,
-    protocol,
+    Action, Address, Direction, IPV4_MAPPED_PREFIX, PEER_BY_PORT, PEER_NODE, PEER_TUNNEL,
+    PeerEntry, PeerPortKey, VERDICT_PREFIX_ANY_PROTOCOL, VerdictEntry, VerdictKey, WorkloadId,
+    ipv4_mapped, protocol,
 };
 
 use super::{
@@ -34,6 +34,8 @@ pub(super) struct Tables<'a> {
     pub(super) rule_numbers: &'a [u32],
     pub(super) far_ends: &'a FarEnds,
     pub(super) sets: &'a Sets,
+    /// Addresses of the node.
+    pub(super) node_addresses: &'a [IpAddr],
     /// Of each selector's text.
     pub(super) fingerprints: &'a [u64],
 }
@@ -133,11 +135,15 @@ impl Tables<'_> {
             peer: occupant.peer,
             flags: if occupant.tunnel { PEER_TUNNEL } else { 0 },
         };
+        let node: HashSet<IpNet> = self.node_addresses.iter().map(single).collect();
         let mut around: Vec<(IpNet, PeerEntry)> = Vec::new();
         let mut covers_mapped = false;
         let mut has_all_v4 = false;
         for (prefix, far_end) in self.far_ends.iter() {
             let mut rest = entry(&far_end.rest);
+            if node.contains(prefix) {
+                rest.flags |= PEER_NODE;
+            }
             for (port, occupant) in &far_end.ports {
                 rest.flags |= PEER_BY_PORT;
                 for protocol in PORT_PROTOCOLS {
@@ -277,6 +283,11 @@ fn with_rest(prefixes: &[Prefix]) -> Rc<[Prefix]> {
 
 /// Prefixes by class.
 type ListVerdicts = Vec<(u32, Rc<[Prefix]>)>;
+
+/// The network of one address.
+fn single(address: &IpAddr) -> IpNet {
+    IpNet::from(address.to_canonical())
+}
 
 /// An address as the maps have it.
 fn mapped(address: IpAddr) -> Address {

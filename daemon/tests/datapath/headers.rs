@@ -7,7 +7,7 @@ use std::{
 };
 
 use reeve::datapath::address;
-use reeve_common::{Direction, Hook, NamespaceEntry, PeerEntry, Reason, protocol::TCP};
+use reeve_common::{Direction, Hook, NamespaceEntry, PEER_NODE, PeerEntry, Reason, protocol::TCP};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
@@ -288,6 +288,16 @@ fn a_workload_sends_under_nobody_elses_address() {
         };
         world.state.tables.peers.push((128, address(*ip), entry));
     }
+    // The node's own are nobody's peer.
+    let node = ["10.0.0.10", "fd00::10"].map(ip);
+    for ip in &node {
+        let entry = PeerEntry {
+            class: CLASS,
+            peer: 0,
+            flags: PEER_NODE,
+        };
+        world.state.tables.peers.push((128, address(*ip), entry));
+    }
     for ip in &others[2..] {
         let neighbour = (address(*ip), WORKLOAD + 1);
         world.state.local_addresses.push(neighbour);
@@ -295,7 +305,8 @@ fn a_workload_sends_under_nobody_elses_address() {
     world.apply();
     let _server = world.as_far_end(|| UdpSocket::bind("[::]:53").unwrap());
     let far_end = [world.there.port4(53), world.there.port6(53)];
-    for (ip, to) in others.into_iter().zip(far_end.into_iter().cycle()) {
+    let all = others.into_iter().chain(node);
+    for (ip, to) in all.zip(far_end.into_iter().cycle()) {
         // For IPv6 anybody may do this, without any capability.
         let from = |kind: Type| {
             let socket = socket(to, kind);
