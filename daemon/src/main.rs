@@ -13,7 +13,7 @@ use reeve::{
     policy::Snapshot,
     telemetry::{self, ConnectionLog, Events, Health, Metrics, Observers, Readiness, Told},
     tunnel::{Shared, Tunnels},
-    workload::{Registry, RosterSource, cgroup::CgroupTree},
+    workload::{Registry, RosterSource},
 };
 use tokio::{runtime::Builder, sync::watch};
 
@@ -54,7 +54,9 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
     let policies = control::policies(&config, &config.roster())?;
     telemetry::start_logging(&config.log)?;
     control::prepare_process();
-    // Before there is a second thread.
+    // Before there is a second thread, and before anything is given up that it takes.
+    let cgroups = control::open_cgroups(&config)?;
+    let own_cgroups = control::settle_in(&cgroups, &config)?;
     config.sandbox.enter_process()?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -84,8 +86,6 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
         let mut endpoints = Endpoints::bind(&config, &mut inherited, metrics.clone(), told)?;
 
         // The kernel goes on with what is pinned until control has read everything.
-        let cgroups = CgroupTree::open(config.node.cgroup_root.as_deref())?;
-        let own_cgroups = control::settle_in(&cgroups, &config)?;
         let datapath = Arc::new(Datapath::load(control::datapath_settings(
             &config, &cgroups,
         ))?);

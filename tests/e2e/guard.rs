@@ -1,6 +1,6 @@
 //! `reeve guard`: denied before any daemon runs, with next to nothing to go by.
 
-use std::{fs, sync::Arc};
+use std::{fs, os::unix::fs::PermissionsExt, sync::Arc};
 
 use harness::{Node, Output, Place, Programs, SOON, holds_for};
 use serde_json::json;
@@ -18,7 +18,11 @@ fn a_guard_denies_before_any_daemon_runs_and_the_daemon_takes_over_from_it() {
             .enrol_with(&ghost, json!({"cgroup": format!("{pods}/ghost")}))
             .set("/enforcedParents", json!([pods]))
     };
-    let with_orphan = json!({"cgroup": "/not-yet-there-and-below-nothing"});
+    let nowhere = format!(
+        "{}/not-there-and-below-no-parent",
+        pair.one.cgroup().below_mount()
+    );
+    let with_orphan = json!({"cgroup": nowhere});
     let config = reeve()
         .enrol_with(&pair.two.pod("orphan"), with_orphan)
         .set(
@@ -29,15 +33,19 @@ fn a_guard_denies_before_any_daemon_runs_and_the_daemon_takes_over_from_it() {
         .write();
     fs::write(policies.join("broken.yaml"), "{{{ no policy at all").unwrap();
 
-    let said = guard(&pair.one, &config).ok();
+    let said = guard(&pair.one, &config);
     for line in [
         format!("{pods}: everything below is refused"),
         "client: refused until".to_owned(),
         "ghost: to come, below an enforced parent".to_owned(),
-        "orphan: NOT COVERED".to_owned(),
     ] {
+        let said = &said.stdout;
         assert!(said.contains(&line), "{line}\nis not in\n{said}");
     }
+    // What is open until the daemon runs is no success.
+    assert_eq!(said.status.code(), Some(3), "{}", said.stderr);
+    let open = "NOT GUARDED: workload orphan has no cgroup yet";
+    assert!(said.stderr.contains(open), "{}", said.stderr);
     let _server = serve(&guest, PORT, &[]);
     let to = guest.addresses();
     let born = |name: &str| {
@@ -100,6 +108,83 @@ fn a_guard_changes_nothing_of_what_a_daemon_has_put_in_place() {
     holds_for(SOON / 40, "the connection lives", || {
         heart.ended().is_none()
     });
+}
+
+/// As the root of the hierarchy is on every host: root's, and not to be written.
+fn close(node: &Node) {
+    fs::set_permissions(node.cgroup().path(), fs::Permissions::from_mode(0o555)).unwrap();
+}
+
+#[test]
+fn a_parent_that_cannot_be_made_fails_the_guard_and_the_rest_is_guarded() {
+    let pair = Pair::new();
+    let root = pair.one.cgroup().below_mount();
+    let pods = format!("{root}/pods");
+    let config = pair.at_one().set("/enforcedParents", json!([pods])).write();
+    close(&pair.one);
+    let guest = pair.two.pod("guest");
+    let _server = serve(&guest, PORT, &[]);
+    let to = guest.addresses().port4(PORT);
+    let reeve = Programs::get().reeve.to_str().unwrap();
+    let by = |launcher: &[&str]| {
+        let words = ["guard", "--config", config.to_str().unwrap()];
+        let all = launcher.iter().copied().chain([reeve]).chain(words);
+        pair.one.host().exec(all)
+    };
+    let without = ["setpriv", "--bounding-set", "-dac_override"];
+    let folder = pair.one.cgroup().path().to_str().unwrap();
+    let mount = folder.strip_suffix(&root).unwrap();
+    let read_only = format!("mount -o remount,bind,ro {mount} && exec \"$@\"");
+    let protected = ["unshare", "--mount", "sh", "-c", &read_only, "sh"];
+    for (launcher, why) in [
+        (&without[..], "without CAP_DAC_OVERRIDE"),
+        (&protected[..], "`ProtectControlGroups=`"),
+    ] {
+        let said = by(launcher);
+        assert_eq!(said.status.code(), Some(1), "{}", said.stderr);
+        let what =
+            format!("NOT GUARDED: the enforced parent {pods} is not there and cannot be made");
+        for words in [&*what, why, "`reeve guard`"] {
+            assert!(said.stderr.contains(words), "{words}: {}", said.stderr);
+        }
+        is_denied(&pair.client, to);
+    }
+    // Who may, makes it, and all is guarded.
+    by(&[]).ok();
+    assert!(pair.one.cgroup().path().join("pods").exists());
+}
+
+#[test]
+fn a_daemon_makes_its_parents_before_it_gives_up_what_that_takes() {
+    let pair = Pair::new();
+    let root = pair.one.cgroup().below_mount();
+    let with = |parents: &[&str]| {
+        let parents: Vec<_> = parents
+            .iter()
+            .map(|name| format!("{root}/{name}"))
+            .collect();
+        pair.at_one().set("/enforcedParents", json!(parents))
+    };
+    close(&pair.one);
+    let daemon = with(&["pods"]).start();
+    assert!(pair.one.cgroup().path().join("pods").exists());
+    // Later it cannot, and takes nothing of a configuration that it could not enforce.
+    with(&["pods", "jobs"]).write();
+    let said = daemon.command(["reload"]);
+    assert!(!said.status.success());
+    for words in ["/jobs is not there and cannot be made", "CAP_DAC_OVERRIDE"] {
+        assert!(said.stdout.contains(words), "{words}: {}", said.stdout);
+    }
+    drop(daemon);
+    let without = ["setpriv", "--bounding-set", "-dac_override"];
+    let config = with(&["pods", "jobs"]).write();
+    let reeve = Programs::get().reeve.to_str().unwrap();
+    let words = [reeve, "run", "--config", config.to_str().unwrap()];
+    let said = pair.one.host().exec(without.iter().chain(&words)).fails();
+    assert!(
+        said.contains("/jobs is not there and cannot be made"),
+        "{said}"
+    );
 }
 
 #[test]

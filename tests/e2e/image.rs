@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde_json::{Value, json};
 
 use crate::{
-    arrange::{PORT, is_denied, say, serve},
+    arrange::{PORT, is_denied, say, send, serve},
     deploy::beside_target,
     release::{Release, run},
 };
@@ -32,6 +32,7 @@ fn the_image_runs_as_the_manifest_says() {
         .ok();
 
     let _servers = [serve(&inside, PORT, &[]), serve(&stranger, PORT, &[])];
+    let probed = inside.addresses();
     let to = stranger.addresses().port4(PORT);
     say(&inside, to, "before it is enrolled");
     let mut daemon = container.start(manifest.run(&folders));
@@ -58,6 +59,11 @@ fn the_image_runs_as_the_manifest_says() {
     assert_eq!(status["ready"], true, "{status}");
     assert_eq!(status["workloads"][0]["state"], "running", "{status}");
     is_denied(&inside, to);
+    // The kubelet probes pods from whichever address of the host's leads to them, and nobody else does.
+    for probed in [probed.port4(PORT), probed.port6(PORT)] {
+        say(node.host(), probed, "a probe");
+        send(&stranger, probed, &["--text", "no probe"]).fails();
+    }
     for (named, folder) in [("state", "ca"), ("run", "admin.sock")] {
         let folder = folders.join(named).join(folder);
         assert!(folder.exists(), "{}", folder.display());
@@ -137,7 +143,6 @@ impl Manifest {
     fn write_config(&self, node: &Node, workload: &harness::Workload) -> PathBuf {
         let mut config = self.config.clone();
         config["node"]["name"] = node.name().into();
-        config["node"]["addresses"] = json!(node.addresses().both());
         // Tests share the machine's cgroups and its bpffs.
         config["node"]["cgroupRoot"] = path(node.cgroup().path()).into();
         config["node"]["bpffs"] = path(node.pins()).into();
@@ -163,6 +168,8 @@ impl Manifest {
         assert_eq!(self.pod["hostNetwork"], true);
         assert_eq!(self.pod["hostPID"], true);
         let mut words: Vec<OsString> = ["--network=host", "--pid=host"].map(OsString::from).into();
+        // Without `privileged`, a kubelet's containers have one of their own wherever there is cgroup2.
+        words.push("--cgroupns=private".into());
         if context["readOnlyRootFilesystem"] == true {
             // Kubernetes brings no writable folders of its own, as podman would.
             words.extend(["--read-only", "--read-only-tmpfs=false"].map(OsString::from));

@@ -18,6 +18,7 @@ mod clock;
 mod command_line;
 mod concurrency;
 mod connect_requests;
+mod container;
 mod crypto_policy;
 mod deploy;
 mod documents;

@@ -52,6 +52,56 @@ fn with_the_guard_nothing_is_open_where_the_daemon_does_not_come_up() {
 }
 
 #[test]
+fn the_guard_has_systemd_keep_a_slice_whose_units_come_and_go() {
+    let scene = Scene::new("enforcedParents: [/jobs.slice, /kubepods]", "");
+    let machine = scene.boot_with(&["reeve-guard.service"]);
+    assert_eq!(machine.property("reeve-guard.service", "Result"), "success");
+    assert_eq!(machine.property("jobs.slice", "ActiveState"), "active");
+    let inode = |cgroup: &str| {
+        machine
+            .shell(&format!("stat -c %i /sys/fs/cgroup{cgroup}"))
+            .ok()
+    };
+    let (jobs, _) = (inode("/jobs.slice"), inode("/kubepods"));
+    for _ in 0..3 {
+        let refused = start_in("jobs.slice", &machine, &scene);
+        assert!(!refused.status.success(), "{}", refused.stdout);
+        assert_eq!(inode("/jobs.slice"), jobs);
+    }
+    assert!(start_in("system.slice", &machine, &scene).status.success());
+
+    // Whether a unit that is still to come is covered, systemd tells by its slice.
+    let web = |lines: &str| {
+        let unit = format!("[Service]\nExecStart=/bin/sleep infinity\n{lines}");
+        machine.write("/run/systemd/system/web.service", &unit);
+        machine.run(["systemctl", "daemon-reload"]).ok();
+    };
+    let guard = |parent: &str| {
+        let lines =
+            format!("enforcedParents: [{parent}]\nworkloads: [{{name: web, unit: web.service}}]");
+        machine.write("/etc/reeve/reeve.yaml", &scene.config(&lines, ""));
+        let restarted = machine.run(["systemctl", "restart", "reeve-guard"]);
+        let status = machine.property("reeve-guard.service", "ExecMainStatus");
+        assert_eq!(restarted.status.success(), status == "0");
+        (status, machine.log("reeve-guard.service"))
+    };
+    web("Slice=jobs.slice\n");
+    let (status, log) = guard("/jobs.slice");
+    assert_eq!(status, "0", "{log}");
+    assert!(
+        log.contains("web: to come, below an enforced parent"),
+        "{log}"
+    );
+    web("");
+    let (status, log) = guard("/jobs.slice");
+    assert_eq!(status, "3", "{log}");
+    assert!(log.contains("NOT GUARDED: workload web"), "{log}");
+    let (status, log) = guard("/system.slice/web.service");
+    assert_eq!(status, "1", "{log}");
+    assert!(log.contains("goes whenever web.service stops"), "{log}");
+}
+
+#[test]
 fn the_service_reloads_drains_and_has_the_tightest_sandbox() {
     let scene = Scene::new("", "");
     let machine = scene.boot();
@@ -242,6 +292,8 @@ fn a_kernel_without_landlock_is_told_of_and_refused_where_it_is_required() {
     assert_eq!(machine.property("reeve.service", "ActiveState"), "active");
     let log = machine.log("reeve.service");
     assert!(log.contains("is not shut off from files"), "{log}");
+    // And of what it is that lacks it.
+    assert!(log.contains("by a filter of system calls"), "{log}");
 
     let config = scene.config("", "sandbox: {landlock: required}");
     machine.write("/etc/reeve/reeve.yaml", &config);

@@ -86,9 +86,11 @@ certificates, policies or a network.
 
 The programs are attached and pinned, and the enforced parents are made where they are not there, so \
 that a cgroup below one is refused from its birth. Nothing is taken back: what the kernel holds \
-of a cgroup already stays, so that a guard does no harm while a daemon runs. A workload whose cgroup \
-does not exist yet and lies below no enforced parent cannot be refused before `reeve run`; the \
-output names it. Needs root.",
+of a cgroup already stays, so that a guard does no harm while a daemon runs. Where systemd runs, an \
+enforced parent that is a slice is started, since systemd keeps the cgroups of started slices alone. \
+What cannot be refused before `reeve run` is named on standard error, and the exit code says so: an \
+enforced parent that cannot be made, or that goes with the unit that it belongs to, and a workload whose \
+cgroup does not exist yet and lies below no enforced parent. Needs root.",
         after_help = "\
 Examples:
   reeve guard
@@ -97,8 +99,10 @@ Examples:
 In a boot-time unit: Type=oneshot, RemainAfterExit=yes, ExecStart=/usr/local/bin/reeve guard, \
 DefaultDependencies=no, After=sys-fs-bpf.mount and Before= whatever starts workloads.
 
-Exit codes: 0 it holds, 1 the kernel refused, 2 the configuration is wrong. What was enforced \
-before stays so in every case."
+Exit codes: 0 all of it is refused; 1 the kernel refused, or an enforced parent does not hold, or something \
+is declared outside of `node.cgroupRoot`; 2 the \
+configuration is wrong; 3 a workload is open until `reeve run` has found it. What can be refused is \
+refused in the last case too, and what was enforced before stays so in every case."
     )]
     Guard {
         /// The configuration; its policies are not read

@@ -6,15 +6,17 @@ use tokio::runtime::Builder;
 
 use crate::{
     config::Config,
+    control,
     datapath::{self, netns::Netns},
     workload::cgroup::{CgroupTree, OWN_CGROUP, processes},
 };
 
 /// Removes it, and says what it was, one line each. Pins come first: with them enforcement ends.
 pub(super) fn everything(config: &Config) -> Result<Vec<String>, Box<dyn Error>> {
+    // Before anything is removed, and before there is a second thread.
+    let tree = control::open_cgroups(config)?;
     let pins = datapath::detach(&config.node.bpffs)?;
     let mut removed: Vec<String> = pins.iter().map(|pin| pin.display().to_string()).collect();
-    let tree = CgroupTree::open(config.node.cgroup_root.as_deref())?;
     removed.extend(routes(&tree)?);
     let own = tree.root().join(OWN_CGROUP);
     match fs::remove_dir(&own) {

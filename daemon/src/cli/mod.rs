@@ -42,6 +42,9 @@ use crate::{
 /// The command line or a file is wrong: the same again will fail again.
 pub const EXIT_USAGE: u8 = 2;
 
+/// What could be guarded is, and something is open until the daemon has seen it.
+const EXIT_UNCOVERED: u8 = 3;
+
 /// Prints an error with what caused it, one line each.
 pub fn print_error(error: &dyn std::error::Error) {
     let mut text = format!("reeve: {error}\n");
@@ -163,9 +166,28 @@ pub fn guard(file: &Path) -> ExitCode {
     if let Err(error) = telemetry::start_logging(&config.log) {
         return failed(&error);
     }
-    match control::guard(&config) {
-        Ok(guarded) => print(&guard_report(&guarded)),
-        Err(error) => failed(&error),
+    let guarded = match control::guard(&config) {
+        Ok(guarded) => guarded,
+        Err(error) => return failed(&error),
+    };
+    let printed = print(&guard_report(&guarded));
+    for failure in &guarded.failed {
+        let _ = writeln!(io::stderr(), "reeve: NOT GUARDED: {failure}");
+    }
+    for name in &guarded.uncovered {
+        let _ = writeln!(
+            io::stderr(),
+            "reeve: NOT GUARDED: workload {name} has no cgroup yet, and no enforced parent above: it \
+             is open until `reeve run` has found it; run it below one of `enforcedParents`, or have its \
+             unit require reeve.service"
+        );
+    }
+    if !guarded.failed.is_empty() {
+        ExitCode::FAILURE
+    } else if !guarded.uncovered.is_empty() {
+        ExitCode::from(EXIT_UNCOVERED)
+    } else {
+        printed
     }
 }
 
@@ -182,12 +204,7 @@ fn guard_report(guarded: &Guarded) -> String {
     );
     lines(&guarded.workloads, "refused until the daemon knows it");
     lines(&guarded.covered, "to come, below an enforced parent");
-    lines(
-        &guarded.uncovered,
-        "NOT COVERED: it has no cgroup yet, and no enforced parent above; it is enforced once \
-         `reeve run` has found it",
-    );
-    if text.is_empty() {
+    if text.is_empty() && guarded.failed.is_empty() && guarded.uncovered.is_empty() {
         text.push_str("the configuration names no workload and no enforced parent\n");
     }
     text

@@ -11,10 +11,13 @@ use crate::{
     privileges::PrivilegeError,
     telemetry::LogError,
     tunnel::StartError,
-    workload::{RegistryError, cgroup::CgroupError},
+    workload::{
+        RegistryError,
+        cgroup::{CgroupError, ViewError},
+    },
 };
 
-use super::certificates::CertificatesError;
+use super::{certificates::CertificatesError, parents::ParentError};
 
 /// What keeps the daemon from running, or ended it.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +48,12 @@ pub enum RunError {
     /// The cgroup tree.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The host is not seen as it is.
+    #[error(transparent)]
+    View(#[from] ViewError),
+    /// An enforced parent.
+    #[error(transparent)]
+    Parent(#[from] ParentError),
     /// The kernel programs.
     #[error(transparent)]
     Datapath(#[from] datapath::Error),

@@ -1,16 +1,13 @@
 //! `reeve guard`: the default deny, put in place before anything that it is for, and without what
 //! may be missing at boot: certificates, policies, a network.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
-use super::{RunError, datapath_settings};
+use super::{RunError, datapath_settings, open_cgroups, parents::Parents};
 use crate::{
     config::Config,
     datapath::{self, Datapath},
-    workload::{
-        CgroupSelector,
-        cgroup::{CgroupTree, id},
-    },
+    workload::{CgroupSelector, cgroup::id},
 };
 
 /// What a guard did.
@@ -25,6 +22,9 @@ pub struct Guarded {
     /// Workloads whose cgroups are still to come, below none: nothing can refuse them before the
     /// daemon runs.
     pub uncovered: Vec<String>,
+    /// Enforced parents that are not there or will not stay, and what lies where no program is
+    /// attached, with the reasons: what is there or born there may be open.
+    pub failed: Vec<String>,
 }
 
 /// Attaches the programs and has everything refused to enforced parents and workloads of which
@@ -33,11 +33,11 @@ pub struct Guarded {
 /// # Errors
 /// When the kernel refuses, or what is pinned has another layout.
 pub fn guard(config: &Config) -> Result<Guarded, RunError> {
-    let cgroups = CgroupTree::open(config.node.cgroup_root.as_deref())?;
+    let cgroups = open_cgroups(config)?;
     datapath::require_layout(&config.node.bpffs)?;
-    make_parents(&cgroups, config);
     let datapath = Datapath::load(datapath_settings(config, &cgroups))?;
 
+    let mut parents = Parents::new(&cgroups);
     let mut guarded = Guarded::default();
     let mut refused = Vec::new();
     let mut refuse = |folder: &PathBuf| {
@@ -49,19 +49,47 @@ pub fn guard(config: &Config) -> Result<Guarded, RunError> {
         !depths.is_empty()
     };
     for path in &config.enforced_parents {
-        if refuse(&cgroups.folder(path)) {
-            guarded.parents.push(path.clone());
+        if let Err(error) = cgroups.require_below_root("an enforced parent", path) {
+            guarded.failed.push(error.to_string());
+            continue;
+        }
+        let held = parents.hold(path);
+        // What is there is refused, for as long as it is.
+        let is_refused = refuse(&cgroups.folder(path));
+        match held {
+            Ok(()) if is_refused => guarded.parents.push(path.clone()),
+            Ok(()) => guarded.failed.push(format!(
+                "the enforced parent {path} is no cgroup, or lies too deep to be enforced"
+            )),
+            Err(error) => guarded.failed.push(error.to_string()),
         }
     }
     for workload in &config.workloads {
-        let (folders, below) = match &workload.selector {
-            CgroupSelector::Cgroup(path) => (vec![cgroups.folder(path)], Some(path)),
-            CgroupSelector::Unit(name) => (cgroups.units(name).0, None),
+        if let CgroupSelector::Cgroup(path) = &workload.selector
+            && let Err(error) =
+                cgroups.require_below_root(&format!("workload {}", workload.name), path)
+        {
+            guarded.failed.push(error.to_string());
+            continue;
+        }
+        let (folders, path) = match &workload.selector {
+            CgroupSelector::Cgroup(path) => (vec![cgroups.folder(path)], Some(path.clone())),
+            CgroupSelector::Unit(name) => {
+                let path = parents.cgroup_of(name);
+                if let (true, Some(path)) = (name.ends_with(".slice"), &path)
+                    && let Err(error) = parents.hold(path)
+                {
+                    guarded
+                        .failed
+                        .push(format!("workload {}: {error}", workload.name));
+                }
+                (cgroups.units(name).0, path)
+            }
         };
         let found = folders.iter().filter(|folder| refuse(folder)).count();
         let names = if found > 0 {
             &mut guarded.workloads
-        } else if below.is_some_and(|path| is_below(path, &guarded.parents)) {
+        } else if path.is_some_and(|path| is_below(&path, &guarded.parents)) {
             &mut guarded.covered
         } else {
             &mut guarded.uncovered
@@ -70,28 +98,6 @@ pub fn guard(config: &Config) -> Result<Guarded, RunError> {
     }
     datapath.guard(&refused)?;
     Ok(guarded)
-}
-
-/// Makes the enforced parents that are not there: what is born in one is refused from its birth
-/// only where the kernel knows the parent already. Whoever makes it later finds it made.
-pub(super) fn make_parents(cgroups: &CgroupTree, config: &Config) {
-    for path in &config.enforced_parents {
-        let folder = cgroups.folder(path);
-        if folder.exists() {
-            continue;
-        }
-        match fs::create_dir_all(&folder) {
-            Ok(()) => tracing::info!(
-                cgroup = path,
-                "an enforced parent was not there and is made, so that what is born in it is refused"
-            ),
-            Err(error) => tracing::warn!(
-                cgroup = path,
-                %error,
-                "an enforced parent is not there and cannot be made; it is waited for"
-            ),
-        }
-    }
 }
 
 fn is_below(path: &str, parents: &[String]) -> bool {

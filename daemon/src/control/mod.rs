@@ -17,8 +17,10 @@ mod error;
 mod explain;
 mod guard;
 mod health;
+mod host_addresses;
 mod ids;
 mod own_cgroup;
+mod parents;
 mod ports;
 mod process;
 mod reconcile;
@@ -26,6 +28,7 @@ mod reload;
 mod revoke;
 mod signals;
 mod succession;
+mod systemd;
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -53,13 +56,15 @@ pub use endpoints::Endpoints;
 pub use error::RunError;
 pub use guard::{Guarded, guard};
 pub use ids::give_ids;
-pub use own_cgroup::settle_in;
+pub use own_cgroup::{open_cgroups, settle_in};
+pub use parents::ParentError;
 pub use process::prepare as prepare_process;
 pub use reconcile::{Compiled, steps};
 pub use reload::{declaration, policies};
 
 use daemon::{Reloads, View};
 use health::{Asked, HealthLook};
+use host_addresses::HostAddresses;
 use reconcile::{Enforced, Namespaces};
 use reload::Doubt;
 use signals::{Signal, Signals};
@@ -93,6 +98,8 @@ pub struct Control {
     /// Who asks for everything to be read again.
     reloads: Option<Reloads>,
     namespaces: Namespaces,
+    /// The host's addresses, where they are the node's.
+    host_addresses: HostAddresses,
     readiness: watch::Sender<Readiness>,
     health: watch::Sender<Health>,
     events: Option<datapath::Events>,
@@ -145,6 +152,7 @@ enum Change {
     Policies,
     Bundles,
     Certificates,
+    HostAddresses,
     Retry,
     /// Readiness may have changed.
     Look,
@@ -202,6 +210,7 @@ impl Control {
             bundle_files: reload::watch_bundles(&config),
             reloads: daemon.reloads(),
             namespaces: Namespaces::default(),
+            host_addresses: HostAddresses::default(),
             readiness: parts.readiness,
             health: parts.health,
             events: Some(parts.events.0),
@@ -225,6 +234,8 @@ impl Control {
         let (mut retry, mut retry_at) = (FIRST_RETRY, None);
         let mut told = false;
 
+        let wanted = self.daemon.config.load().node.host_addresses;
+        self.host_addresses.follow(wanted);
         self.reconcile().await;
         // Only now do the numbers in events have names, those left from before included.
         if !self.succession.is_taking_over() {
@@ -257,6 +268,7 @@ impl Control {
                 () = self.bundle_files.changed() => Change::Bundles,
                 Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
                 Ok(()) = certificates.changed() => Change::Certificates,
+                () = self.host_addresses.changed() => Change::HostAddresses,
                 signal = signals.next() => Change::Signal(signal),
                 news = self.succession.predecessor.news() => Change::Predecessor(news),
                 Some(request) = self.succession.requests.recv() => Change::Request(request),
@@ -272,7 +284,7 @@ impl Control {
                     let _ = self.reload_policies();
                     self.reconcile().await;
                 }
-                Change::Workloads => self.reconcile().await,
+                Change::Workloads | Change::HostAddresses => self.reconcile().await,
                 Change::Policies => {
                     let _ = self.reload_policies();
                     self.reconcile().await;

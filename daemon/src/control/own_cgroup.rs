@@ -2,26 +2,52 @@
 
 use std::path::Path;
 
-use super::guard::make_parents;
+use super::{
+    RunError,
+    parents::{Parents, require_below_root},
+};
 use crate::{
     config::Config,
     workload::{
         CgroupSelector,
-        cgroup::{CgroupError, CgroupTree, id},
+        cgroup::{CgroupError, CgroupTree, enter_host_view, id, require_process_numbers},
     },
 };
 
+/// Opens the cgroup tree as the host sees it, also where this process has a view of its own, as in a
+/// container. To be called before there is a second thread.
+///
+/// # Errors
+/// When the host's view cannot be had, or there is no cgroup2.
+pub fn open_cgroups(config: &Config) -> Result<CgroupTree, RunError> {
+    if enter_host_view()? {
+        tracing::info!(
+            "paths of cgroups are those of process 1, whose cgroup namespace reeve has entered"
+        );
+    }
+    require_process_numbers(&config.node.proc)?;
+    Ok(CgroupTree::open(config.node.cgroup_root.as_deref())?)
+}
+
 /// Makes sure that the daemon is in a cgroup of its own below the root, and gives its id with all
 /// depths that it may have. Makes the enforced parents that are not there.
+///
+/// At the start this comes before the daemon's sandbox: in the root of the hierarchy cgroups are made
+/// by those alone who may write wherever they like (`CAP_DAC_OVERRIDE`).
 ///
 /// A daemon in the root itself, outside of it, or in a cgroup that holds a workload, moves into
 /// [`OWN_CGROUP`](crate::workload::cgroup::OWN_CGROUP): the programs would otherwise not see its
 /// sockets, or would take the workload's for its own.
 ///
 /// # Errors
-/// When the own cgroup cannot be found, or the move is refused.
-pub fn settle_in(tree: &CgroupTree, config: &Config) -> Result<Vec<(u64, u32)>, CgroupError> {
-    make_parents(tree, config);
+/// When the own cgroup cannot be found, the move is refused, an enforced parent cannot be made, or
+/// something that is declared lies where no program is attached.
+pub fn settle_in(tree: &CgroupTree, config: &Config) -> Result<Vec<(u64, u32)>, RunError> {
+    require_below_root(tree, config)?;
+    let mut parents = Parents::new(tree);
+    for path in &config.enforced_parents {
+        parents.make(path)?;
+    }
     let mut own = tree.own()?;
     if !is_apart(tree, config, &own) {
         let from = own;
@@ -43,7 +69,8 @@ pub fn settle_in(tree: &CgroupTree, config: &Config) -> Result<Vec<(u64, u32)>, 
                 own.display(),
                 reeve_common::MAX_CGROUP_DEPTH
             ),
-        });
+        }
+        .into());
     }
     Ok(depths.into_iter().map(|depth| (number, depth)).collect())
 }

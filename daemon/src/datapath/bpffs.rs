@@ -134,13 +134,22 @@ fn others_may_write(mode: u32) -> String {
     format!("its mode {:04o} lets others write in it", mode & 0o7777)
 }
 
-/// Whether this process has other mounts than the first one, as services and containers have. Found
-/// out once: later the daemon has not the privilege to look.
+/// Inode of the machine's first PID namespace (`PID_NS_INIT_INO` of `linux/nsfs.h`).
+const FIRST_PROCESS_NUMBERS: u64 = 0xEFFF_FFFC;
+
+/// Whether this process has other mounts than the machine's first one, as services and containers
+/// have. Found out once: later the daemon has not the privilege to look.
 fn has_own_mounts() -> bool {
     static OWN: OnceLock<bool> = OnceLock::new();
-    let mounts = |process: &str| fs::metadata(format!("/proc/{process}/ns/mnt"));
-    *OWN.get_or_init(|| match (mounts("self"), mounts("1")) {
-        (Ok(own), Ok(first)) => own.ino() != first.ino(),
+    let inode = |process: &str, kind: &str| {
+        fs::metadata(format!("/proc/{process}/ns/{kind}")).map(|file| file.ino())
+    };
+    // In a container with process numbers of its own, the first process is the container's.
+    if inode("self", "pid").is_ok_and(|own| own != FIRST_PROCESS_NUMBERS) {
+        return true;
+    }
+    *OWN.get_or_init(|| match (inode("self", "mnt"), inode("1", "mnt")) {
+        (Ok(own), Ok(first)) => own != first,
         // Not root of all: whoever runs reeve so is trusted to have looked.
         _ => false,
     })

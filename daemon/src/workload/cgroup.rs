@@ -1,5 +1,10 @@
 //! The node's cgroup2 tree: where it is mounted, ids and depths of cgroups, their processes.
 
+mod mount;
+mod namespace;
+
+pub use namespace::{ViewError, enter_host_view, require_process_numbers};
+
 use std::{
     collections::HashMap,
     fs, io,
@@ -22,6 +27,8 @@ const MAX_CGROUPS: usize = 4096;
 #[derive(Clone, Debug)]
 pub struct CgroupTree {
     mount: PathBuf,
+    /// What of the hierarchy the mount shows.
+    shows: PathBuf,
     root: PathBuf,
     /// Depth of the mount in the whole tree; none where it cannot be known from here.
     mount_depth: Option<u32>,
@@ -45,6 +52,29 @@ pub enum CgroupError {
         root: PathBuf,
         /// Where cgroup2 is mounted.
         mount: PathBuf,
+    },
+    /// Of the hierarchy, only a part is mounted that paths cannot be told in.
+    #[error(
+        "the cgroup2 mount {} shows {shows} of the hierarchy, which is not how the host sees it: in a container, mount the host's cgroup2 (as `/sys/fs/cgroup` of the host), and start it with the host's processes (`hostPID: true`, `--pid=host`)",
+        .mount.display()
+    )]
+    Partial {
+        /// Where cgroup2 is mounted.
+        mount: PathBuf,
+        /// What it shows.
+        shows: String,
+    },
+    /// A cgroup that is to be enforced lies where no program is attached.
+    #[error(
+        "{whose}: the cgroup {path} is not below {root}, where the programs are attached (`node.cgroupRoot`): nothing would be enforced there; choose a `node.cgroupRoot` above it, paths of cgroups start at the cgroup2 mount"
+    )]
+    Outside {
+        /// Whose cgroup it is.
+        whose: String,
+        /// Its path.
+        path: String,
+        /// Path of the cgroup root.
+        root: String,
     },
     /// The daemon's own cgroup cannot be found.
     #[error("the daemon's own cgroup cannot be found: {reason}")]
@@ -73,19 +103,53 @@ impl CgroupTree {
     pub fn open(root: Option<&Path>) -> Result<Self, CgroupError> {
         let mountinfo =
             fs::read_to_string("/proc/self/mountinfo").map_err(CgroupError::MountInfo)?;
-        let (mount, shown_root) = cgroup2_mount(&mountinfo).ok_or(CgroupError::NotMounted)?;
-        let root = root.map_or_else(|| mount.clone(), Path::to_path_buf);
-        if !root.starts_with(&mount) || id(&root).is_err() {
-            return Err(CgroupError::Root { root, mount });
-        }
-        let mount_depth = match id(&mount) {
-            Ok(ROOT_INODE) => Some(0),
-            _ => depth_of_shown_root(&shown_root),
+        let mounts = mount::of(&mountinfo);
+        let Some(mount) = mount::choose(mounts.clone(), root) else {
+            return Err(match (mount::choose(mounts, None), root) {
+                (Some(mount), Some(root)) => CgroupError::Root {
+                    root: root.to_owned(),
+                    mount: mount.point,
+                },
+                _ => CgroupError::NotMounted,
+            });
         };
+        let root = root.map_or_else(|| mount.point.clone(), Path::to_path_buf);
+        if id(&root).is_err() {
+            return Err(CgroupError::Root {
+                root,
+                mount: mount.point,
+            });
+        }
+        let shows_all = matches!(id(&mount.point), Ok(ROOT_INODE));
+        // A container's own cgroup, and nobody else's.
+        let is_own = own_path().is_ok_and(|own| own == mount.shows && own != "/");
+        if mount.is_outside() || (is_own && !shows_all) {
+            return Err(CgroupError::Partial {
+                mount: mount.point,
+                shows: mount.shows,
+            });
+        }
         Ok(Self {
-            mount,
+            mount_depth: if shows_all { Some(0) } else { mount.depth() },
+            shows: mount.shows.into(),
+            mount: mount.point,
             root,
-            mount_depth,
+        })
+    }
+
+    /// Makes sure that programs are attached above a cgroup.
+    ///
+    /// # Errors
+    /// When the cgroup is not below the root: nothing would be enforced there.
+    pub fn require_below_root(&self, whose: &str, path: &str) -> Result<(), CgroupError> {
+        let folder = self.folder(path);
+        if folder.starts_with(&self.root) && folder != self.root {
+            return Ok(());
+        }
+        Err(CgroupError::Outside {
+            whose: whose.to_owned(),
+            path: path.to_owned(),
+            root: self.path(&self.root),
         })
     }
 
@@ -140,8 +204,22 @@ impl CgroupTree {
     /// a service or a scope may have been delegated to somebody who is free to choose names.
     #[must_use]
     pub fn units(&self, name: &str) -> (Vec<PathBuf>, Vec<PathBuf>) {
+        Self::units_below(&self.root, name)
+    }
+
+    /// Cgroup path of a unit of that name that is not below the root, where the root is not all.
+    #[must_use]
+    pub fn unit_outside(&self, name: &str) -> Option<String> {
+        if self.root == self.mount {
+            return None;
+        }
+        let found = Self::units_below(&self.mount, name).0;
+        found.first().map(|folder| self.path(folder))
+    }
+
+    fn units_below(root: &Path, name: &str) -> (Vec<PathBuf>, Vec<PathBuf>) {
         let (mut found, mut searched) = (Vec::new(), Vec::new());
-        let mut waiting = vec![self.root.clone()];
+        let mut waiting = vec![root.to_owned()];
         while let Some(folder) = waiting.pop() {
             for child in children(&folder) {
                 let Some(child_name) = child.file_name().and_then(|name| name.to_str()) else {
@@ -194,24 +272,36 @@ impl CgroupTree {
     /// The folder of the cgroup that this process is in.
     ///
     /// # Errors
-    /// When the kernel does not say, or it lies outside the mount.
+    /// When the kernel does not say, it lies outside the mount, or the folder is another cgroup's,
+    /// as where this process sees other paths than the mount has.
     pub fn own(&self) -> Result<PathBuf, CgroupError> {
         let error = |reason: String| CgroupError::Own { reason };
-        let text = fs::read_to_string("/proc/self/cgroup")
-            .map_err(|source| error(format!("/proc/self/cgroup: {source}")))?;
-        let path = text
-            .lines()
-            .find_map(|line| line.strip_prefix("0::"))
-            .ok_or_else(|| error("/proc/self/cgroup has no line for cgroup2".to_owned()))?;
-        if Path::new(path)
-            .components()
-            .any(|part| part == Component::ParentDir)
-        {
-            return Err(error(format!(
-                "it is {path}, outside the cgroup namespace; run reeve in the host's cgroup namespace"
-            )));
+        let path = own_path().map_err(|source| error(format!("/proc/self/cgroup: {source}")))?;
+        let below = Path::new(&path)
+            .strip_prefix(&self.shows)
+            .ok()
+            .filter(|below| !below.components().any(|part| part == Component::ParentDir))
+            .ok_or_else(|| {
+                error(format!(
+                    "it is {path}, outside of what the cgroup2 mount {} shows ({}); run reeve in \
+                     the host's cgroup namespace",
+                    self.mount.display(),
+                    self.shows.display()
+                ))
+            })?;
+        let folder = self.mount.join(below);
+        let members = fs::read_to_string(folder.join("cgroup.procs"))
+            .map_err(|source| error(format!("{}: {source}", folder.display())))?;
+        let own = std::process::id().to_string();
+        if members.lines().any(|process| process == own) {
+            return Ok(folder);
         }
-        Ok(self.folder(path))
+        Err(error(format!(
+            "/proc/self/cgroup says {path}, and reeve is not in {}: it has a cgroup namespace of \
+             its own, as containers have; start it with the host's processes (`hostPID: true`, \
+             `--pid=host`), so that it can enter the host's",
+            folder.display()
+        )))
     }
 
     /// Moves this process into a cgroup of its own, [`OWN_CGROUP`] below the root.
@@ -270,6 +360,34 @@ pub fn processes(folder: &Path) -> Vec<u32> {
     pids
 }
 
+/// Whether a cgroup, or one below it, has processes of which this process's PID namespace has no
+/// number.
+#[must_use]
+pub fn hides_processes(folder: &Path) -> bool {
+    let mut waiting = vec![folder.to_path_buf()];
+    let mut seen = 0;
+    while let Some(folder) = waiting.pop() {
+        let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+        if text.lines().any(|line| line == "0") {
+            return true;
+        }
+        seen += 1;
+        if seen >= MAX_CGROUPS {
+            break;
+        }
+        waiting.extend(children(&folder));
+    }
+    false
+}
+
+/// Path of this process's cgroup, from the root of its cgroup namespace.
+fn own_path() -> io::Result<String> {
+    let text = fs::read_to_string("/proc/self/cgroup")?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    path.map(str::to_owned)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has no line for cgroup2"))
+}
+
 /// Whether `unit` is the unit `name`, or an instance of the template `name`.
 fn is_unit(unit: &str, name: &str) -> bool {
     let is_instance = |(template, kind): (&str, &str)| {
@@ -292,69 +410,9 @@ fn children(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Mount point of the first cgroup2 mount in the text of a mountinfo file, and what of the
-/// hierarchy is mounted there.
-fn cgroup2_mount(mountinfo: &str) -> Option<(PathBuf, String)> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        if filesystem.split(' ').next() != Some("cgroup2") {
-            return None;
-        }
-        let mut fields = mount.split(' ').skip(3);
-        let shown_root = unescape(fields.next()?);
-        let mount_point = unescape(fields.next()?);
-        Some((mount_point.into(), shown_root))
-    })
-}
-
-/// mountinfo writes blanks and backslashes as octal numbers.
-fn unescape(field: &str) -> String {
-    [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ]
-    .into_iter()
-    .fold(field.to_owned(), |text, (code, plain)| {
-        text.replace(code, plain)
-    })
-}
-
-/// Depth of a mount that shows a part of the tree. `/` alone says nothing here: it is what a
-/// cgroup namespace shows in place of the path above it.
-fn depth_of_shown_root(shown_root: &str) -> Option<u32> {
-    if shown_root == "/" || shown_root.contains("..") {
-        return None;
-    }
-    u32::try_from(
-        shown_root
-            .split('/')
-            .filter(|part| !part.is_empty())
-            .count(),
-    )
-    .ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
-        32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
-        41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-
-    #[test]
-    fn the_mount_is_found_in_both_layouts() {
-        let (mount, root) = cgroup2_mount(HYBRID).unwrap();
-        assert_eq!(mount, Path::new("/sys/fs/cgroup/unified"));
-        assert_eq!(root, "/");
-        let unified = "30 23 0:26 /docker/abc /sys/fs/c\\040group rw - cgroup2 cgroup2 rw\n";
-        let (mount, root) = cgroup2_mount(unified).unwrap();
-        assert_eq!(mount, Path::new("/sys/fs/c group"));
-        assert_eq!(depth_of_shown_root(&root), Some(2));
-        assert_eq!(cgroup2_mount("no mounts at all"), None);
-    }
 
     #[test]
     fn a_template_means_its_instances_and_nothing_else() {
@@ -382,6 +440,7 @@ mod tests {
     fn where_the_depth_is_hidden_every_possible_one_counts() {
         let mut tree = CgroupTree {
             mount: "/cg".into(),
+            shows: "/".into(),
             root: "/cg".into(),
             mount_depth: Some(2),
         };

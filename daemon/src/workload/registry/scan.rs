@@ -146,6 +146,17 @@ impl Scanner {
             .iter()
             .flat_map(|cgroup| cgroup::processes(&cgroup.folder))
             .collect();
+        // Its cgroup is enforced all the same, but nothing that a namespace is needed for.
+        if pids.is_empty()
+            && found
+                .iter()
+                .any(|cgroup| cgroup::hides_processes(&cgroup.folder))
+        {
+            notes.problems.push(format!(
+                "{whose}: its processes have no numbers here, as in a container with process numbers \
+                 of its own; start reeve with the host's (`hostPID: true`, `--pid=host`)"
+            ));
+        }
         let cgroups: Vec<(u64, u32)> = found.into_iter().flat_map(|cgroup| cgroup.ids).collect();
         let is_there = !cgroups.is_empty();
 
@@ -224,7 +235,7 @@ impl Scanner {
     /// them come, are noted.
     fn find(&self, whose: &str, selector: &CgroupSelector, notes: &mut Notes) -> Vec<Cgroup> {
         let mut cgroups = Vec::new();
-        for folder in self.folders_of(selector, notes) {
+        for folder in self.folders_of(whose, selector, notes) {
             let Ok(id) = cgroup::id(&folder) else {
                 continue;
             };
@@ -245,7 +256,12 @@ impl Scanner {
         cgroups
     }
 
-    fn folders_of(&self, selector: &CgroupSelector, notes: &mut Notes) -> Vec<PathBuf> {
+    fn folders_of(
+        &self,
+        whose: &str,
+        selector: &CgroupSelector,
+        notes: &mut Notes,
+    ) -> Vec<PathBuf> {
         match selector {
             CgroupSelector::Cgroup(path) => {
                 let folder = self.tree.folder(path);
@@ -259,6 +275,14 @@ impl Scanner {
             CgroupSelector::Unit(name) => {
                 let (found, slices) = self.tree.units(name);
                 notes.folders.extend(slices);
+                if found.is_empty()
+                    && let Some(elsewhere) = self.tree.unit_outside(name)
+                {
+                    notes.problems.push(format!(
+                        "{whose}: it runs in {elsewhere}, which is not below `node.cgroupRoot`: \
+                         nothing is enforced there"
+                    ));
+                }
                 found
             }
         }
