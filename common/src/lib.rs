@@ -60,8 +60,8 @@ pub mod protocol {
 #[cfg(feature = "user")]
 mod user {
     use crate::{
-        Arriving, Event, FlowEntry, FlowKey, NamespaceEntry, Origin, OriginKey, PeerEntry,
-        PeerPortKey, Settings, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
+        Arriving, Event, FlowEntry, FlowKey, NamespaceEntry, Origin, PeerEntry, PeerPortKey,
+        Settings, SocketTag, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
     };
 
     macro_rules! pod {
@@ -81,10 +81,10 @@ mod user {
         FlowKey,
         NamespaceEntry,
         Origin,
-        OriginKey,
         PeerEntry,
         PeerPortKey,
         Settings,
+        SocketTag,
         ToldKey,
         VerdictEntry,
         VerdictKey,

@@ -276,23 +276,9 @@ pub enum Action {
     NoRoom = 4,
 }
 
-/// `ORIGINAL_DESTINATIONS`: LRU hash. Key: where an accepted connection of the outbound listener
-/// came from. Written by `sock_ops` when the redirected connection is established; taken by the
-/// daemon at accept. An entry that was pushed out makes the daemon close the connection.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct OriginKey {
-    /// Cookie of the network namespace.
-    pub netns_cookie: u64,
-    /// The client socket's local address, which the daemon sees as its peer address.
-    pub address: Address,
-    /// The client socket's local port, host byte order.
-    pub port: u16,
-    /// Zero.
-    pub reserved: [u8; 6],
-}
-
-/// Value of `ORIGINAL_DESTINATIONS`.
+/// `ORIGINAL_DESTINATIONS`: socket storage of connections that the outbound listener accepts. Written
+/// by `sock_ops` before `accept()` returns the connection, read by the daemon through the
+/// descriptor. An origin ends with its socket, so no other connection can inherit it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
@@ -316,9 +302,10 @@ pub struct Origin {
 /// was allowed, so that its replies pass. `local` is all zero there: a socket that is bound to no
 /// address is asked about before the kernel has chosen one.
 ///
-/// `ONWARD` holds the daemon's own connections to local applications, written by `sock_ops` for
-/// sockets with [`crate::ONWARD_MARK`] in reeve's cgroup, and removed when the application's end
-/// is established or the daemon's is closed.
+/// `ONWARD` holds the daemon's own connections to local applications that are being opened, so that
+/// the look-up of a listener does not reset them. Written by `sock_ops` for sockets with
+/// [`TAG_ONWARD`], and removed when the application's end is established or the daemon's is closed.
+/// It decides nothing: at the listener the packet is judged by the socket that sent it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
@@ -351,7 +338,8 @@ pub struct FlowEntry {
 }
 
 /// `SOCKETS`: socket storage. What a socket remembers of its last verdict, so that a packet of an
-/// established connection costs one look-up. Written and read by the programs only.
+/// established connection costs one look-up. Written by the programs; of its own sockets to local
+/// applications the daemon writes the first, and reads what became of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketTag {
@@ -385,7 +373,8 @@ pub const TAG_DIRECTION: u32 = 1 << 1;
 pub const TAG_REDIRECTED: u32 = 1 << 2;
 /// The application's end of a connection that came through a tunnel: the tunnel judges it.
 pub const TAG_TUNNELLED: u32 = 1 << 3;
-/// One of reeve's own sockets on its way to a local application.
+/// One of reeve's own sockets to a local application, whose workload the tag names. The daemon
+/// writes it through the descriptor when it makes the socket.
 pub const TAG_ONWARD: u32 = 1 << 4;
 /// The connection stays in the workload: never in question, and not reported.
 pub const TAG_LOCAL: u32 = 1 << 5;
@@ -393,6 +382,9 @@ pub const TAG_LOCAL: u32 = 1 << 5;
 /// One of reeve's own listeners, or what one has accepted, also when a later daemon, in another
 /// cgroup, has inherited it.
 pub const TAG_REEVE: u32 = 1 << 6;
+/// With [`TAG_ONWARD`]: the listener at the application's port belongs to somebody other than the
+/// workload ([`crate::Reason::WrongListener`]). The daemon, which gets no answer, looks here.
+pub const TAG_WRONG_LISTENER: u32 = 1 << 7;
 
 /// `ARRIVING`: per-CPU array of one. A packet that was let in to a listening socket leaves its
 /// connection here for `sock_ops`, which runs next on the same CPU where the packet completes
@@ -400,8 +392,11 @@ pub const TAG_REEVE: u32 = 1 << 6;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arriving {
-    /// The connection, with its workload; [`NO_WORKLOAD`] where the listener is reeve's.
+    /// The connection. Its workload is the listener's, or [`NO_WORKLOAD`] where the listener is
+    /// reeve's.
     pub key: FlowKey,
+    /// For reeve's outbound listener: what the client asked for; without a workload there is none.
+    pub origin: Origin,
     /// Number of the peer for events.
     pub peer: u32,
     /// Rule that allowed it.
@@ -414,8 +409,10 @@ pub struct Arriving {
     pub dry_run: u8,
     /// [`crate::Reason`] as a number.
     pub reason: u8,
+    /// 1 where reeve's own socket opens the connection, from a tunnel to the application.
+    pub tunnelled: u8,
     /// Zero.
-    pub reserved: [u8; 2],
+    pub reserved: u8,
 }
 
 /// `TOLD`: LRU hash. Whoever files a socket here first tells that its connection is refused: the
@@ -443,12 +440,11 @@ const _: () = {
     assert!(size_of::<PeerPortKey>() == 20);
     assert!(size_of::<VerdictKey>() == 12);
     assert!(size_of::<VerdictEntry>() == 16);
-    assert!(size_of::<OriginKey>() == 32);
     assert!(size_of::<Origin>() == 32);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowEntry>() == 16);
     assert!(size_of::<SocketTag>() == 48);
-    assert!(size_of::<Arriving>() == 68);
+    assert!(size_of::<Arriving>() == 100);
     assert!(size_of::<ToldKey>() == 16);
     assert!(size_of::<crate::Event>() == 96);
 };

@@ -110,4 +110,6 @@ reasons! {
     Flood = 36 => "flood",
     /// The tunnel's certificate was replaced, and the connection did not end by itself in time.
     CertificateReplaced = 37 => "certificate_replaced",
+    /// The port of the workload that was admitted is held by a listener that is not its own.
+    WrongListener = 38 => "wrong_listener",
 }

@@ -104,7 +104,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
         let shared = Shared {
             snapshot: snapshot.clone(),
             identities: identities.clone(),
-            origins: datapath.clone(),
+            storage: datapath.clone(),
             metrics: metrics.clone(),
             log: log.clone(),
         };

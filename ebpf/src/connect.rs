@@ -99,7 +99,7 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     let socket = socket(ctx);
     let Some(caller) = judge::caller(depths) else {
         forget(socket);
-        return PROCEED;
+        return connect_of_stranger(ctx, inet6, &settings);
     };
     if is_reeve(&caller) {
         return connect_of_reeve(socket);
@@ -156,6 +156,28 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         redirect(ctx, inet6, &connection.remote, settings.outbound_port);
     }
     PROCEED
+}
+
+/// A process outside of all workloads may connect to anything but reeve's outbound listener.
+#[inline(always)]
+fn connect_of_stranger(ctx: *mut bpf_sock_addr, inet6: bool, settings: &Settings) -> i32 {
+    let port = named_port(ctx);
+    if port != settings.outbound_port {
+        return PROCEED;
+    }
+    let mut connection = Connection::new(Hook::Connect);
+    connection.remote = named_address(ctx, inet6);
+    connection.protocol = named_protocol(ctx);
+    if connection.protocol != protocol::TCP
+        || !is_loopback(&connection.remote)
+        || !is_listening(ctx)
+    {
+        return PROCEED;
+    }
+    connection.remote_port = port;
+    connection.direction = Direction::Egress as u8;
+    report(&connection, Outcome::deny(Reason::ReservedPort));
+    REFUSE
 }
 
 /// What becomes of a workload's connection; none where it stays in the workload.
@@ -321,30 +343,18 @@ fn adopt_accepted(socket: *mut bpf_sock, protocol: u8) {
     }
 }
 
-/// reeve's own connections are not judged. Those to local applications are marked, and
-/// `sock_ops`, which sees no caller, shall know them.
+/// reeve's own connections are not judged. One to a local application says for which workload it is
+/// meant; without that it would be taken for anybody's.
 #[inline(always)]
 fn connect_of_reeve(socket: *mut bpf_sock) -> i32 {
     // SAFETY: the socket of the hook.
-    if field(unsafe { &raw const (*socket).mark }) == ONWARD_MARK {
-        let mut onward = SocketTag {
-            remote: [0; 16],
-            since: 0,
-            workload: 0,
-            peer: 0,
-            rule: 0,
-            generation: 0,
-            remote_port: 0,
-            protocol: protocol::TCP,
-            direction: Direction::Egress as u8,
-            flags: TAG_ONWARD,
-        };
-        if !set_tag(socket, &mut onward) {
-            count_verdict(Direction::Egress as u8, Outcome::deny(Reason::MapFailure));
-            return REFUSE;
-        }
+    if field(unsafe { &raw const (*socket).mark }) != ONWARD_MARK
+        || tag(socket).is_some_and(|tag| tag.flags & TAG_ONWARD != 0)
+    {
+        return PROCEED;
     }
-    PROCEED
+    count_verdict(Direction::Egress as u8, Outcome::deny(Reason::MapFailure));
+    REFUSE
 }
 
 /// Shows a redirected socket the far end that its application asked for.

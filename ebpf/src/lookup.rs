@@ -92,19 +92,11 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
     DROP
 }
 
-/// Whether reeve is opening this connection to a local application.
-///
-/// A function of its own, for its key not to lie on the stack while the packet is judged.
-#[inline(never)]
-pub fn is_onward(connection: &Connection) -> bool {
-    // SAFETY: only asked whether it is there.
-    unsafe { ONWARD.get(&onward_key(connection)) }.is_some()
-}
-
-/// The key of a workload's TCP connection in `ONWARD`.
+/// Whether reeve is opening this connection to a local application. Who writes such a source from
+/// elsewhere is found out at the packet, too.
 #[inline(always)]
-pub fn onward_key(connection: &Connection) -> FlowKey {
-    FlowKey {
+fn is_onward(connection: &Connection) -> bool {
+    let key = FlowKey {
         local: connection.local,
         remote: connection.remote,
         local_port: connection.local_port,
@@ -112,5 +104,7 @@ pub fn onward_key(connection: &Connection) -> FlowKey {
         workload: 0,
         protocol: protocol::TCP,
         reserved: [0; 7],
-    }
+    };
+    // SAFETY: only asked whether it is there.
+    unsafe { ONWARD.get(&key) }.is_some()
 }

@@ -18,6 +18,7 @@ mod namespace;
 mod packet;
 mod parse;
 mod segment;
+mod sender;
 mod sendmsg;
 mod sock_ops;
 mod sockopt;

@@ -11,11 +11,11 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Arriving, COUNTER_SLOTS, Event, FlowEntry, FlowKey, LocalAddressEntry, NameDigest,
-    NamespaceEntry, Origin, OriginKey, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag,
-    ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
+    NamespaceEntry, Origin, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag, ToldKey,
+    VerdictEntry, VerdictKey, WorkloadEntry,
 };
 
-use crate::address::field;
+use crate::{address::field, parse::Packet};
 
 /// A [`reeve_common::NamespaceSource`] as a number, set at load.
 #[unsafe(no_mangle)]
@@ -72,7 +72,7 @@ pub static PEER_PORTS: HashMap<PeerPortKey, PeerEntry, SET_AT_LOAD, GROWING> = H
 pub static VERDICTS: LpmTrie<VerdictKey, VerdictEntry, SET_AT_LOAD> = LpmTrie::new();
 
 #[btf_map]
-pub static ORIGINAL_DESTINATIONS: LruHashMap<OriginKey, Origin, SET_AT_LOAD> = LruHashMap::new();
+pub static ORIGINAL_DESTINATIONS: SkStorage<Origin> = SkStorage::new();
 
 #[btf_map]
 pub static FLOWS: LruHashMap<FlowKey, FlowEntry, SET_AT_LOAD> = LruHashMap::new();
@@ -85,6 +85,11 @@ pub static SOCKETS: SkStorage<SocketTag> = SkStorage::new();
 
 #[btf_map]
 pub static ARRIVING: PerCpuArray<Arriving, 1> = PerCpuArray::new();
+
+/// A packet that arrives at a listener: it would take too much of the stack. Only the kernel's
+/// softirqs use it, which do not interrupt each other.
+#[btf_map]
+pub static LISTENERS_PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
 
 /// More than are refused in the moment between a look at a socket and its end.
 const TOLD_SOCKETS: usize = 1024;
@@ -131,6 +136,23 @@ pub fn tag(socket: *mut bpf_sock) -> Option<&'static mut SocketTag> {
         )
         .cast::<SocketTag>()
         .as_mut()
+    }
+}
+
+/// Keeps the origin of an accepted connection with its socket. Without it the daemon refuses the
+/// connection. `socket` is never null.
+#[inline(always)]
+pub fn set_origin(socket: *mut bpf_sock, origin: &mut Origin) {
+    // SAFETY: as in `tag`; the storage is new, since the socket is.
+    unsafe {
+        bpf_sk_storage_get(
+            core::ptr::from_ref(&ORIGINAL_DESTINATIONS)
+                .cast_mut()
+                .cast(),
+            socket.cast(),
+            core::ptr::from_mut(origin).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        );
     }
 }
 

@@ -22,10 +22,11 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     flow, icmp,
     judge::{self, is_reeve, is_unknown},
-    maps::{ARRIVING, set_tag, settings, tag},
+    maps::{set_tag, settings, tag},
     namespace,
     parse::{Packet, RST, has_ports, is_plain, parse},
     segment,
+    sender::{self, Onward},
 };
 
 const PASS: i32 = 1;
@@ -105,15 +106,9 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
     {
         return verdict;
     }
-    if listening
-        && let Some(tag) = remembered.as_deref()
-        && tag.flags & TAG_REEVE != 0
-    {
-        if arrives && !judge::owner(depths, skb).is_some_and(|entry| is_reeve(&entry)) {
-            arriving_at_reeve(skb, settings.generation);
-        }
-        return PASS;
-    }
+    let inherited = remembered
+        .as_deref()
+        .is_some_and(|tag| tag.flags & TAG_REEVE != 0);
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
     let found = subject(depths, skb, remembered_workload, arrives);
     let is_found = found.is_some();
@@ -123,8 +118,10 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         flags: 0,
     };
     let (entry, by_socket) = found.unwrap_or((nobody, false));
-    if is_reeve(&entry) {
-        return PASS;
+    // A listener stays reeve's with a later daemon, in another cgroup, that has inherited it.
+    if is_reeve(&entry) || (listening && inherited) {
+        let passes = !listening || !arrives || sender::to_reeve(skb, settings.outbound_port);
+        return if passes { PASS } else { DROP };
     }
     if listening && arrives && is_stolen_port(skb, socket, &settings, is_found) {
         let mut connection = Connection::new(Hook::PacketIngress);
@@ -134,6 +131,18 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         connection.local_port = port(socket);
         report(&connection, Outcome::deny(Reason::ReservedPort));
         return DROP;
+    }
+    if arrives && sender::may_be_onward(skb) {
+        let owner = if is_unknown(&entry) {
+            UNKNOWN_WORKLOAD
+        } else {
+            entry.workload
+        };
+        match sender::onward(skb, owner, listening, settings.generation) {
+            Onward::Pass => return PASS,
+            Onward::Refuse => return DROP,
+            Onward::No => {}
+        }
     }
     if !is_found {
         let may_leak = !arrives && kind == RAW && !is_on_loopback(skb);
@@ -172,29 +181,6 @@ fn is_stolen_port(
     let port = port(listener);
     (port == settings.outbound_port || port == settings.tunnel_port)
         && (of_workload || namespace::is_known(skb, true))
-}
-
-/// A packet for a listener that reeve has inherited, and whose cgroup is no longer reeve's: the
-/// connection that it may complete shall be known as reeve's too.
-#[inline(never)]
-fn arriving_at_reeve(skb: *mut __sk_buff, generation: u32) {
-    let mut packet = Packet::new();
-    if !parse(skb, &mut packet) || packet.protocol != protocol::TCP {
-        return;
-    }
-    if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
-        // SAFETY: the value is this processor's.
-        unsafe {
-            // Nothing else is asked about reeve's own.
-            (*arriving).key.local = packet.destination;
-            (*arriving).key.remote = packet.source;
-            (*arriving).key.local_port = packet.destination_port;
-            (*arriving).key.remote_port = packet.source_port;
-            (*arriving).key.workload = NO_WORKLOAD;
-            (*arriving).key.protocol = protocol::TCP;
-            (*arriving).generation = generation;
-        }
-    }
 }
 
 /// The port that a socket is bound to, host byte order.

@@ -15,6 +15,8 @@ pub struct Packet {
     pub source: Address,
     /// Where it goes.
     pub destination: Address,
+    /// TCP's sequence number.
+    pub sequence: u32,
     /// Source port, host byte order; 0 where the protocol has none.
     pub source_port: u16,
     /// Destination port.
@@ -41,7 +43,7 @@ pub struct Packet {
     pub reserved: u8,
 }
 
-const _: () = assert!(size_of::<Packet>() == 48, "padding");
+const _: () = assert!(size_of::<Packet>() == 52, "padding");
 
 /// TCP's flags.
 pub const FIN: u8 = 1 << 0;
@@ -89,6 +91,7 @@ impl Packet {
         Self {
             source: [0; 16],
             destination: [0; 16],
+            sequence: 0,
             source_port: 0,
             destination_port: 0,
             protocol: 0,
@@ -173,6 +176,7 @@ fn parse_headers(ctx: &SkBuffContext, packet: &mut Packet) -> Option<()> {
         protocol::TCP => {
             let header: [u8; 14] = ctx.load(offset).ok()?;
             ports(packet, &[header[0], header[1], header[2], header[3]]);
+            packet.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
             packet.tcp_flags = header[13];
             let end = offset + usize::from(header[12] >> 4) * 4;
             packet.payload = ctx.len() as usize > end;

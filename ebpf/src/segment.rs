@@ -12,7 +12,6 @@ use crate::{
     event::{Connection, Outcome, report},
     flow,
     judge::{is_unknown, judge},
-    lookup::is_onward,
     maps::{ARRIVING, TOLD, tag},
     packet::{Subject, is_on_loopback, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
@@ -57,9 +56,6 @@ pub fn tcp(
     packet: &Packet,
 ) -> bool {
     if packet.tcp_flags & RST != 0 {
-        return true;
-    }
-    if is_onward(connection) {
         return true;
     }
     if subject.listening {
@@ -163,6 +159,7 @@ fn tcp_arriving(settings: &Settings, subject: &Subject, connection: &mut Connect
             (*arriving).dry_run_rule = connection.dry_run_rule;
             (*arriving).dry_run = connection.dry_run;
             (*arriving).reason = outcome.reason();
+            (*arriving).tunnelled = 0;
         }
     }
     true

@@ -1,5 +1,5 @@
-//! Changes of a TCP socket's state: files original destinations for the daemon, knows its
-//! connections to local applications again, and reports plaintext connections at their end.
+//! Changes of a TCP socket's state: keeps original destinations with what the daemon accepts, knows
+//! its connections to local applications again, and reports plaintext connections at their end.
 
 use aya_ebpf::{
     bindings::{
@@ -8,21 +8,21 @@ use aya_ebpf::{
         BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
         BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt},
+    helpers::{bpf_ktime_get_ns, bpf_setsockopt},
     macros::sock_ops,
     programs::SockOpsContext,
 };
 use reeve_common::{
-    Address, Direction, FlowEntry, FlowKey, Hook, LOCAL_CONGESTION_CONTROL, NO_WORKLOAD, Origin,
-    OriginKey, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD,
-    TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, protocol,
+    Address, Direction, FlowEntry, FlowKey, Hook, LOCAL_CONGESTION_CONTROL, NO_WORKLOAD, Reason,
+    Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD, TAG_REDIRECTED,
+    TAG_REEVE, TAG_TUNNELLED, protocol,
 };
 
 use crate::{
     address::{self, field},
     event::{Connection, Outcome, report, report_closed},
     judge::judge,
-    maps::{ARRIVING, ONWARD, ORIGINAL_DESTINATIONS, set_tag, settings, tag},
+    maps::{ARRIVING, ONWARD, set_origin, set_tag, settings, tag},
 };
 
 #[sock_ops]
@@ -180,33 +180,6 @@ fn connected(ctx: &SockOpsContext, tag: &mut SocketTag) {
         return;
     }
     stays_local(ctx);
-    let (address, port) = local(ctx.ops);
-    let key = OriginKey {
-        // SAFETY: `ctx.ops` is the program's context.
-        netns_cookie: unsafe { bpf_get_netns_cookie(ctx.ops.cast()) },
-        address,
-        port,
-        reserved: [0; 6],
-    };
-    let origin = Origin {
-        address: tag.remote,
-        port: tag.remote_port,
-        reserved: 0,
-        workload: tag.workload,
-        peer: tag.peer,
-        rule: tag.rule,
-    };
-    if ORIGINAL_DESTINATIONS.insert(&key, &origin, 0).is_err() {
-        // The daemon, which finds nothing, closes the connection.
-        let mut connection = Connection::new(Hook::SocketState);
-        connection.local = address;
-        connection.local_port = port;
-        connection.remote = tag.remote;
-        connection.remote_port = tag.remote_port;
-        connection.workload = tag.workload;
-        connection.protocol = protocol::TCP;
-        report(&connection, Outcome::deny(Reason::MapFailure));
-    }
 }
 
 /// A listening socket has a new connection: either reeve's own, from a tunnel, or one whose last
@@ -227,16 +200,6 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
         direction: Direction::Ingress as u8,
         flags: TAG_ALLOWED | TAG_DIRECTION,
     };
-    // SAFETY: only asked whether it is there.
-    if unsafe { ONWARD.get(&key) }.is_some() {
-        remembered.flags |= TAG_TUNNELLED;
-        // Without a tag the next packet is judged, and refused: the entry is gone.
-        let _ = set_tag(socket, &mut remembered);
-        // After the tag: of both, a packet on another processor has to find one.
-        let _ = ONWARD.remove(&key);
-        stays_local(ctx);
-        return;
-    }
     let Some(arriving) = ARRIVING.get_ptr_mut(0) else {
         return;
     };
@@ -244,14 +207,29 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
     let arriving = unsafe { &mut *arriving };
     let mut expected = key;
     expected.workload = arriving.key.workload;
-    if arriving.generation != settings.generation || arriving.key != expected {
+    if arriving.generation == 0 || arriving.key != expected {
         return;
     }
-    arriving.generation = 0;
+    let generation = core::mem::take(&mut arriving.generation);
+    if arriving.tunnelled != 0 {
+        arriving.tunnelled = 0;
+        remembered.flags |= TAG_TUNNELLED;
+        // Without a tag the application's answers are judged, and refused.
+        let _ = set_tag(socket, &mut remembered);
+        let _ = ONWARD.remove(&key);
+        stays_local(ctx);
+        return;
+    }
     if arriving.key.workload == NO_WORKLOAD {
         remembered.flags |= TAG_REEVE;
         // Without a tag it is judged like a workload's, and refused.
         let _ = set_tag(socket, &mut remembered);
+        if arriving.origin.workload != NO_WORKLOAD {
+            set_origin(socket, &mut arriving.origin);
+        }
+        return;
+    }
+    if generation != settings.generation {
         return;
     }
     remembered.workload = arriving.key.workload;

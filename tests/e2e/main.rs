@@ -47,6 +47,7 @@ mod prometheus;
 mod release;
 mod restart;
 mod revocation;
+mod shared_host;
 mod soak;
 mod sockets;
 mod stalls;

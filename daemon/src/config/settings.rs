@@ -125,13 +125,10 @@ pub struct Maps {
     /// Verdicts. Default 524288.
     #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
     pub verdicts: u32,
-    /// Redirected connections that the daemon has not accepted yet. Default 65536.
-    #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
-    pub original_destinations: u32,
     /// Flows of protocols without connections. Default 131072.
     #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
     pub flows: u32,
-    /// The daemon's connections to local applications. Default 65536.
+    /// The daemon's connections to local applications that are being opened. Default 65536.
     #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
     pub onward: u32,
     /// Ring buffer of events in bytes, rounded up to a power of two. Default 1 MiB.
@@ -254,7 +251,6 @@ impl Default for Maps {
             peers: 131_072,
             peer_ports: 65_536,
             verdicts: 524_288,
-            original_destinations: 65_536,
             flows: 131_072,
             onward: 65_536,
             events: 1 << 20,

@@ -18,9 +18,9 @@ use aya::{
     programs::Program,
 };
 use reeve_common::{
-    Address, Arriving, FlowEntry, FlowKey, NameDigest, NamespaceEntry, Origin, OriginKey,
-    PeerEntry, PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey,
-    WorkloadEntry, WorkloadId,
+    Address, Arriving, FlowEntry, FlowKey, NameDigest, NamespaceEntry, Origin, PeerEntry,
+    PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey, WorkloadEntry,
+    WorkloadId,
 };
 
 use super::{
@@ -84,7 +84,7 @@ const PINNED_MAPS: [Shape; 15] = [
     trie::<Address, PeerEntry>("PEERS"),
     shape::<PeerPortKey, PeerEntry>("PEER_PORTS", MapType::Hash),
     trie::<VerdictKey, VerdictEntry>("VERDICTS"),
-    shape::<OriginKey, Origin>("ORIGINAL_DESTINATIONS", MapType::LruHash),
+    shape::<u32, Origin>("ORIGINAL_DESTINATIONS", MapType::SkStorage),
     shape::<FlowKey, FlowEntry>("FLOWS", MapType::LruHash),
     shape::<FlowKey, FlowEntry>("ONWARD", MapType::LruHash),
     shape::<u32, SocketTag>("SOCKETS", MapType::SkStorage),
@@ -118,7 +118,6 @@ fn capacity(maps: &Maps, name: &str) -> Option<u32> {
         "PEERS" => Some(maps.peers),
         "PEER_PORTS" => Some(maps.peer_ports),
         "VERDICTS" => Some(maps.verdicts),
-        "ORIGINAL_DESTINATIONS" => Some(maps.original_destinations),
         "FLOWS" => Some(maps.flows),
         "ONWARD" => Some(maps.onward),
         "EVENTS" => Some(maps.events),

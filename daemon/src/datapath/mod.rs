@@ -31,9 +31,9 @@ mod transition;
 mod usage;
 
 use std::{
-    fmt,
-    net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, OwnedFd},
+    fmt, io,
+    net::IpAddr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -44,8 +44,8 @@ use aya::{
 };
 use reeve_common::{
     Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NameDigest, NamespaceEntry,
-    NamespaceSource, Origin, OriginKey, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId,
-    ipv4_mapped,
+    NamespaceSource, Origin, SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER, ToldKey,
+    VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 
 pub use self::{
@@ -53,8 +53,8 @@ pub use self::{
     error::Error,
     events::Events,
     namespace_source::{PacketNamespaces, gap_of_running_kernel},
-    socket::{control_congestion, speak_as},
-    sockets::Sockets,
+    socket::{control_congestion, speak_as, speak_from},
+    sockets::{SocketStorage, Sockets},
     state::Order,
     usage::{Counters, MapUsage},
 };
@@ -118,16 +118,15 @@ pub struct Datapath {
     state: Mutex<State>,
     events: Mutex<Option<RingBuf<MapData>>>,
     counters: PerCpuArray<MapData, u64>,
-    /// `ORIGINAL_DESTINATIONS`, to take entries out of.
-    claims: OwnedFd,
-    /// `FLOWS`, for the same.
+    /// `ORIGINAL_DESTINATIONS`, to be read socket by socket.
+    origins: OwnedFd,
+    /// `FLOWS`, to take entries out of.
     revoked: OwnedFd,
     /// `SOCKETS`, to be read socket by socket.
     tags: OwnedFd,
     /// `TOLD`.
     told: Mutex<maps::HashMap<MapData, ToldKey, u32>>,
     /// Maps that only the programs fill, and their capacities.
-    origins: (maps::HashMap<MapData, OriginKey, Origin>, u32),
     flows: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
     onward: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
 }
@@ -202,11 +201,10 @@ impl Datapath {
             namespaces,
             events: Mutex::new(Some(take(&mut ebpf, "EVENTS", |map| map.try_into())?.0)),
             counters: take(&mut ebpf, "COUNTERS", |map| map.try_into())?.0,
-            origins: take(&mut ebpf, "ORIGINAL_DESTINATIONS", |map| map.try_into())?,
             flows: take(&mut ebpf, "FLOWS", |map| map.try_into())?,
             onward: take(&mut ebpf, "ONWARD", |map| map.try_into())?,
             maps: load::pinned_maps(pins.folder())?,
-            claims: pinned_map(pins.folder(), "ORIGINAL_DESTINATIONS")?,
+            origins: pinned_map(pins.folder(), "ORIGINAL_DESTINATIONS")?,
             revoked: pinned_map(pins.folder(), "FLOWS")?,
             tags: pinned_map(pins.folder(), "SOCKETS")?,
             told: Mutex::new(take(&mut ebpf, "TOLD", |map| map.try_into())?.0),
@@ -367,26 +365,6 @@ impl Datapath {
         lock(&self.state).enrolled(cgroup)
     }
 
-    /// Takes the original destination of a connection that the outbound listener of a namespace
-    /// accepted from `client`. None: the connection was not redirected by reeve, or too long ago.
-    /// Takes no lock.
-    #[must_use]
-    pub fn claim_origin(&self, netns_cookie: u64, client: SocketAddr) -> Option<Origin> {
-        let key = OriginKey {
-            netns_cookie,
-            address: address(client.ip()),
-            port: client.port(),
-            reserved: [0; 6],
-        };
-        match sys::take(self.claims.as_fd(), &key) {
-            Ok(origin) => origin,
-            Err(error) => {
-                tracing::error!(%error, "cannot take an entry out of the map ORIGINAL_DESTINATIONS");
-                None
-            }
-        }
-    }
-
     /// What the programs have counted.
     ///
     /// # Errors
@@ -410,8 +388,7 @@ impl Datapath {
     #[must_use]
     pub fn map_usage(&self) -> Vec<MapUsage> {
         let mut usage = lock(&self.state).usage();
-        let (origins, flows, onward) = (&self.origins, &self.flows, &self.onward);
-        usage.push(usage::count("ORIGINAL_DESTINATIONS", origins.1, &origins.0));
+        let (flows, onward) = (&self.flows, &self.onward);
         usage.push(usage::count("FLOWS", flows.1, &flows.0));
         usage.push(usage::count("ONWARD", onward.1, &onward.0));
         usage
@@ -486,6 +463,30 @@ impl Datapath {
     /// From the kernel. A namespace without IPv6 is none.
     pub async fn prepare_namespace(&self, netns: &Netns) -> Result<(), Error> {
         route::prepare(netns, &self.settings.proc).await
+    }
+}
+
+impl SocketStorage for Datapath {
+    fn origin(&self, accepted: BorrowedFd<'_>) -> Option<Origin> {
+        sys::of_socket(self.origins.as_fd(), accepted).unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot read the map ORIGINAL_DESTINATIONS");
+            None
+        })
+    }
+
+    fn deliver_to(&self, socket: BorrowedFd<'_>, workload: WorkloadId) -> io::Result<()> {
+        let tag = SocketTag {
+            workload,
+            protocol: protocol::TCP,
+            flags: TAG_ONWARD | TAG_REEVE,
+            ..SocketTag::default()
+        };
+        sys::set_of_socket(self.tags.as_fd(), socket, &tag)
+    }
+
+    fn met_wrong_listener(&self, socket: BorrowedFd<'_>) -> bool {
+        let tag = sys::of_socket::<SocketTag>(self.tags.as_fd(), socket);
+        tag.is_ok_and(|tag| tag.is_some_and(|tag| tag.flags & TAG_WRONG_LISTENER != 0))
     }
 }
 

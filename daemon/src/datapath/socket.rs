@@ -26,7 +26,9 @@ impl Netns {
     }
 
     /// Non-blocking TCP sockets in this namespace for connections to local applications:
-    /// `IP_TRANSPARENT`, and marked with `ONWARD_MARK`. [`speak_as`] says with whose address.
+    /// `IP_TRANSPARENT`, and marked with `ONWARD_MARK`. [`speak_as`] says with whose address, and
+    /// [`SocketStorage::deliver_to`](super::SocketStorage::deliver_to) to whom: without that they
+    /// cannot be connected.
     /// `count` of them, or none: the namespace is entered once for all.
     ///
     /// # Errors
@@ -82,6 +84,16 @@ impl Netns {
             result => result,
         })
     }
+}
+
+/// Lets a [`Netns::tunnel_socket`] speak to `to` from an address of its namespace. Its port is chosen
+/// when it connects.
+///
+/// # Errors
+/// As of [`speak_as`]; `AddrNotAvailable` where the namespace does not have the address.
+pub fn speak_from(socket: &Socket, own: IpAddr, to: SocketAddr) -> io::Result<()> {
+    setsockopt(socket, IpBindAddressNoPort, &true)?;
+    speak_as(socket, own, to)
 }
 
 /// Has one of [`Netns::onward_sockets`] speak to `to` with the address of `client`. Its port is chosen

@@ -4,17 +4,36 @@
 //! what strangers send. A thread of its own opens the sockets and hands them over.
 
 use std::{
-    io,
+    fmt, io,
     net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd},
     sync::{Arc, mpsc},
     thread,
 };
 
+use reeve_common::{Origin, WorkloadId};
 use socket2::{Domain, Socket};
 use tokio::sync::oneshot;
 
 use super::{control_congestion, netns::Netns};
 use crate::{config::CongestionControl, privileges::Confinement};
+
+/// What the daemon and the kernel programs tell each other of single sockets. It ends with the socket.
+pub trait SocketStorage: fmt::Debug + Send + Sync {
+    /// Where a connection that the outbound listener accepted was meant to go. None: reeve has not
+    /// redirected it.
+    fn origin(&self, accepted: BorrowedFd<'_>) -> Option<Origin>;
+
+    /// Lets one of [`Netns::onward_sockets`] connect to applications of a workload, and to no other.
+    ///
+    /// # Errors
+    /// From the kernel.
+    fn deliver_to(&self, socket: BorrowedFd<'_>, workload: WorkloadId) -> io::Result<()>;
+
+    /// Whether the programs keep such a socket from its destination, since what listens there
+    /// belongs to another workload, or to none. The socket itself gets no answer.
+    fn met_wrong_listener(&self, socket: BorrowedFd<'_>) -> bool;
+}
 
 /// The thread that opens sockets. It ends with the last clone.
 #[derive(Clone, Debug)]
@@ -34,8 +53,8 @@ struct Request {
 enum Wanted {
     /// [`Netns::tunnel_socket`].
     Tunnel(oneshot::Sender<io::Result<Socket>>),
-    /// So many of [`Netns::onward_sockets`].
-    Onward(usize, oneshot::Sender<io::Result<Vec<Socket>>>),
+    /// So many of [`Netns::onward_sockets`], for applications of a workload.
+    Onward(WorkloadId, usize, oneshot::Sender<io::Result<Vec<Socket>>>),
 }
 
 // === impl Sockets ===
@@ -48,6 +67,7 @@ impl Sockets {
     pub fn start(
         confinement: Confinement,
         congestion_control: CongestionControl,
+        storage: Arc<dyn SocketStorage>,
     ) -> io::Result<Self> {
         let (requests, inbox) = mpsc::channel::<Request>();
         thread::Builder::new()
@@ -57,7 +77,7 @@ impl Sockets {
                     tracing::warn!(%error, "the thread that opens sockets keeps its privileges");
                 }
                 for request in inbox {
-                    request.serve(congestion_control);
+                    request.serve(congestion_control, &*storage);
                 }
             })?;
         Ok(Self { requests })
@@ -71,18 +91,19 @@ impl Sockets {
         self.ask(netns, to, Wanted::Tunnel).await
     }
 
-    /// [`Netns::onward_sockets`] that can be connected to `to`: `count` of them, or none. Asking
-    /// for several costs little more than asking for one.
+    /// [`Netns::onward_sockets`] that can be connected to `to`, an application of `workload`: `count`
+    /// of them, or none. Asking for several costs little more than asking for one.
     ///
     /// # Errors
     /// From the kernel.
     pub async fn onward(
         &self,
         netns: &Arc<Netns>,
+        workload: WorkloadId,
         to: SocketAddr,
         count: usize,
     ) -> io::Result<Vec<Socket>> {
-        self.ask(netns, to, |answer| Wanted::Onward(count, answer))
+        self.ask(netns, to, |answer| Wanted::Onward(workload, count, answer))
             .await
     }
 
@@ -108,15 +129,21 @@ impl Sockets {
 
 impl Request {
     /// Whoever asked may have given up: what is opened is closed then.
-    fn serve(self, congestion_control: CongestionControl) {
+    fn serve(self, congestion_control: CongestionControl, storage: &dyn SocketStorage) {
         match self.wanted {
             Wanted::Tunnel(answer) => {
                 let opened = self.netns.tunnel_socket(self.domain);
                 let _ = answer
                     .send(opened.inspect(|socket| control_congestion(socket, congestion_control)));
             }
-            Wanted::Onward(count, answer) => {
-                let _ = answer.send(self.netns.onward_sockets(self.domain, count));
+            Wanted::Onward(workload, count, answer) => {
+                let opened = self.netns.onward_sockets(self.domain, count);
+                let _ = answer.send(opened.and_then(|sockets| {
+                    for socket in &sockets {
+                        storage.deliver_to(socket.as_fd(), workload)?;
+                    }
+                    Ok(sockets)
+                }));
             }
         }
     }

@@ -1,5 +1,5 @@
 //! The `bpf(2)` commands that the eBPF library has no call for: pinned links and their programs,
-//! and taking an entry out of a map.
+//! taking an entry out of a map, and socket storage.
 
 use std::{
     ffi::CString,
@@ -17,6 +17,7 @@ use aya::Pod;
 /// Commands of `bpf(2)`, from `linux/bpf.h`.
 mod command {
     pub(super) const MAP_LOOKUP_ELEM: u32 = 1;
+    pub(super) const MAP_UPDATE_ELEM: u32 = 2;
     pub(super) const OBJ_PIN: u32 = 6;
     pub(super) const OBJ_GET: u32 = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: u32 = 15;
@@ -263,6 +264,44 @@ pub(super) fn take<K: Pod, V: Pod + Default>(
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// What socket storage holds for a socket; none where it holds nothing. `V` is the type of the map.
+pub(super) fn of_socket<V: Pod + Default>(
+    map: BorrowedFd<'_>,
+    socket: BorrowedFd<'_>,
+) -> io::Result<Option<V>> {
+    let mut value = V::default();
+    let key = raw(socket);
+    let mut attr = ElementAttr {
+        map: raw(map),
+        padding: 0,
+        key: std::ptr::from_ref(&key).expose_provenance() as u64,
+        value: std::ptr::from_mut(&mut value).expose_provenance() as u64,
+        flags: 0,
+    };
+    match bpf(command::MAP_LOOKUP_ELEM, &mut attr) {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes socket storage hold a value for a socket. `V` is the type of the map.
+pub(super) fn set_of_socket<V: Pod>(
+    map: BorrowedFd<'_>,
+    socket: BorrowedFd<'_>,
+    value: &V,
+) -> io::Result<()> {
+    let key = raw(socket);
+    let mut attr = ElementAttr {
+        map: raw(map),
+        padding: 0,
+        key: std::ptr::from_ref(&key).expose_provenance() as u64,
+        value: std::ptr::from_ref(value).expose_provenance() as u64,
+        flags: 0,
+    };
+    bpf(command::MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
 /// Waits until every run of a program that had begun has ended.

@@ -13,8 +13,8 @@ use super::refusal;
 /// Makes a filter.
 pub(super) type Make = fn() -> Result<SeccompFilter, seccompiler::BackendError>;
 
-/// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`: taking the original destination of a connection.
-const BPF_TAKE: u64 = 21;
+/// `BPF_MAP_LOOKUP_ELEM`: reading the original destination of a connection.
+const BPF_READ: u64 = 1;
 
 /// Applies a filter to this thread and all that it will start.
 pub(super) fn apply(make: Make) -> Result<(), String> {
@@ -155,7 +155,7 @@ pub(super) fn exposed() -> Result<SeccompFilter, seccompiler::BackendError> {
         let is = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
         SeccompRule::new(vec![is])
     };
-    rules.insert(libc::SYS_bpf, vec![first_is(BPF_TAKE)?]);
+    rules.insert(libc::SYS_bpf, vec![first_is(BPF_READ)?]);
     // Signals go to this process only, as `abort` sends them.
     rules.insert(libc::SYS_tgkill, vec![first_is(std::process::id().into())?]);
     filter(rules, DENIED, SeccompAction::Allow)

@@ -3,7 +3,7 @@
 use std::{
     future::poll_fn,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -21,7 +21,7 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::{
-    datapath::netns::Netns,
+    datapath::{netns::Netns, speak_from},
     identity::{ALPN, RejectReason, SpiffeId, Svid, judged, server_name_for},
     telemetry::{Handshake, HandshakeReason, Limit, Role},
 };
@@ -53,6 +53,8 @@ pub(super) const SEND_BUFFER: usize = 256 << 10;
 pub(super) struct Target {
     pub(super) netns: Arc<Netns>,
     pub(super) svid: Arc<Svid>,
+    /// The address that it comes from, where the kernel is not to choose one.
+    pub(super) source: Option<IpAddr>,
     /// The peer's tunnel port.
     pub(super) peer: SocketAddr,
     /// The identity that the peer must prove.
@@ -135,6 +137,12 @@ async fn connect(worker: &Worker, target: &Target) -> Result<TcpStream, TunnelEr
             to,
             source: source.into(),
         })?;
+        if let Some(from) = target.source {
+            speak_from(&socket, from, to).map_err(|source| TunnelError::Bind {
+                from,
+                source: source.into(),
+            })?;
+        }
         socket::connect(socket, to, Some(worker.timeouts.user))
             .await
             .map_err(|source| TunnelError::Connect {

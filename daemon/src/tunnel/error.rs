@@ -1,6 +1,11 @@
 //! What can go wrong in the data path, with the [`Reason`] that each is logged and counted under.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use reeve_common::Reason;
 
@@ -81,8 +86,14 @@ pub enum Stage {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TunnelError {
     /// The kernel knows of no original destination for an accepted connection.
-    #[error("the connection was not redirected by reeve, or its record was pushed out")]
+    #[error("the connection was not redirected by reeve")]
     NoOrigin,
+    /// The client is bound to an address that the workload has no right to.
+    #[error("{0} is not an address of the workload")]
+    ForgedSource(IpAddr),
+    /// The workload has none of the addresses that it declares in the destination's family.
+    #[error("the workload declares no address from which {0} can be reached")]
+    NoSource(SocketAddr),
     /// The workload or the peer is gone, or no longer what it was when the kernel let it through.
     #[error("{0} has changed since the kernel let the connection through")]
     Stale(&'static str),
@@ -97,6 +108,16 @@ pub enum TunnelError {
     Socket {
         /// What it was to connect to.
         to: SocketAddr,
+        /// From the kernel.
+        source: Arc<io::Error>,
+    },
+    /// The tunnel cannot come from the address that its client speaks from.
+    #[error(
+        "cannot open a tunnel from {from}: {source}; is the address in the workload's namespace?"
+    )]
+    Bind {
+        /// The address.
+        from: IpAddr,
         /// From the kernel.
         source: Arc<io::Error>,
     },
@@ -165,6 +186,9 @@ pub enum TunnelError {
     /// The application did not answer in time.
     #[error("the application did not accept the connection within {0:?}")]
     ApplicationTimeout(Duration),
+    /// Somebody else listens at the application's port.
+    #[error("the port is held by a listener that does not belong to the workload")]
+    WrongListener,
     /// A limit was reached.
     #[error("the limit `limits.{}` is reached", .0.as_str())]
     Limit(Limit),
@@ -185,10 +209,13 @@ impl TunnelError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::NoOrigin => Reason::NoOrigin,
+            Self::ForgedSource(_) | Self::NoSource(_) => Reason::ForgedSource,
             Self::Stale(_) | Self::Revoked => Reason::Revoked,
             Self::Denied(decision) => decision.reason,
             Self::NoCertificate(_) => Reason::NoCertificate,
-            Self::Socket { .. } | Self::Connect { .. } => Reason::PeerUnreachable,
+            Self::Socket { .. } | Self::Bind { .. } | Self::Connect { .. } => {
+                Reason::PeerUnreachable
+            }
             Self::Timeout { stage, .. } => match stage {
                 Stage::Connect => Reason::PeerUnreachable,
                 Stage::Handshake | Stage::Request => Reason::Timeout,
@@ -204,6 +231,7 @@ impl TunnelError {
             Self::ReservedPort => Reason::ReservedPort,
             Self::Application(_) => Reason::ApplicationUnreachable,
             Self::ApplicationTimeout(_) => Reason::Timeout,
+            Self::WrongListener => Reason::WrongListener,
             Self::Limit(_) => Reason::Limit,
             Self::Shutdown => Reason::Shutdown,
         }

@@ -1,7 +1,7 @@
 //! One stream that a peer opened: judged with the client's authenticated identity and the real
 //! port, and connected to the application.
 
-use std::{future::poll_fn, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{future::poll_fn, net::SocketAddr, os::fd::AsFd, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, server::SendResponse};
@@ -21,6 +21,9 @@ use super::{
     socket,
     worker::Worker,
 };
+
+/// How often is asked whether an application that does not answer is the workload's.
+const LISTENER_LOOK: Duration = Duration::from_millis(100);
 
 /// Serves a stream to its end.
 pub(super) async fn serve(
@@ -98,23 +101,44 @@ async fn connect(
 ) -> Result<(TcpStream, Place), TunnelError> {
     let workload = admit(worker, link, call)?;
     let place = worker.bounds.place(workload, Some(&link.ends.peer))?;
-    let failed = |error: std::io::Error| TunnelError::Application(error.into());
     let limit = worker.timeouts.connect;
-    // No TCP_USER_TIMEOUT: it would end an application that pauses reading for longer than that,
-    // and within a host nothing goes missing unnoticed.
-    let (source, destination) = (call.source, call.destination);
-    let connecting = async {
-        let socket = worker.stash.to_application(netns, destination).await?;
-        speak_as(&socket, source.ip(), destination)?;
-        socket::connect(socket, destination, None).await
-    };
+    let connecting = to_application(worker, netns, workload, call);
     select! {
         biased;
         connected = timeout(limit, connecting) => match connected {
-            Ok(connected) => Ok((connected.map_err(failed)?, place)),
+            Ok(connected) => Ok((connected?, place)),
             Err(_) => Err(TunnelError::ApplicationTimeout(limit)),
         },
         _ = poll_fn(|cx| respond.poll_reset(cx)) => Err(TunnelError::ClientGone),
+    }
+}
+
+/// Connects to the application with the client's address.
+async fn to_application(
+    worker: &Worker,
+    netns: &Arc<Netns>,
+    workload: WorkloadId,
+    call: &Call,
+) -> Result<TcpStream, TunnelError> {
+    let failed = |error: std::io::Error| TunnelError::Application(error.into());
+    let (source, destination) = (call.source, call.destination);
+    let socket = worker
+        .stash
+        .to_application(netns, workload, destination)
+        .await
+        .map_err(failed)?;
+    speak_as(&socket, source.ip(), destination).map_err(failed)?;
+    // No TCP_USER_TIMEOUT: it would end an application that pauses reading for longer than that,
+    // and within a host nothing goes missing unnoticed.
+    let stream = socket::begin(socket, destination).map_err(failed)?;
+    loop {
+        // An application that runs has answered before this begins to wait.
+        if let Ok(established) = timeout(LISTENER_LOOK, socket::established(&stream)).await {
+            return established.map(|()| stream).map_err(failed);
+        }
+        if worker.shared.storage.met_wrong_listener(stream.as_fd()) {
+            return Err(TunnelError::WrongListener);
+        }
     }
 }
 

@@ -31,6 +31,7 @@ mod pool;
 mod registry;
 mod server;
 mod socket;
+mod source;
 mod spare;
 mod stash;
 mod sweep;
@@ -40,13 +41,12 @@ mod wire;
 mod worker;
 mod workers;
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use reeve_common::Origin;
 
 use crate::{
-    datapath::Datapath,
+    datapath::SocketStorage,
     identity::{IdentityStore, SpiffeId},
     policy::Snapshot,
     telemetry::{ConnectionLog, Metrics},
@@ -56,18 +56,6 @@ pub use authority::parse_text as parse_authority;
 pub use error::{ServeError, StartError, TunnelError};
 pub use workers::Tunnels;
 
-/// Who knows where a redirected connection was meant to go: the kernel's maps.
-pub trait Origins: fmt::Debug + Send + Sync {
-    /// Takes the original destination of the connection that `client` opened in a namespace.
-    fn claim_origin(&self, netns_cookie: u64, client: SocketAddr) -> Option<Origin>;
-}
-
-impl Origins for Datapath {
-    fn claim_origin(&self, netns_cookie: u64, client: SocketAddr) -> Option<Origin> {
-        Self::claim_origin(self, netns_cookie, client)
-    }
-}
-
 /// What the data path shares with the rest of the daemon. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Shared {
@@ -75,8 +63,8 @@ pub struct Shared {
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     /// Certificates.
     pub identities: Arc<IdentityStore>,
-    /// Original destinations.
-    pub origins: Arc<dyn Origins>,
+    /// What the kernel programs keep with single sockets: original destinations, for one.
+    pub storage: Arc<dyn SocketStorage>,
     /// What is counted.
     pub metrics: Metrics,
     /// Where ended and refused connections are logged.

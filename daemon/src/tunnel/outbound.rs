@@ -1,7 +1,12 @@
 //! One connection that a workload opened and the kernel redirected: taken through a tunnel to the
 //! peer that it was meant for, or reset. Never is a byte of it sent as plaintext.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+    rc::Rc,
+    sync::Arc,
+};
 
 use reeve_common::Origin;
 use tokio::net::TcpStream;
@@ -18,7 +23,7 @@ use super::{
     copy::copy,
     first::FirstBytes,
     pool::{Stream, Wanted},
-    socket,
+    socket, source,
     worker::Worker,
 };
 
@@ -29,7 +34,7 @@ pub(super) async fn serve(
     mut app: TcpStream,
     source: SocketAddr,
 ) {
-    let origin = worker.shared.origins.claim_origin(netns.cookie, source);
+    let origin = worker.shared.storage.origin(app.as_fd());
     let mut call = Call {
         parties: Parties::Outbound {
             workload: None,
@@ -73,7 +78,7 @@ async fn connect(
 ) -> Result<(Stream, usize, Place), TunnelError> {
     call.destination = SocketAddr::new(authority::from_map(origin.address), origin.port);
     call.rule = origin.rule;
-    let (to, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
+    let (to, from, decision) = identify(&worker.shared.snapshot.load(), call, origin)?;
     call.allowed_by(&decision);
     let place = worker.bounds.place(origin.workload, None)?;
     let Parties::Outbound {
@@ -88,6 +93,7 @@ async fn connect(
     let wanted = Wanted {
         netns,
         own: &workload.attributes.spiffe_id,
+        source: from,
         peer: to,
         expected,
     };
@@ -98,12 +104,13 @@ async fn connect(
     Ok((stream, first.sent(), place))
 }
 
-/// Finds the ends and judges the connection. Gives the peer's tunnel port and the verdict.
+/// Finds the ends and judges the connection. Gives the peer's tunnel port, the address from which the
+/// tunnel is to come, and the verdict.
 fn identify(
     snapshot: &Snapshot,
     call: &mut Call,
     origin: &Origin,
-) -> Result<(SocketAddr, Decision), TunnelError> {
+) -> Result<(SocketAddr, Option<IpAddr>, Decision), TunnelError> {
     let running = snapshot
         .workload(origin.workload)
         .ok_or(TunnelError::Stale("the workload"))?;
@@ -123,5 +130,7 @@ fn identify(
     };
     let port = port.ok_or(TunnelError::Stale("the peer"))?;
     let decision = call.judge(snapshot)?;
-    Ok((SocketAddr::new(call.destination.ip(), port), decision))
+    let source = source::of_tunnel(running, call.source.ip(), call.destination)?;
+    let peer = SocketAddr::new(call.destination.ip(), port);
+    Ok((peer, source, decision))
 }

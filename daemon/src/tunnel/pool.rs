@@ -9,7 +9,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
     mem,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, Waker},
@@ -52,6 +52,8 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(1);
 pub(super) struct Wanted<'a> {
     pub(super) netns: &'a Arc<Netns>,
     pub(super) own: &'a SpiffeId,
+    /// The address that it comes from, where the kernel is not to choose one.
+    pub(super) source: Option<IpAddr>,
     /// The tunnel port, whose owner must prove to be `expected`.
     pub(super) peer: SocketAddr,
     pub(super) expected: &'a SpiffeId,
@@ -62,6 +64,7 @@ pub(super) struct Wanted<'a> {
 struct Key {
     netns: u64,
     own: SpiffeId,
+    source: Option<IpAddr>,
     generation: u64,
     peer: SocketAddr,
     expected: SpiffeId,
@@ -154,6 +157,7 @@ impl Pool {
         let Wanted {
             netns,
             own,
+            source,
             peer,
             expected,
         } = wanted;
@@ -171,6 +175,7 @@ impl Pool {
             let target = Target {
                 netns: netns.clone(),
                 svid,
+                source,
                 peer,
                 expected: expected.clone(),
             };
@@ -198,6 +203,7 @@ impl Pool {
         let key = Key {
             netns: target.netns.cookie,
             own: target.svid.id.clone(),
+            source: target.source,
             generation: target.svid.generation,
             peer: target.peer,
             expected: target.expected.clone(),

@@ -8,7 +8,7 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use socket2::{SockRef, Socket};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 
 /// Hands a listening socket to the running event loop. What it accepts inherits `TCP_NODELAY`
 /// from it, and `TCP_USER_TIMEOUT` where `user` is given.
@@ -30,7 +30,24 @@ pub(super) async fn connect(
     if let Some(user) = user {
         set_user_timeout(&socket, user)?;
     }
-    TcpSocket::from_std_stream(socket.into()).connect(to).await
+    let stream = begin(socket, to)?;
+    established(&stream).await?;
+    Ok(stream)
+}
+
+/// Begins to connect a non-blocking socket. [`established`] says when it is.
+pub(super) fn begin(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        _ => {}
+    }
+    TcpStream::from_std(socket.into())
+}
+
+/// Waits until a connection stands, or has failed.
+pub(super) async fn established(stream: &TcpStream) -> io::Result<()> {
+    stream.writable().await?;
+    stream.take_error()?.map_or(Ok(()), Err)
 }
 
 /// Closes a connection so that the far end sees a reset and not an end of file.

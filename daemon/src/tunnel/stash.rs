@@ -1,29 +1,32 @@
 //! Sockets that a worker will need: it may not open any itself, and asking for one takes a
 //! moment.
 //!
-//! Of sockets to applications some are kept ready for each namespace that has been asked for, so
+//! Of sockets to applications some are kept ready for each workload that has been asked for, so
 //! that a connection waits for none: a few, and more where many are used. They are fetched in
 //! batches, since each time costs a change of threads and of namespaces. Sockets to peers are few,
 //! and are asked for one by one.
 
 use std::{cell::RefCell, collections::HashMap, io, net::SocketAddr, rc::Rc, sync::Arc};
 
+use reeve_common::WorkloadId;
 use socket2::Socket;
 use tokio::task::spawn_local;
 
 use crate::datapath::{Sockets, netns::Netns};
 
-/// Sockets to applications that are kept ready, for each namespace and address family, where few
+/// Sockets to applications that are kept ready, for each workload and address family, where few
 /// are used.
 const FEW: usize = 8;
 /// The same where a second uses as many.
 const MANY: usize = 64;
+/// Seconds without use after which nothing is kept ready for a workload.
+const LONG: usize = 600;
 
 /// A worker's sockets.
 pub(super) struct Stash {
     sockets: Sockets,
-    /// By the cookie of the namespace, for as long as the worker listens there.
-    ready: RefCell<HashMap<u64, Ready>>,
+    /// By the cookie of the namespace, for as long as the worker listens there, and the workload.
+    ready: RefCell<HashMap<u64, HashMap<WorkloadId, Ready>>>,
 }
 
 #[derive(Default)]
@@ -38,6 +41,8 @@ struct Shelf {
     room: usize,
     /// Taken since the last [`Shelf::tidy`].
     taken: usize,
+    /// Calls of [`Shelf::tidy`] since one was taken.
+    unused: usize,
     /// Sockets are on their way.
     filling: bool,
 }
@@ -64,9 +69,13 @@ impl Stash {
 
     /// Closes what is more than is used. To be called once a second.
     pub(super) fn tidy(&self) {
-        for ready in self.ready.borrow_mut().values_mut() {
-            ready.v4.tidy();
-            ready.v6.tidy();
+        for workloads in self.ready.borrow_mut().values_mut() {
+            workloads.retain(|_, ready| {
+                ready.v4.tidy();
+                ready.v6.tidy();
+                // Of a workload that is gone nothing stays.
+                ready.v4.is_used() || ready.v6.is_used()
+            });
         }
     }
 
@@ -75,30 +84,37 @@ impl Stash {
         self.sockets.tunnel(netns, to).await
     }
 
-    /// A socket to the application at `to`.
+    /// A socket to the application of `workload` at `to`.
     pub(super) async fn to_application(
         self: &Rc<Self>,
         netns: &Arc<Netns>,
+        workload: WorkloadId,
         to: SocketAddr,
     ) -> io::Result<Socket> {
         let (ready, missing) = self
-            .with_shelf(netns.cookie, to, Shelf::take)
+            .with_shelf(netns.cookie, workload, to, Shelf::take)
             .unwrap_or_default();
         if missing > 0 {
-            spawn_local(self.clone().fill(netns.clone(), to, missing));
+            spawn_local(self.clone().fill(netns.clone(), workload, to, missing));
         }
         if let Some(socket) = ready {
             return Ok(socket);
         }
-        let opened = self.sockets.onward(netns, to, 1).await?;
+        let opened = self.sockets.onward(netns, workload, to, 1).await?;
         let none = || io::Error::other("no socket was opened");
         opened.into_iter().next().ok_or_else(none)
     }
 
     /// Fetches sockets for a shelf.
-    async fn fill(self: Rc<Self>, netns: Arc<Netns>, to: SocketAddr, count: usize) {
-        let opened = self.sockets.onward(&netns, to, count).await;
-        self.with_shelf(netns.cookie, to, |shelf| {
+    async fn fill(
+        self: Rc<Self>,
+        netns: Arc<Netns>,
+        workload: WorkloadId,
+        to: SocketAddr,
+        count: usize,
+    ) {
+        let opened = self.sockets.onward(&netns, workload, to, count).await;
+        self.with_shelf(netns.cookie, workload, to, |shelf| {
             shelf.filling = false;
             // Whoever needs a socket asks for itself, and is told of an error.
             shelf.sockets.extend(opened.into_iter().flatten());
@@ -109,11 +125,12 @@ impl Stash {
     fn with_shelf<T>(
         &self,
         cookie: u64,
+        workload: WorkloadId,
         to: SocketAddr,
         work: impl FnOnce(&mut Shelf) -> T,
     ) -> Option<T> {
         let mut ready = self.ready.borrow_mut();
-        let ready = ready.get_mut(&cookie)?;
+        let ready = ready.get_mut(&cookie)?.entry(workload).or_default();
         Some(work(match to {
             SocketAddr::V4(_) => &mut ready.v4,
             SocketAddr::V6(_) => &mut ready.v6,
@@ -129,6 +146,7 @@ impl Default for Shelf {
             sockets: Vec::new(),
             room: FEW,
             taken: 0,
+            unused: 0,
             filling: false,
         }
     }
@@ -139,6 +157,7 @@ impl Shelf {
     fn take(&mut self) -> (Option<Socket>, usize) {
         let socket = self.sockets.pop();
         self.taken += 1;
+        self.unused = 0;
         if self.taken > self.room {
             self.room = (self.room * 2).min(MANY);
         }
@@ -158,6 +177,11 @@ impl Shelf {
             self.sockets.truncate(self.room);
         }
         self.taken = 0;
+        self.unused += 1;
+    }
+
+    fn is_used(&self) -> bool {
+        self.filling || self.unused < LONG
     }
 }
 

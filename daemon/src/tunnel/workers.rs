@@ -99,8 +99,8 @@ impl Tunnels {
         confinement: Confinement,
     ) -> Result<Self, StartError> {
         let bounds = Bounds::new(limits);
-        let sockets =
-            Sockets::start(confinement, congestion_control).map_err(StartError::Sockets)?;
+        let sockets = Sockets::start(confinement, congestion_control, shared.storage.clone())
+            .map_err(StartError::Sockets)?;
         let mut workers = Vec::new();
         for number in 0..worker_count(limits) {
             let (commands, inbox) = mpsc::unbounded_channel();

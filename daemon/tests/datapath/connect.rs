@@ -3,8 +3,10 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
 };
 
+use reeve::datapath::SocketStorage as _;
 use reeve_common::{Action, Direction, EventKind, Hook, PEER_TUNNEL, Reason, protocol::TCP};
 
 use crate::world::{CLASS, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
@@ -116,17 +118,15 @@ fn a_tunnels_connection_goes_to_the_daemon_and_looks_as_it_was_asked_for() {
     ] {
         let client = world.as_workload(|| TcpStream::connect(to).unwrap());
         assert_eq!(client.peer_addr().unwrap(), to, "getpeername()");
-        let (_, from) = listener.accept().unwrap();
-        let cookie = world.here.netns.cookie;
-        let origin = world.datapath().claim_origin(cookie, from).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let origin = world.datapath().origin(accepted.as_fd());
+        let origin = origin.unwrap_or_else(|| panic!("{to} has no origin"));
         assert_eq!(
             origin.address,
             reeve::datapath::address(to.ip().to_canonical())
         );
         assert_eq!((origin.port, origin.workload), (80, WORKLOAD));
         assert_eq!((origin.peer, origin.rule), (PEER, RULE));
-        let again = world.datapath().claim_origin(cookie, from);
-        assert_eq!(again, None, "an origin is claimed once");
         world.verdict_event(Hook::Connect, true, Reason::Policy);
     }
     let tunnel_port = world.there.port4(15008);

@@ -30,6 +30,7 @@ mod namespaces;
 mod neighbours;
 mod onward;
 mod options;
+mod origin;
 mod own;
 mod packet;
 mod pins;

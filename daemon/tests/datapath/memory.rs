@@ -5,11 +5,13 @@ use std::{
     fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
 };
 
+use reeve::datapath::SocketStorage as _;
 use reeve_common::{Direction, Hook, Reason, protocol::TCP};
 
-use crate::world::{MOMENT, PATIENCE, Scope, World, assert_refused};
+use crate::world::{MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused};
 
 /// Bytes that the options and the memory of a socket may have, of each namespace since Linux 6.8.
 const MEMORY: &str = "/proc/sys/net/core/optmem_max";
@@ -107,6 +109,8 @@ fn reeve_opens_nothing_to_an_application_that_could_not_be_known_again() {
     let failed = world.as_reeve(|netns| {
         let mut sockets = netns.onward_sockets(socket2::Domain::IPV4, 1).unwrap();
         let socket = sockets.remove(0);
+        let told = world.datapath().deliver_to(socket.as_fd(), WORKLOAD);
+        told.unwrap_err();
         reeve::datapath::speak_as(&socket, client, to).unwrap();
         socket.set_nonblocking(false).unwrap();
         socket.connect(&to.into())

@@ -2,21 +2,28 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::Instant,
 };
 
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use reeve::datapath::{netns::Netns, speak_as};
-use reeve_common::{Action, Direction, Hook, Reason, protocol::TCP};
-use socket2::{Domain, Socket};
+use reeve::datapath::{Datapath, SocketStorage as _, netns::Netns, speak_as};
+use reeve_common::{
+    Action, Direction, Hook, NamespaceEntry, Reason, WORKLOAD_UNKNOWN, WorkloadEntry, protocol::TCP,
+};
+use socket2::{Domain, Socket, Type};
 
-use crate::world::{CLASS, MOMENT, PATIENCE, Scope, World};
+use crate::{
+    place::Cgroup,
+    world::{CLASS, MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused},
+};
 
 fn world() -> World {
     let mut world = World::enrolled();
@@ -41,19 +48,30 @@ fn world() -> World {
 }
 
 fn connect(world: &World, client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
-    world.as_reeve(|netns| connect_in(netns, client, to))
+    world.as_reeve(|netns| connect_in(world.datapath(), netns, client, to))
 }
 
-fn connect_in(netns: &Netns, client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
-    let socket = onward(netns, client, to)?;
+fn connect_in(
+    datapath: &Datapath,
+    netns: &Netns,
+    client: IpAddr,
+    to: SocketAddr,
+) -> std::io::Result<TcpStream> {
+    let socket = onward(datapath, netns, client, to)?;
     socket.set_nonblocking(false)?;
     socket.connect_timeout(&to.into(), PATIENCE)?;
     Ok(socket.into())
 }
 
-fn onward(netns: &Netns, client: IpAddr, to: SocketAddr) -> std::io::Result<Socket> {
+fn onward(
+    datapath: &Datapath,
+    netns: &Netns,
+    client: IpAddr,
+    to: SocketAddr,
+) -> std::io::Result<Socket> {
     let mut sockets = netns.onward_sockets(Domain::for_address(to), 1)?;
     let socket = sockets.remove(0);
+    datapath.deliver_to(socket.as_fd(), WORKLOAD)?;
     speak_as(&socket, client, to)?;
     Ok(socket)
 }
@@ -133,7 +151,7 @@ fn what_comes_at_once_reaches_the_application_on_whichever_processor_it_arrives(
         let to = world.here.port4(80);
         world.as_reeve(|netns| {
             for _ in 0..MANY {
-                let mut stream = connect_in(netns, world.there.v4, to).unwrap();
+                let mut stream = connect_in(world.datapath(), netns, world.there.v4, to).unwrap();
                 stream.write_all(b"?").unwrap();
                 stream.set_read_timeout(Some(PATIENCE)).unwrap();
                 // The application's end.
@@ -165,7 +183,7 @@ fn a_mark_alone_opens_nothing() {
     let client = world.there.v4;
     // Not reeve's cgroup: neither a stranger nor the workload itself is believed.
     let refused = world.here.run(&world.stranger, || {
-        let socket = onward(&world.here.netns, client, to)?;
+        let socket = onward(world.datapath(), &world.here.netns, client, to)?;
         socket.set_nonblocking(false)?;
         socket.connect_timeout(&to.into(), MOMENT)
     });
@@ -184,4 +202,177 @@ fn what_reeve_opens_without_its_mark_is_judged_like_anybodys() {
         );
         world.verdict_event(Hook::SocketLookup, false, Reason::PlaintextRefused);
     }
+}
+
+#[test]
+fn while_the_accept_queue_is_full_no_intruder_takes_the_place_of_a_tunnels_client() {
+    let mut world = world();
+    for (client, to) in [
+        (world.there.v4, world.here.port4(80)),
+        (world.there.v6, world.here.port6(80)),
+    ] {
+        let server = world.as_workload(|| {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&to.into()).unwrap();
+            // Room for one.
+            socket.listen(0).unwrap();
+            socket
+        });
+        let filling = connect(&world, client, to).unwrap();
+        let waiting: Vec<_> = (0..4)
+            .map(|_| {
+                world.as_reeve(|netns| {
+                    let socket = onward(world.datapath(), netns, client, to).unwrap();
+                    let begun = socket.connect(&to.into()).unwrap_err();
+                    assert_eq!(begun.raw_os_error(), Some(libc::EINPROGRESS));
+                    socket
+                })
+            })
+            .collect();
+        for socket in &waiting {
+            let from = socket.local_addr().unwrap().as_socket().unwrap();
+            let connected = world.as_far_end(|| {
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.bind(&from.into())?;
+                socket.connect_timeout(&to.into(), MOMENT)
+            });
+            connected.unwrap_err();
+            let event = world.event("the intruder is refused", |event| {
+                event.allowed == 0 && event.reason == Reason::PlaintextRefused as u8
+            });
+            assert_eq!(event.remote_port, from.port());
+        }
+        // Who waits comes in once there is room.
+        server.set_nonblocking(false).unwrap();
+        server.set_read_timeout(Some(4 * PATIENCE)).unwrap();
+        for _ in 0..2 {
+            server.accept().unwrap();
+        }
+        drop(filling);
+    }
+}
+
+/// Two workloads and strangers in one namespace, as on a host.
+fn sharing() -> (World, Cgroup) {
+    let mut world = World::new();
+    let (id, depth) = (world.workload.id(), world.workload.depth());
+    world.add_workload(id, depth, WORKLOAD);
+    let other = world.stranger.child("other");
+    world.add_workload(other.id(), other.depth(), WORKLOAD + 1);
+    let shared = (world.here.netns.cookie, NamespaceEntry::default());
+    world.state.namespaces.push(shared);
+    world.apply();
+    let datapath = world.datapath().clone();
+    world
+        .block_on(datapath.prepare_namespace(&world.here.netns))
+        .unwrap();
+    (world, other)
+}
+
+fn listen_with_leave(at: SocketAddr) -> TcpListener {
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.set_reuse_port(true).unwrap();
+    socket.bind(&at.into()).unwrap();
+    socket.listen(8).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket.into()
+}
+
+#[test]
+fn a_tunnels_connection_reaches_no_listener_of_another_workload() {
+    let (world, other) = sharing();
+    for (client, to) in [
+        (world.there.v4, world.here.port4(80)),
+        (world.there.v6, world.here.port6(80)),
+    ] {
+        // Its own, while the other one has another port.
+        let own = world.as_workload(|| listen_with_leave(to));
+        connect(&world, client, to).unwrap();
+        own.accept().unwrap();
+        // The other one listens beside it, with leave of the same user, and nearer.
+        let elsewhere = world.here.run(&other, || listen_with_leave(to));
+        drop(own);
+        let refused = || {
+            world.as_reeve(|netns| {
+                let socket = onward(world.datapath(), netns, client, to).unwrap();
+                let begun = socket.connect(&to.into()).unwrap_err();
+                assert_eq!(begun.raw_os_error(), Some(libc::EINPROGRESS));
+                let deadline = Instant::now() + PATIENCE;
+                while !world.datapath().met_wrong_listener(socket.as_fd()) {
+                    assert!(Instant::now() < deadline, "{to}");
+                    thread::yield_now();
+                }
+            });
+        };
+        let before = world.count(Direction::Ingress, false, Reason::WrongListener);
+        refused();
+        assert_eq!(
+            elsewhere.accept().unwrap_err().kind(),
+            ErrorKind::WouldBlock
+        );
+        let after = world.count(Direction::Ingress, false, Reason::WrongListener);
+        assert!(after > before);
+        drop(elsewhere);
+        // Of processes in no workload, root alone may listen for one: as service managers do.
+        let managers = world.here.run(&world.stranger, || listen_with_leave(to));
+        connect(&world, client, to).unwrap();
+        managers.accept().unwrap();
+        drop(managers);
+        let users = world.here.run(&world.stranger, || {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+            nix::unistd::fchown(&socket, Some(65_534.into()), None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&to.into()).unwrap();
+            socket.listen(8).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            TcpListener::from(socket)
+        });
+        refused();
+        assert_eq!(users.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+}
+
+#[test]
+fn a_tunnels_connection_reaches_no_unknown_listener_below_an_enforced_parent() {
+    let (mut world, other) = sharing();
+    let unknown = WorkloadEntry {
+        workload: 0,
+        flags: WORKLOAD_UNKNOWN,
+    };
+    let id = other.id();
+    for (cgroup, _, entry) in &mut world.state.workloads {
+        if *cgroup == id {
+            *entry = unknown;
+        }
+    }
+    world.apply();
+    let to = world.here.port4(80);
+    let listener = world.here.run(&other, || listen_with_leave(to));
+    let client = world.there.v4;
+    world.as_reeve(|netns| {
+        let socket = onward(world.datapath(), netns, client, to).unwrap();
+        let _ = socket.connect(&to.into());
+        let deadline = Instant::now() + PATIENCE;
+        while !world.datapath().met_wrong_listener(socket.as_fd()) {
+            assert!(Instant::now() < deadline);
+            thread::yield_now();
+        }
+    });
+    assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+}
+
+#[test]
+fn a_socket_to_an_application_is_for_the_workload_that_it_was_made_for() {
+    let world = world();
+    let _server = world.as_workload(|| TcpListener::bind("[::]:80").unwrap());
+    let (client, to) = (world.there.v4, world.here.port4(80));
+    // Without a word of whom it is for it goes nowhere.
+    let connected = world.as_reeve(|netns| {
+        let socket = netns.onward_sockets(Domain::IPV4, 1).unwrap().remove(0);
+        speak_as(&socket, client, to).unwrap();
+        socket.connect(&to.into())
+    });
+    assert_refused(connected);
 }

@@ -143,7 +143,7 @@ impl Node {
         let shared = Shared {
             snapshot: Arc::default(),
             identities: identities.clone(),
-            origins: origins.clone(),
+            storage: origins.clone(),
             log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
             metrics,
         };

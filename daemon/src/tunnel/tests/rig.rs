@@ -4,7 +4,9 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap},
     future::Future,
+    io,
     net::SocketAddr,
+    os::fd::BorrowedFd,
     rc::Rc,
     sync::{
         Arc, Mutex,
@@ -17,7 +19,8 @@ use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use h2::{RecvStream, SendStream, client::ResponseFuture};
 use http::{Request, Response};
-use reeve_common::Origin;
+use reeve_common::{Origin, WorkloadId};
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::{Builder, LocalOptions},
@@ -28,7 +31,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
     config::{CongestionControl, Limits, Ports, Timeouts},
-    datapath::Sockets,
+    datapath::{SocketStorage, Sockets},
     identity::{
         CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
         TrustBundle, TrustDomain, server_name_for,
@@ -36,7 +39,7 @@ use crate::{
     privileges::Confinement,
     telemetry::{ConnectionLog, Metrics, Observers, Role},
     tunnel::{
-        Origins, Shared,
+        Shared,
         bounds::Bounds,
         connection::{Call, Connection, Parties, Would},
         copy::copy,
@@ -69,13 +72,22 @@ pub(super) fn id(name: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://example.org/ns/shop/sa/{name}")).unwrap()
 }
 
-/// Original destinations as a table.
+/// Original destinations as a table, by the addresses of clients.
 #[derive(Debug, Default)]
 pub(super) struct Table(pub(super) Mutex<HashMap<SocketAddr, Origin>>);
 
-impl Origins for Table {
-    fn claim_origin(&self, _: u64, client: SocketAddr) -> Option<Origin> {
+impl SocketStorage for Table {
+    fn origin(&self, accepted: BorrowedFd<'_>) -> Option<Origin> {
+        let client = SockRef::from(&accepted).peer_addr().ok()?.as_socket()?;
         self.0.lock().unwrap().remove(&client)
+    }
+
+    fn deliver_to(&self, _: BorrowedFd<'_>, _: WorkloadId) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn met_wrong_listener(&self, _: BorrowedFd<'_>) -> bool {
+        false
     }
 }
 
@@ -172,7 +184,7 @@ pub(super) fn worker(
     let shared = Shared {
         snapshot: Arc::default(),
         identities,
-        origins: Arc::new(Table::default()),
+        storage: Arc::new(Table::default()),
         log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
         metrics,
     };
@@ -182,7 +194,12 @@ pub(super) fn worker(
         timeouts,
         Ports::default(),
         Bounds::new(&limits),
-        Sockets::start(Confinement::default(), CongestionControl::default()).unwrap(),
+        Sockets::start(
+            Confinement::default(),
+            CongestionControl::default(),
+            Arc::new(Table::default()),
+        )
+        .unwrap(),
     )
 }
 
