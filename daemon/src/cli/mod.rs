@@ -106,8 +106,12 @@ pub fn check(config: &Path) -> ExitCode {
     match config::check(config) {
         Ok(summary) => {
             let mut text = format!("{}: {summary}\n", config.display());
-            if let Some(gap) = datapath::gap_of_running_kernel() {
-                text.push_str(&format!("warning: {gap}\n"));
+            let warnings = [
+                datapath::untested_kernel(),
+                datapath::gap_of_running_kernel(),
+            ];
+            for warning in warnings.into_iter().flatten() {
+                text.push_str(&format!("warning: {warning}\n"));
             }
             print(&text)
         }

@@ -2,9 +2,9 @@
 
 use std::{io, path::PathBuf};
 
-use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use aya::{EbpfError, maps::MapError};
 
-use super::netns::Netns;
+use super::{netns::Netns, refusal::Refusal};
 
 /// Why the datapath could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -100,17 +100,9 @@ pub enum Error {
         /// From the kernel.
         source: io::Error,
     },
-    /// The object as a whole was refused: its maps, or its type information.
-    #[error("the kernel does not take reeve's maps: {0}; reeve needs Linux 5.15 and CAP_BPF")]
-    Object(#[from] EbpfError),
-    /// A program was refused.
-    #[error("the kernel does not take the program {name}: {source}; reeve needs Linux 5.15")]
-    Program {
-        /// The program.
-        name: &'static str,
-        /// From the verifier.
-        source: Box<ProgramError>,
-    },
+    /// A program, a map or their type information was refused.
+    #[error("{0}")]
+    Refused(Box<Refusal>),
     /// The object lacks a program or a map: the build is broken.
     #[error("the embedded eBPF object has no {0}: build reeve again")]
     Missing(&'static str),
@@ -185,6 +177,12 @@ pub enum Error {
         /// From the runtime.
         source: io::Error,
     },
+}
+
+impl From<EbpfError> for Error {
+    fn from(error: EbpfError) -> Self {
+        Self::Refused(Box::new(Refusal::of_object(&error)))
+    }
 }
 
 impl Error {

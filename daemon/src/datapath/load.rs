@@ -15,7 +15,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{MapData, MapInfo, MapType},
-    programs::Program,
+    programs::{Program, ProgramError},
 };
 use reeve_common::{
     Address, Arriving, FlowEntry, FlowKey, NameDigest, NamespaceEntry, Origin, PeerEntry,
@@ -29,6 +29,7 @@ use super::{
     links::{self, Target},
     namespace_source::PacketNamespaces,
     pins::SETTINGS,
+    refusal::Refusal,
     sys::{self, AttachType},
 };
 use crate::config::{EbpfLog, Maps};
@@ -234,10 +235,7 @@ fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
         Program::SkLookup(program) => program.load(),
         _ => return Err(Error::Missing(name)),
     };
-    loaded.map_err(|source| Error::Program {
-        name,
-        source: Box::new(source),
-    })
+    loaded.map_err(|error| refused(name, &error))
 }
 
 /// The pinned maps, held so that they can be pinned again.
@@ -340,10 +338,11 @@ pub(super) fn program<'a>(
     ebpf.program(name)
         .ok_or(Error::Missing(name))?
         .fd()
-        .map_err(|source| Error::Program {
-            name,
-            source: Box::new(source),
-        })
+        .map_err(|error| refused(name, &error))
+}
+
+fn refused(name: &str, error: &ProgramError) -> Error {
+    Error::Refused(Box::new(Refusal::of_program(name, error)))
 }
 
 /// An error of a map.

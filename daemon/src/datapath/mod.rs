@@ -21,6 +21,7 @@ mod namespace_source;
 pub mod netns;
 mod pins;
 mod readback;
+mod refusal;
 mod route;
 mod socket;
 mod sockets;
@@ -53,6 +54,7 @@ pub use self::{
     error::Error,
     events::Events,
     namespace_source::{PacketNamespaces, gap_of_running_kernel},
+    refusal::{Refusal, untested_kernel},
     socket::{control_congestion, speak_as, speak_from},
     sockets::{SocketStorage, Sockets},
     state::Order,
@@ -184,6 +186,9 @@ impl Datapath {
     /// stays so.
     pub fn load(settings: Settings) -> Result<Self, Error> {
         let pins = Pins::find(&settings.pins)?;
+        if let Some(untested) = untested_kernel() {
+            tracing::warn!("{untested}");
+        }
         let namespaces = PacketNamespaces::find(settings.namespace_source);
         match namespaces.gap() {
             Some(gap) => tracing::warn!("{gap}"),
