@@ -12,6 +12,7 @@ mod dist;
 mod duration;
 mod faults;
 mod fuzz;
+mod kernels;
 mod licences;
 mod lint;
 mod run;
@@ -51,6 +52,8 @@ enum Command {
     Soak(soak::Options),
     /// Cut the network for minutes, and fail if anything happens but what docs/faults.md promises
     Faults(faults::Options),
+    /// Boot the kernels that reeve supports, and run its tests in them
+    Kernels(kernels::Options),
     /// Fuzz the parsers that meet others' bytes
     Fuzz(fuzz::Options),
     /// Make what is released: a tarball with the static binary, and the container image
@@ -81,6 +84,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Storm(options) => storm::run(&options),
         Command::Soak(options) => soak::run(&options),
         Command::Faults(options) => faults::run(&options),
+        Command::Kernels(options) => kernels::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Lint => lint::run(),

@@ -10,9 +10,10 @@ mod scene;
 mod show;
 mod stage;
 
-use std::panic;
+use std::{panic, path::PathBuf};
 
 use anyhow::{Result, bail};
+use harness::Programs;
 use scene::Scene;
 use stage::Stage;
 
@@ -27,11 +28,31 @@ pub(crate) struct Options {
     /// Stop after each act until Enter is pressed
     #[arg(long)]
     pause: bool,
+    /// Show this daemon, rather than build one; needs --peer
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "peer",
+        conflicts_with = "release"
+    )]
+    daemon: Option<PathBuf>,
+    /// The program of the tests that belongs to --daemon
+    #[arg(long, value_name = "FILE", requires = "daemon")]
+    peer: Option<PathBuf>,
 }
 
 /// Sets up, builds, plays, and cleans up.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    build::for_scenes(options.release)?;
+    match (&options.daemon, &options.peer) {
+        (Some(daemon), Some(peer)) => Programs {
+            reeve: daemon.clone(),
+            peer: peer.clone(),
+        }
+        .set(),
+        _ => {
+            build::for_scenes(options.release)?;
+        }
+    }
 
     // What breaks is told like the rest; where in the source it broke helps nobody here.
     panic::set_hook(Box::new(|panic| {

@@ -7,8 +7,8 @@ use nix::{mount::MsFlags, unistd::Uid};
 
 use super::say;
 
-/// The first kernel with everything that the programs use, and with `cgroup.kill` for the tests.
-const KERNEL: (u32, u32) = (5, 15);
+/// The oldest kernel on which reeve is tested, see `cargo xtask kernels`.
+const KERNEL: (u32, u32) = (6, 1);
 
 const BPFFS: &str = "/sys/fs/bpf";
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -35,7 +35,7 @@ pub(super) fn ensure() -> Result<()> {
         fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's version")?;
     if version(&release).is_none_or(|found| found < KERNEL) {
         lacking.push(format!(
-            "the kernel is {}, and reeve needs {}.{} or later: upgrade it",
+            "the kernel is {}, and reeve is tested on {}.{} and later: upgrade it",
             release.trim(),
             KERNEL.0,
             KERNEL.1

@@ -7,15 +7,15 @@ use anyhow::{Context, Result};
 use crate::run;
 
 /// The machine's own Debian mirror.
-pub(super) struct Mirror {
+pub(crate) struct Mirror {
     /// Where it is.
-    pub(super) uri: String,
+    pub(crate) uri: String,
     /// The machine's own release.
-    pub(super) codename: String,
+    pub(crate) codename: String,
 }
 
 impl Mirror {
-    pub(super) fn of_this_machine() -> Result<Self> {
+    pub(crate) fn of_this_machine() -> Result<Self> {
         let targets = run::output(Command::new("apt-get").args([
             "indextargets",
             "--format",

@@ -4,6 +4,7 @@
 //! Everything that a build needs goes into the workspace's target folder, except the compiler's
 //! own library sources: cargo looks for those beside the compiler only.
 
+mod apt;
 mod host;
 mod machine;
 mod mirror;
@@ -12,6 +13,9 @@ mod rust_src;
 mod tools;
 
 use anyhow::Result;
+
+pub(crate) use apt::Suite;
+pub(crate) use mirror::Mirror;
 
 use crate::workspace::Workspace;
 
@@ -45,7 +49,12 @@ pub(crate) fn for_running(workspace: &Workspace) -> Result<()> {
     for_building(workspace)
 }
 
+/// What booting other kernels lacks.
+pub(crate) fn for_kernels() -> Result<()> {
+    packages::ensure(&packages::KERNELS)
+}
+
 /// Says what is being done.
-fn say(what: &str) {
+pub(crate) fn say(what: &str) {
     println!("setup: {what}");
 }

@@ -37,6 +37,16 @@ pub(super) const TESTS: [(&str, &str); 17] = [
 /// What makes container images.
 pub(super) const IMAGES: [(&str, &str); 1] = [("buildah", "buildah")];
 
+/// What boots other kernels.
+pub(super) const KERNELS: [(&str, &str); 6] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("debootstrap", "debootstrap"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("depmod", "kmod"),
+    ("cpio", "cpio"),
+    ("xz", "xz-utils"),
+];
+
 /// Asked by Debian's maintainer scripts before they start a service.
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";
 

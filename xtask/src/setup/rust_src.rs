@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{mirror::Mirror, say};
+use super::{apt::Suite, mirror::Mirror, say};
 use crate::{run, workspace::Workspace};
 
 /// rustup answers in seconds or has no server; it must not hold up the fallback.
@@ -29,8 +29,6 @@ const SUITES: [&str; 6] = [
     "testing",
     "unstable",
 ];
-
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 pub(super) fn ensure(workspace: &Workspace) -> Result<()> {
     let sysroot =
@@ -80,7 +78,9 @@ fn from_debian(workspace: &Workspace, version: &str, library: &Path) -> Result<(
     let folder = workspace.target.join("setup");
     for suite in SUITES {
         let suite = suite.replace('$', &mirror.codename);
-        match package(&mirror, &suite, version, &folder) {
+        let package = Suite::open(&mirror, &suite, &folder.join(&suite))
+            .and_then(|suite| suite.download(&format!("rust-src={version}*")));
+        match package {
             Ok(package) => {
                 say(&format!("unpacking {} of {suite}", package.display()));
                 return unpack(&package, version, &folder, library);
@@ -89,47 +89,6 @@ fn from_debian(workspace: &Workspace, version: &str, library: &Path) -> Result<(
         }
     }
     bail!("no suite of the machine's Debian mirror has rust-src {version}")
-}
-
-/// Downloads the package from one suite.
-fn package(mirror: &Mirror, suite: &str, version: &str, folder: &Path) -> Result<PathBuf> {
-    let folder = folder.join(suite);
-    // What an earlier attempt left may be half of something.
-    if folder.exists() {
-        fs::remove_dir_all(&folder)?;
-    }
-    for part in ["lists/partial", "cache/archives/partial", "package"] {
-        fs::create_dir_all(folder.join(part))?;
-    }
-    let list = folder.join("sources.list");
-    fs::write(
-        &list,
-        format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror.uri),
-    )?;
-    let apt_get = || {
-        let mut command = Command::new("apt-get");
-        command.current_dir(folder.join("package"));
-        for (option, value) in [
-            ("Dir::Etc::sourcelist", list.clone()),
-            ("Dir::Etc::sourceparts", PathBuf::from("/dev/null")),
-            ("Dir::State::lists", folder.join("lists")),
-            ("Dir::Cache", folder.join("cache")),
-            // apt would give its downloads to a user who may not enter our folder.
-            ("APT::Sandbox::User", PathBuf::from("root")),
-            ("Acquire::Languages", PathBuf::from("none")),
-        ] {
-            command
-                .arg("-o")
-                .arg(format!("{option}={}", value.display()));
-        }
-        command
-    };
-    run::output(apt_get().args(["--error-on=any", "update"]))?;
-    run::output(apt_get().args(["download", &format!("rust-src={version}*")]))?;
-    fs::read_dir(folder.join("package"))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .context("apt-get downloaded nothing")
 }
 
 fn unpack(package: &Path, version: &str, folder: &Path, library: &Path) -> Result<()> {
