@@ -60,8 +60,8 @@ pub mod protocol {
 #[cfg(feature = "user")]
 mod user {
     use crate::{
-        Arriving, Event, FlowEntry, FlowKey, NamespaceEntry, Origin, PeerEntry, PeerPortKey,
-        Settings, SocketTag, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
+        Arriving, Event, Flow, FlowEntry, FlowKey, FlowSlot, NamespaceEntry, Origin, PeerEntry,
+        PeerPortKey, Settings, SocketTag, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
     };
 
     macro_rules! pod {
@@ -77,8 +77,10 @@ mod user {
     pod!(
         Arriving,
         Event,
+        Flow,
         FlowEntry,
         FlowKey,
+        FlowSlot,
         NamespaceEntry,
         Origin,
         PeerEntry,

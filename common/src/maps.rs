@@ -64,6 +64,8 @@ pub struct Settings {
     /// The next id that a workload or a peer gets. Only ever raised, so that no id means another
     /// later while anything that these maps know bears it. No program reads it.
     pub next_id: u32,
+    /// Random, for as long as the maps live: no peer can tell which flows share a set of `FLOWS`.
+    pub flow_seed: u32,
 }
 
 /// Deepest cgroup that may be enrolled (depth of the root is 0).
@@ -296,11 +298,68 @@ pub struct Origin {
     pub rule: u32,
 }
 
-/// `FLOWS` and `ONWARD`: LRU hashes keyed by a connection as its workload sees it.
+/// `FLOWS`: hash from this to [`Flow`]. Remembers the direction in which a connection without a
+/// handshake (UDP, ICMP, SCTP) was allowed, so that its replies pass.
 ///
-/// `FLOWS` remembers the direction in which a connection without a handshake (UDP, ICMP, SCTP)
-/// was allowed, so that its replies pass. `local` is all zero there: a socket that is bound to no
-/// address is asked about before the kernel has chosen one.
+/// Each workload has slots of its own, half of them for flows that it opened and half for flows
+/// that arrived, so that no flow takes the place of another workload's, and no client that of a
+/// workload's own question. A flow may lie in any of the [`FLOW_WAYS`] slots of one set, which is
+/// chosen by a hash of the flow; a new flow replaces an idle one of its set, or the one that has
+/// been silent for the longest.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowSlot {
+    /// The workload.
+    pub workload: WorkloadId,
+    /// Number of the slot, see [`FlowSlot::first`].
+    pub slot: u32,
+}
+
+impl FlowSlot {
+    /// The first slot of a set; the others of the set follow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn first(direction: u8, set: u32, sets: u32) -> u32 {
+        (direction as u32 * sets + set) * FLOW_WAYS
+    }
+}
+
+/// Slots of a set.
+pub const FLOW_WAYS: u32 = 4;
+
+/// `FLOWS` has room for so many workloads that use all of their slots.
+pub const FLOW_SHARES: u32 = 32;
+
+/// Sets of a workload in each direction, a power of two, where `FLOWS` has this capacity.
+#[must_use]
+pub const fn flow_sets(capacity: u32) -> u32 {
+    match (capacity / (FLOW_SHARES * 2 * FLOW_WAYS)).checked_ilog2() {
+        Some(bits) => 1 << bits,
+        None => 1,
+    }
+}
+
+/// Value of `FLOWS`. Never changed in its place, only replaced as a whole.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Address of the far end.
+    pub remote: Address,
+    /// `CLOCK_MONOTONIC` nanoseconds of the last packet in the direction that was judged.
+    pub last_seen: u64,
+    /// [`Settings::generation`] of the verdict.
+    pub generation: u32,
+    /// Port of the workload, host byte order; the identifier of an ICMP echo.
+    pub local_port: u16,
+    /// Port of the far end, host byte order.
+    pub remote_port: u16,
+    /// IP protocol number, [`crate::protocol::ICMP`] for both ICMPs.
+    pub protocol: u32,
+    /// [`Direction`] in which it was allowed.
+    pub direction: u32,
+}
+
+/// `ONWARD`: LRU hash keyed by a connection as its workload sees it.
 ///
 /// `ONWARD` holds the daemon's own connections to local applications that are being opened, so that
 /// the look-up of a listener does not reset them. Written by `sock_ops` for sockets with
@@ -309,29 +368,29 @@ pub struct Origin {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
-    /// Address of the workload, all zero in `FLOWS`.
+    /// Address of the workload.
     pub local: Address,
     /// Address of the far end.
     pub remote: Address,
-    /// Port of the workload, host byte order; the identifier of an ICMP echo.
+    /// Port of the workload, host byte order.
     pub local_port: u16,
     /// Port of the far end, host byte order.
     pub remote_port: u16,
     /// Workload, or [`NO_WORKLOAD`] in `ONWARD`.
     pub workload: WorkloadId,
-    /// IP protocol number, [`crate::protocol::ICMP`] for both ICMPs.
+    /// IP protocol number.
     pub protocol: u8,
     /// Zero.
     pub reserved: [u8; 7],
 }
 
-/// Value of `FLOWS` and `ONWARD`.
+/// Value of `ONWARD`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowEntry {
-    /// `CLOCK_MONOTONIC` nanoseconds of the last packet in the direction that was judged.
+    /// `CLOCK_MONOTONIC` nanoseconds at which it was written.
     pub last_seen: u64,
-    /// [`Settings::generation`] of the verdict.
+    /// [`Settings::generation`] at that time.
     pub generation: u32,
     /// [`Direction`] in which it was allowed.
     pub direction: u32,
@@ -433,7 +492,7 @@ pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
 
 /// The same bytes on both sides: no type may hold padding, and none is larger than it was.
 const _: () = {
-    assert!(size_of::<Settings>() == 20);
+    assert!(size_of::<Settings>() == 24);
     assert!(size_of::<WorkloadEntry>() == 8);
     assert!(size_of::<NamespaceEntry>() == 8);
     assert!(size_of::<PeerEntry>() == 12);
@@ -441,6 +500,8 @@ const _: () = {
     assert!(size_of::<VerdictKey>() == 12);
     assert!(size_of::<VerdictEntry>() == 16);
     assert!(size_of::<Origin>() == 32);
+    assert!(size_of::<FlowSlot>() == 8);
+    assert!(size_of::<Flow>() == 40);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowEntry>() == 16);
     assert!(size_of::<SocketTag>() == 48);

@@ -1,13 +1,16 @@
 //! Telling the daemon: counters for every verdict, and a record for each new one.
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_RING_SIZE},
+    helpers::{bpf_ktime_get_ns, generated::bpf_ringbuf_query},
+};
 use aya_log_ebpf::debug;
 use reeve_common::{
     Address, COUNTER_LOST_EVENTS, DryRun, Event, EventKind, Hook, Reason, SocketTag, WorkloadId,
     counter_slot, dry_run_slot,
 };
 
-use crate::maps::{COUNTERS, EVENTS};
+use crate::maps::{COUNTERS, EVENTS, LAST_TOLD};
 
 /// One connection as its workload sees it: the question that `judge` answers, and what an event
 /// says of it.
@@ -183,6 +186,38 @@ fn log(connection: &Connection, outcome: Outcome) {
     );
 }
 
+/// Between two events of one workload where the ring buffer is more than half full.
+const PAUSE_NANOSECONDS: u64 = 1_000_000;
+
+/// Whether an event of a workload may be told. The second half of the ring buffer is for workloads
+/// with few events: one that has many leaves room for the others.
+#[inline(never)]
+fn has_room(workload: WorkloadId) -> bool {
+    // SAFETY: `EVENTS` is a ring buffer.
+    let ask = |what: u32| unsafe {
+        bpf_ringbuf_query(core::ptr::from_ref(&EVENTS).cast_mut().cast(), what.into())
+    };
+    if ask(BPF_RB_AVAIL_DATA) * 2 < ask(BPF_RB_RING_SIZE) {
+        return true;
+    }
+    // SAFETY: asking for the time has no condition.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let Some(told) = LAST_TOLD.get_ptr_mut(&workload) else {
+        // Without an entry it may tell the next one as well.
+        let _ = LAST_TOLD.insert(&workload, &now, 0);
+        return true;
+    };
+    // SAFETY: the entry stays readable until the program ends. Two processors that write to it at
+    // once tell one event more.
+    unsafe {
+        if now.saturating_sub(*told) < PAUSE_NANOSECONDS {
+            return false;
+        }
+        *told = now;
+    }
+    true
+}
+
 /// Counts a verdict and tells the daemon of it.
 #[inline(always)]
 pub fn report(connection: &Connection, outcome: Outcome) {
@@ -213,6 +248,10 @@ fn tell(connection: &Connection, outcome: Outcome) {
         count(dry_run_slot(connection.direction, dry_run == DryRun::Allow));
     }
     log(connection, outcome);
+    if !has_room(connection.workload) {
+        count(COUNTER_LOST_EVENTS);
+        return;
+    }
     let Some(mut record) = EVENTS.reserve(0) else {
         count(COUNTER_LOST_EVENTS);
         return;

@@ -2,73 +2,234 @@
 //! allowed is remembered, so that replies pass and packets are not judged one by one.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use reeve_common::{Direction, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Reason, protocol};
+use reeve_common::{
+    Direction, FLOW_IDLE_NANOSECONDS, FLOW_WAYS, Flow, FlowSlot, Reason, Settings, WorkloadId,
+    protocol,
+};
 
 use crate::{
+    address::to_words,
     event::{Connection, Outcome, report},
     judge::judge,
-    maps::FLOWS,
+    maps::{FLOW_SETS, FLOWS},
 };
 
 /// How old `last_seen` may be before it is written again: a busy flow's entry then stays in every
 /// processor's cache.
 const REFRESH_NANOSECONDS: u64 = 1_000_000_000;
 
-/// The key of a connection in `FLOWS`.
+/// Odd, and without a pattern in its bits.
+const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// A vacant slot is taken before one of a flow that is in use, and after one of an idle flow: so a
+/// workload takes up no more slots than it needs.
+const VACANT: u64 = 1;
+
+/// What a set holds of a flow.
+struct Found {
+    /// The flow, if it is there.
+    flow: Option<&'static Flow>,
+    /// Where it is, or is to be kept.
+    slot: u32,
+}
+
+/// The number by which a connection's protocol is remembered.
 #[inline(always)]
-fn key(connection: &Connection) -> FlowKey {
-    FlowKey {
-        local: [0; 16],
+fn number(protocol: u8) -> u32 {
+    match protocol {
+        protocol::ICMPV6 => protocol::ICMP.into(),
+        other => other.into(),
+    }
+}
+
+/// The ports and the protocol in one word, to be compared at once.
+#[inline(always)]
+fn word(local_port: u16, remote_port: u16, number: u32) -> u64 {
+    u64::from(local_port) << 48 | u64::from(remote_port) << 32 | u64::from(number)
+}
+
+/// The set of a connection's flow.
+#[inline(never)]
+fn set(connection: &Connection, seed: u32, sets: u32) -> u32 {
+    let remote = to_words(&connection.remote);
+    let word = word(
+        connection.local_port,
+        connection.remote_port,
+        number(connection.protocol),
+    );
+    let mut hash = u64::from(seed);
+    for part in [
+        u64::from(remote[0]) << 32 | u64::from(remote[1]),
+        u64::from(remote[2]) << 32 | u64::from(remote[3]),
+        word,
+    ] {
+        hash = (hash ^ part).wrapping_mul(MULTIPLIER);
+        hash ^= hash >> 32;
+    }
+    hash as u32 & (sets - 1)
+}
+
+/// Looks for a connection's flow in the set that begins at `first`.
+///
+/// A function of its own, for its keys not to lie on the stack while the connection is judged.
+#[inline(never)]
+fn find(connection: &Connection, first: u32, now: u64, found: &mut Found) {
+    let wanted = word(
+        connection.local_port,
+        connection.remote_port,
+        number(connection.protocol),
+    );
+    found.flow = None;
+    let mut oldest = u64::MAX;
+    let mut way = 0;
+    while way < FLOW_WAYS {
+        let key = FlowSlot {
+            workload: connection.workload,
+            slot: first + way,
+        };
+        // SAFETY: what is replaced or removed meanwhile stays readable until the program ends.
+        let age = match unsafe { FLOWS.get(&key) } {
+            Some(flow) => {
+                if word(flow.local_port, flow.remote_port, flow.protocol) == wanted
+                    && flow.remote == connection.remote
+                {
+                    found.flow = Some(flow);
+                    found.slot = key.slot;
+                    return;
+                }
+                if now.saturating_sub(flow.last_seen) < FLOW_IDLE_NANOSECONDS {
+                    flow.last_seen
+                } else {
+                    0
+                }
+            }
+            None => VACANT,
+        };
+        if age < oldest {
+            (oldest, found.slot) = (age, key.slot);
+        }
+        way += 1;
+    }
+}
+
+/// Remembers a connection's flow in place of whatever is in the slot. False where the kernel has
+/// no room.
+///
+/// A function of its own, as above.
+#[inline(never)]
+fn keep(
+    connection: &Connection,
+    slot: u32,
+    direction: u8,
+    last_seen: u64,
+    generation: u32,
+) -> bool {
+    let key = FlowSlot {
+        workload: connection.workload,
+        slot,
+    };
+    let flow = Flow {
         remote: connection.remote,
+        last_seen,
+        generation,
         local_port: connection.local_port,
         remote_port: connection.remote_port,
-        workload: connection.workload,
-        protocol: match connection.protocol {
-            protocol::ICMPV6 => protocol::ICMP,
-            other => other,
-        },
-        reserved: [0; 7],
-    }
+        protocol: number(connection.protocol),
+        direction: direction.into(),
+    };
+    FLOWS.insert(&key, &flow, 0).is_ok()
+}
+
+/// Takes a flow away. False where another program, or the daemon, has.
+#[inline(never)]
+fn remove(workload: WorkloadId, slot: u32) -> bool {
+    FLOWS.remove(&FlowSlot { workload, slot }).is_ok()
 }
 
 /// Whether a packet or message may pass, given the direction in which its connection would have
 /// been opened. `told` says that a verdict of this generation was reported already.
+#[inline(always)]
+pub fn pass(connection: &mut Connection, settings: &Settings, told: bool) -> bool {
+    // SAFETY: a reference is never null.
+    unsafe {
+        reeve_pass(
+            connection,
+            settings.generation,
+            settings.flow_seed,
+            told.into(),
+        ) != 0
+    }
+}
+
+/// Verified by itself, like [`crate::judge::judge`].
+///
+/// # Safety
+///
+/// `connection` is null or may be written.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
-    let key = key(connection);
+unsafe extern "C" fn reeve_pass(
+    connection: *mut Connection,
+    generation: u32,
+    seed: u32,
+    told: u32,
+) -> u32 {
+    // SAFETY: as the caller promises.
+    match unsafe { connection.as_mut() } {
+        Some(connection) => passes(connection, generation, seed, told != 0).into(),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn passes(connection: &mut Connection, generation: u32, seed: u32, told: bool) -> bool {
     let direction = connection.direction;
     // SAFETY: asking for the time has no condition.
     let now = unsafe { bpf_ktime_get_ns() };
+    let sets = FLOW_SETS.load();
+    let set = set(connection, seed, sets);
+    let mut found = Found {
+        flow: None,
+        slot: 0,
+    };
+    let first = FlowSlot::first(direction, set, sets);
+    find(connection, first, now, &mut found);
+    let own = found.slot;
+    if found.flow.is_none() {
+        // What was opened in the other direction is answered in this one.
+        let first = FlowSlot::first(opposite(direction), set, sets);
+        find(connection, first, now, &mut found);
+    }
+    let slot = found.slot;
     let mut revoked = false;
-    if let Some(entry) = FLOWS.get_ptr_mut(&key) {
-        // SAFETY: an entry that is removed meanwhile stays readable until the program ends, and
-        // what is written to it then is lost with it.
-        let entry = unsafe { &mut *entry };
+    if let Some(flow) = found.flow {
+        let opened = flow.direction as u8;
+        let last_seen = flow.last_seen;
         // Another processor's clock may be a moment ahead: no time has passed.
-        let idle = now.saturating_sub(entry.last_seen);
+        let idle = now.saturating_sub(last_seen);
         if idle < FLOW_IDLE_NANOSECONDS {
-            let mut live = entry.generation == generation;
+            let mut live = flow.generation == generation;
+            let mut refresh = opened == direction && idle > REFRESH_NANOSECONDS;
+            let last_seen = if refresh { now } else { last_seen };
             if !live {
-                connection.direction = entry.direction as u8;
+                connection.direction = opened;
                 live = judge(connection).allowed();
                 connection.direction = direction;
-                if live {
-                    entry.generation = generation;
-                }
+                refresh = true;
             }
-            revoked = !live;
             if live {
-                if entry.direction == u32::from(direction) && idle > REFRESH_NANOSECONDS {
-                    entry.last_seen = now;
+                if refresh {
+                    // Where it cannot be written, the old entry stays and is judged again.
+                    let _ = keep(connection, slot, opened, last_seen, generation);
                 }
                 return true;
             }
+            // Whoever takes the entry away tells that it was revoked: so it is told once.
+            revoked = remove(connection.workload, slot);
         }
     }
     let outcome = judge(connection);
     if !outcome.allowed() {
-        // Whoever takes the entry away tells that it was revoked: so it is told once.
-        let revoked = revoked && FLOWS.remove(&key).is_ok();
         report(
             connection,
             if revoked {
@@ -79,12 +240,7 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
         );
         return false;
     }
-    let entry = FlowEntry {
-        last_seen: now,
-        generation,
-        direction: u32::from(direction),
-    };
-    if FLOWS.insert(&key, &entry, 0).is_err() {
+    if !keep(connection, own, direction, now, generation) {
         report(connection, Outcome::deny(Reason::MapFailure));
         return false;
     }
@@ -96,18 +252,51 @@ pub fn pass(connection: &mut Connection, generation: u32, told: bool) -> bool {
 
 /// Whether a connection's flow is remembered and still allowed. Nothing is remembered of the question.
 #[inline(always)]
-pub fn is_live(connection: &mut Connection, generation: u32) -> bool {
-    let Some(entry) = FLOWS.get_ptr(&key(connection)) else {
+pub fn is_live(connection: &mut Connection, settings: &Settings) -> bool {
+    // SAFETY: a reference is never null.
+    unsafe { reeve_is_live(connection, settings.generation, settings.flow_seed) != 0 }
+}
+
+/// Verified by itself, like [`crate::judge::judge`].
+///
+/// # Safety
+///
+/// `connection` is null or may be written.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn reeve_is_live(connection: *mut Connection, generation: u32, seed: u32) -> u32 {
+    // SAFETY: as the caller promises.
+    match unsafe { connection.as_mut() } {
+        Some(connection) => lives(connection, generation, seed).into(),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn lives(connection: &mut Connection, generation: u32, seed: u32) -> bool {
+    let observed = connection.direction;
+    // SAFETY: asking for the time has no condition.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let sets = FLOW_SETS.load();
+    let set = set(connection, seed, sets);
+    let mut found = Found {
+        flow: None,
+        slot: 0,
+    };
+    let first = FlowSlot::first(observed, set, sets);
+    find(connection, first, now, &mut found);
+    if found.flow.is_none() {
+        let first = FlowSlot::first(opposite(observed), set, sets);
+        find(connection, first, now, &mut found);
+    }
+    let Some(flow) = found.flow else {
         return false;
     };
-    // SAFETY: as in `pass`; asking for the time has no condition.
-    let (entry, now) = unsafe { (&*entry, bpf_ktime_get_ns()) };
-    if now.saturating_sub(entry.last_seen) >= FLOW_IDLE_NANOSECONDS {
+    if now.saturating_sub(flow.last_seen) >= FLOW_IDLE_NANOSECONDS {
         return false;
     }
-    let observed = connection.direction;
-    connection.direction = entry.direction as u8;
-    let live = entry.generation == generation || judge(connection).allowed();
+    connection.direction = flow.direction as u8;
+    let live = flow.generation == generation || judge(connection).allowed();
     connection.direction = observed;
     live
 }

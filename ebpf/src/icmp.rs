@@ -131,7 +131,7 @@ fn is_about_allowed(
         let direction = enclosed.direction;
         return segment::either(&mut enclosed, direction).allowed();
     }
-    flow::is_live(&mut enclosed, settings.generation)
+    flow::is_live(&mut enclosed, settings)
         // A datagram that finds no socket leaves no trace; one that is sent does.
         || (!arrives && judge(&mut enclosed).allowed())
 }

@@ -79,7 +79,7 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
     let known = if tcp {
         is_onward(&connection)
     } else {
-        flow::is_live(&mut connection, settings.generation)
+        flow::is_live(&mut connection, &settings)
     };
     if known {
         return PASS;

@@ -10,9 +10,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use reeve_common::{
-    Address, Arriving, COUNTER_SLOTS, Event, FlowEntry, FlowKey, LocalAddressEntry, NameDigest,
-    NamespaceEntry, Origin, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag, ToldKey,
-    VerdictEntry, VerdictKey, WorkloadEntry,
+    Address, Arriving, COUNTER_SLOTS, Event, Flow, FlowEntry, FlowKey, FlowSlot, LocalAddressEntry,
+    NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag,
+    ToldKey, VerdictEntry, VerdictKey, WorkloadEntry, WorkloadId,
 };
 
 use crate::{address::field, parse::Packet};
@@ -37,12 +37,17 @@ pub static KERNEL_SOCKET_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static KERNEL_SOCKET_MASK: Global<u8> = Global::new(0);
 
+/// Sets of a workload in `FLOWS`, in each direction. Set at load, by the map's capacity.
+#[unsafe(no_mangle)]
+pub static FLOW_SETS: Global<u32> = Global::new(1);
+
 /// Stands for a capacity that the daemon sets.
 const SET_AT_LOAD: usize = 1;
 /// The same for the ring buffer, in bytes.
 const PAGE: usize = 4096;
 
-/// Hashes that only the daemon fills are allocated as they grow.
+/// Hashes that only the daemon fills, or of which each workload has a share, are allocated as they
+/// grow.
 const GROWING: usize = BPF_F_NO_PREALLOC as usize;
 
 #[btf_map]
@@ -75,7 +80,7 @@ pub static VERDICTS: LpmTrie<VerdictKey, VerdictEntry, SET_AT_LOAD> = LpmTrie::n
 pub static ORIGINAL_DESTINATIONS: SkStorage<Origin> = SkStorage::new();
 
 #[btf_map]
-pub static FLOWS: LruHashMap<FlowKey, FlowEntry, SET_AT_LOAD> = LruHashMap::new();
+pub static FLOWS: HashMap<FlowSlot, Flow, SET_AT_LOAD, GROWING> = HashMap::new();
 
 #[btf_map]
 pub static ONWARD: LruHashMap<FlowKey, FlowEntry, SET_AT_LOAD> = LruHashMap::new();
@@ -103,6 +108,13 @@ pub static COUNTERS: PerCpuArray<u64, { COUNTER_SLOTS as usize }> = PerCpuArray:
 #[btf_map]
 pub static EVENTS: RingBuf<Event, PAGE> = RingBuf::new();
 
+/// More workloads than report many verdicts at once.
+const TELLING_WORKLOADS: usize = 4096;
+
+/// When a workload last told of a verdict while `EVENTS` was more than half full.
+#[btf_map]
+pub static LAST_TOLD: LruHashMap<WorkloadId, u64, TELLING_WORKLOADS> = LruHashMap::new();
+
 /// The settings, as they are at this moment; there are always some, so none is a doubt.
 ///
 /// A copy: a verdict is remembered with the generation that was in force before it was asked for,
@@ -119,6 +131,7 @@ pub fn settings() -> Option<Settings> {
             outbound_port: field(&raw const (*settings).outbound_port),
             tunnel_port: field(&raw const (*settings).tunnel_port),
             next_id: 0,
+            flow_seed: field(&raw const (*settings).flow_seed),
         })
     }
 }

@@ -448,5 +448,5 @@ pub fn flow(settings: &Settings, subject: &Subject, connection: &mut Connection)
                 && tag.remote_port == connection.remote_port
                 && tag.remote == connection.remote
         });
-    flow::pass(connection, settings.generation, told)
+    flow::pass(connection, settings, told)
 }

@@ -75,7 +75,7 @@ fn sendmsg(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     }
     // SAFETY: a field of the hook's socket. The kernel has chosen a port before it asks.
     connection.local_port = field(unsafe { &raw const (*socket(ctx)).src_port }) as u16;
-    if flow::pass(&mut connection, settings.generation, false) {
+    if flow::pass(&mut connection, &settings, false) {
         PROCEED
     } else {
         REFUSE

@@ -125,7 +125,7 @@ pub struct Maps {
     /// Verdicts. Default 524288.
     #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
     pub verdicts: u32,
-    /// Flows of protocols without connections. Default 131072.
+    /// Flows of protocols without connections; a workload has at most 1/32 of them. Default 524288.
     #[serde(deserialize_with = "number::<_, _, 1, 16_777_216>")]
     pub flows: u32,
     /// The daemon's connections to local applications that are being opened. Default 65536.
@@ -251,7 +251,7 @@ impl Default for Maps {
             peers: 131_072,
             peer_ports: 65_536,
             verdicts: 524_288,
-            flows: 131_072,
+            flows: 524_288,
             onward: 65_536,
             events: 1 << 20,
         }

@@ -18,6 +18,7 @@ mod explain;
 mod guard;
 mod health;
 mod host_addresses;
+mod housekeeping;
 mod ids;
 mod own_cgroup;
 mod parents;
@@ -65,6 +66,7 @@ pub use reload::{declaration, policies};
 use daemon::{Reloads, View};
 use health::{Asked, HealthLook};
 use host_addresses::HostAddresses;
+use housekeeping::Housekeeping;
 use reconcile::{Enforced, Namespaces};
 use reload::Doubt;
 use signals::{Signal, Signals};
@@ -107,6 +109,7 @@ pub struct Control {
     kernel_events: Events,
     /// Generation by which live connections were last judged again.
     judged: Option<u32>,
+    housekeeping: Housekeeping,
     /// By which it was last told what policies in dry run would change of them.
     told: Arc<Snapshot>,
     endpoints: Endpoints,
@@ -216,6 +219,7 @@ impl Control {
             events: Some(parts.events.0),
             kernel_events: parts.events.1,
             judged: None,
+            housekeeping: Housekeeping::new(),
             told: Arc::default(),
             is_enforced: false,
             daemon,
@@ -297,6 +301,7 @@ impl Control {
                 // Certificates expire without a change: readiness is told again at each of these.
                 Change::Asked(answer) => {
                     self.keep_pinned();
+                    self.keep_house();
                     // Whoever asked may have given up.
                     let _ = answer.send(());
                 }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use reeve_common::{
-    Address, Direction, DryRun, Event, EventKind, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook,
+    Address, Direction, DryRun, Event, EventKind, FLOW_IDLE_NANOSECONDS, Flow, FlowSlot, Hook,
     NO_WORKLOAD, Reason, UNKNOWN_WORKLOAD, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry,
     WorkloadId, link_local_key, protocol,
 };
@@ -128,18 +128,18 @@ impl Control {
             }
         }
         let now = monotonic_nanoseconds();
-        let flows = datapath.end_flows(|key, entry| {
-            let over = judge.of_flow(key, entry, now).is_some();
+        let flows = datapath.end_flows(|slot, flow| {
+            let over = judge.of_flow(slot, flow, now).is_some();
             if !over {
-                standing.flow(key, entry, now);
+                standing.flow(slot, flow, now);
             }
             over
         });
         standing.tell(&self.kernel_events, &self.daemon.metrics);
         let flows = flows?;
         number += flows.len();
-        for (key, entry) in flows {
-            if let Some(over) = judge.of_flow(&key, &entry, now) {
+        for (slot, flow) in flows {
+            if let Some(over) = judge.of_flow(&slot, &flow, now) {
                 self.tell(judge, &over);
             }
         }
@@ -254,12 +254,12 @@ impl<'a> Judge<'a> {
     }
 
     /// The same for a flow.
-    fn of_flow(&self, key: &FlowKey, entry: &FlowEntry, now: u64) -> Option<Over> {
-        let idle = now.saturating_sub(entry.last_seen);
-        if entry.generation == self.generation || idle >= FLOW_IDLE_NANOSECONDS {
+    fn of_flow(&self, slot: &FlowSlot, flow: &Flow, now: u64) -> Option<Over> {
+        let idle = now.saturating_sub(flow.last_seen);
+        if flow.generation == self.generation || idle >= FLOW_IDLE_NANOSECONDS {
             return None;
         }
-        let connection = Plain::of_flow(key, entry);
+        let connection = Plain::of_flow(slot, flow);
         let rule = self.refusal(&connection)?;
         Some(Over { connection, rule })
     }
@@ -282,17 +282,18 @@ impl<'a> Judge<'a> {
 // === impl Plain ===
 
 impl Plain {
-    fn of_flow(key: &FlowKey, entry: &FlowEntry) -> Self {
+    fn of_flow(slot: &FlowSlot, flow: &Flow) -> Self {
         Self {
-            workload: key.workload,
-            protocol: key.protocol,
-            direction: if entry.direction == Direction::Egress as u32 {
+            workload: slot.workload,
+            protocol: flow.protocol as u8,
+            direction: if flow.direction == Direction::Egress as u32 {
                 Direction::Egress
             } else {
                 Direction::Ingress
             },
-            local: SocketAddr::new(ip(&key.local), key.local_port),
-            remote: SocketAddr::new(ip(&key.remote), key.remote_port),
+            // A socket that is bound to no address is asked about before the kernel has chosen one.
+            local: SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), flow.local_port),
+            remote: SocketAddr::new(ip(&flow.remote), flow.remote_port),
         }
     }
 
@@ -344,7 +345,7 @@ fn ip(address: &Address) -> IpAddr {
 }
 
 /// The kernel's clock for events and flows.
-fn monotonic_nanoseconds() -> u64 {
+pub(super) fn monotonic_nanoseconds() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
     // The clock is there on every Linux; without it, everything is new.
     now.map_or(0, |now| {

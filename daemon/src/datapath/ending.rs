@@ -4,7 +4,7 @@
 use std::{io, os::fd::AsFd};
 
 use aya::maps::MapError;
-use reeve_common::{FlowEntry, FlowKey, ToldKey};
+use reeve_common::{FLOW_IDLE_NANOSECONDS, Flow, FlowSlot, ToldKey};
 
 use super::{Datapath, Error, Listener, LiveSocket, diag::Diagnosis, lock, netns::Netns, sys};
 
@@ -105,9 +105,9 @@ impl Datapath {
     /// From the kernel.
     pub fn end_flows(
         &self,
-        mut is_over: impl FnMut(&FlowKey, &FlowEntry) -> bool,
-    ) -> Result<Vec<(FlowKey, FlowEntry)>, Error> {
-        let over: Vec<FlowKey> = self
+        mut is_over: impl FnMut(&FlowSlot, &Flow) -> bool,
+    ) -> Result<Vec<(FlowSlot, Flow)>, Error> {
+        let over: Vec<FlowSlot> = self
             .flows
             .0
             .iter()
@@ -126,5 +126,16 @@ impl Datapath {
             ended.extend(taken.map(|entry| (key, entry)));
         }
         Ok(ended)
+    }
+
+    /// Forgets the flows without a packet for so long that the next one is judged anew: the map
+    /// then holds what is in use, and no more. `now` is `CLOCK_MONOTONIC`'s, in nanoseconds. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn forget_idle_flows(&self, now: u64) -> Result<usize, Error> {
+        let idle = |flow: &Flow| now.saturating_sub(flow.last_seen) >= FLOW_IDLE_NANOSECONDS;
+        Ok(self.end_flows(|_, flow| idle(flow))?.len())
     }
 }

@@ -18,9 +18,9 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use reeve_common::{
-    Address, Arriving, FlowEntry, FlowKey, NameDigest, NamespaceEntry, Origin, PeerEntry,
-    PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey, WorkloadEntry,
-    WorkloadId,
+    Address, Arriving, Flow, FlowEntry, FlowKey, FlowSlot, NameDigest, NamespaceEntry, Origin,
+    PeerEntry, PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey,
+    WorkloadEntry, WorkloadId, flow_sets,
 };
 
 use super::{
@@ -86,7 +86,7 @@ const PINNED_MAPS: [Shape; 15] = [
     shape::<PeerPortKey, PeerEntry>("PEER_PORTS", MapType::Hash),
     trie::<VerdictKey, VerdictEntry>("VERDICTS"),
     shape::<u32, Origin>("ORIGINAL_DESTINATIONS", MapType::SkStorage),
-    shape::<FlowKey, FlowEntry>("FLOWS", MapType::LruHash),
+    shape::<FlowSlot, Flow>("FLOWS", MapType::Hash),
     shape::<FlowKey, FlowEntry>("ONWARD", MapType::LruHash),
     shape::<u32, SocketTag>("SOCKETS", MapType::SkStorage),
     shape::<u32, Arriving>("ARRIVING", MapType::PerCpuArray),
@@ -132,6 +132,7 @@ pub(super) fn load(
     pins: &Path,
     namespaces: &PacketNamespaces,
 ) -> Result<Ebpf, Error> {
+    let mut sets = 1;
     let mut loader = EbpfLoader::new();
     for shape in PINNED_MAPS {
         let (name, ..) = shape;
@@ -151,6 +152,9 @@ pub(super) fn load(
         }
         if let Some(capacity) = adopted.or(wanted) {
             loader.map_max_entries(name, capacity);
+            if name == "FLOWS" {
+                sets = flow_sets(capacity);
+            }
         }
         loader.map_pin_path(name, path);
     }
@@ -159,6 +163,7 @@ pub(super) fn load(
         EbpfLog::Debug => aya_log::Level::Debug as u8,
     };
     loader.override_global(aya_log::LEVEL, &log_level, true);
+    loader.override_global("FLOW_SETS", &sets, true);
     let source = namespaces.source() as u8;
     let offsets = namespaces.offsets();
     loader.override_global("NAMESPACE_SOURCE", &source, true);

@@ -44,9 +44,9 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, Direction, FlowEntry, FlowKey, LAYOUT_VERSION, NameDigest, NamespaceEntry,
-    NamespaceSource, Origin, SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER, ToldKey,
-    VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
+    Address, Direction, Flow, FlowEntry, FlowKey, FlowSlot, LAYOUT_VERSION, NameDigest,
+    NamespaceEntry, NamespaceSource, Origin, SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER,
+    ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 
 pub use self::{
@@ -129,7 +129,7 @@ pub struct Datapath {
     /// `TOLD`.
     told: Mutex<maps::HashMap<MapData, ToldKey, u32>>,
     /// Maps that only the programs fill, and their capacities.
-    flows: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
+    flows: (maps::HashMap<MapData, FlowSlot, Flow>, u32),
     onward: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
 }
 

@@ -11,7 +11,10 @@
 //! workload must be enrolled even when its policy does not fit; a workload of which a refusal is missing
 //! then loses all its allowances.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    hash::{BuildHasher as _, RandomState},
+};
 
 use aya::{
     Ebpf,
@@ -81,6 +84,9 @@ impl State {
         current.generation = current.generation.max(1);
         // 0 is nobody's.
         current.next_id = current.next_id.max(1);
+        if current.flow_seed == 0 {
+            current.flow_seed = RandomState::new().hash_one(()) as u32;
+        }
         current.outbound_port = ports.outbound;
         current.tunnel_port = ports.tunnel;
         map.set(0, current, 0)

@@ -9,12 +9,15 @@ use std::{
 use aya::maps::{HashMap, Map, MapData};
 use nix::time::{ClockId, clock_gettime};
 use reeve_common::{
-    Direction, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, Hook, NamespaceEntry, Reason,
-    protocol::UDP,
+    Action, Direction, FLOW_IDLE_NANOSECONDS, FLOW_SHARES, Flow, FlowSlot, Hook, NamespaceEntry,
+    Reason, protocol::UDP,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::world::{CLASS, MOMENT, Scope, WORKLOAD, World, assert_refused};
+use crate::{
+    room,
+    world::{CLASS, MOMENT, Scope, WORKLOAD, World, assert_refused},
+};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -42,6 +45,18 @@ impl Asking {
         world.peer(0);
         world.allow(Direction::Egress, Scope::Port(UDP, 53));
         world.apply();
+        Self::asking(world)
+    }
+
+    /// The same with little room: eight slots for what a workload opens, and eight for what arrives.
+    fn in_little_room() -> Self {
+        let mut world = room::with(|maps| maps.flows = 2 * 8 * FLOW_SHARES);
+        world.allow(Direction::Egress, Scope::Port(UDP, 53));
+        world.apply();
+        Self::asking(world)
+    }
+
+    fn asking(world: World) -> Self {
         let here = world.as_workload(|| udp(world.here.port4(1000)));
         let there = world.as_far_end(|| udp(world.there.port4(53)));
         Self { world, here, there }
@@ -65,9 +80,9 @@ impl Asking {
         })
     }
 
-    fn flows(&self) -> HashMap<MapData, FlowKey, FlowEntry> {
+    fn flows(&self) -> HashMap<MapData, FlowSlot, Flow> {
         let pin = self.world.settings.pins.join("FLOWS");
-        let map = Map::LruHashMap(MapData::from_pin(pin).unwrap());
+        let map = Map::HashMap(MapData::from_pin(pin).unwrap());
         map.try_into().unwrap()
     }
 
@@ -194,7 +209,7 @@ fn a_workload_that_shares_an_address_does_not_share_flows() {
         Direction::Egress,
         CLASS,
         Scope::Port(UDP, 53),
-        reeve_common::Action::Allow,
+        Action::Allow,
     );
     world.apply();
     let (own, to) = (world.here.port4(1000), world.there.port4(53));
@@ -206,4 +221,101 @@ fn a_workload_that_shares_an_address_does_not_share_flows() {
     assert_refused(sent);
     let event = world.event("the other is refused", |event| event.allowed == 0);
     assert_eq!(event.workload, WORKLOAD + 1);
+}
+
+/// More than a share has room for, many times over.
+const FLOOD: std::ops::Range<u16> = 20_000..21_000;
+
+#[test]
+fn a_workload_that_floods_the_map_evicts_no_flow_of_another() {
+    let mut asking = Asking::in_little_room();
+    let other = WORKLOAD + 1;
+    let world = &mut asking.world;
+    // Both in one namespace, so that nothing but the workload tells their flows apart.
+    let flooding = world.stranger.child("flooding");
+    world.add_workload(flooding.id(), flooding.depth(), other);
+    for entry in &mut world.state.namespaces {
+        entry.1 = NamespaceEntry::default();
+    }
+    world.state.local_addresses.clear();
+    for index in 0..world.state.tables.verdicts.len() {
+        let (bits, mut key, entry) = world.state.tables.verdicts[index];
+        key.workload = other;
+        world.state.tables.verdicts.push((bits, key, entry));
+    }
+    world.apply();
+    asking.ask();
+    let world = &asking.world;
+    let to = world.there.port4(53);
+    world.here.run(&flooding, || {
+        for port in FLOOD {
+            let socket = UdpSocket::bind(world.here.port4(port)).unwrap();
+            socket.send_to(b"x", to).unwrap();
+        }
+    });
+    assert!(asking.hears(), "the flow is still there");
+    let flows: Vec<_> = asking.flows().iter().map(Result::unwrap).collect();
+    let of = |workload| {
+        flows
+            .iter()
+            .filter(|(slot, _)| slot.workload == workload)
+            .count()
+    };
+    assert_eq!(of(WORKLOAD), 1);
+    assert_eq!(of(other), 8, "its share for what it opens");
+}
+
+#[test]
+fn clients_of_an_open_port_evict_no_question_of_its_workload() {
+    let mut asking = Asking::in_little_room();
+    asking
+        .world
+        .allow(Direction::Ingress, Scope::Port(UDP, 5454));
+    asking.world.apply();
+    let open = asking.world.here.port4(5454);
+    let server = asking.world.as_workload(|| udp(open));
+    asking.ask();
+    for port in FLOOD {
+        asking.world.as_far_end(|| {
+            let client = udp(asking.world.there.port4(port));
+            client.send_to(b"x", open).unwrap();
+        });
+        server.recv(&mut [0]).unwrap();
+    }
+    assert!(asking.hears(), "the question is still there");
+    // The newest of them is answered, however many there were.
+    let newest = asking.world.there.port4(FLOOD.end);
+    let client = asking.world.as_far_end(|| {
+        let client = udp(newest);
+        client.send_to(b"x", open).unwrap();
+        client
+    });
+    server.recv(&mut [0]).unwrap();
+    asking
+        .world
+        .as_workload(|| server.send_to(b"y", newest))
+        .unwrap();
+    client.recv(&mut [0]).unwrap();
+}
+
+#[test]
+fn idle_flows_give_their_slots_back() {
+    let asking = Asking::new();
+    let forget = || asking.world.datapath().forget_idle_flows(now()).unwrap();
+    asking.ask();
+    assert_eq!(forget(), 0);
+    asking.age(FLOW_IDLE_NANOSECONDS + SECOND);
+    assert_eq!(forget(), 1);
+    assert_eq!(asking.flows().iter().count(), 0);
+    asking.ask();
+    assert!(asking.hears());
+}
+
+#[test]
+fn a_restarted_daemon_finds_the_flows_of_the_previous_one() {
+    let mut asking = Asking::new();
+    asking.ask();
+    asking.world.stop();
+    asking.world.start().unwrap();
+    assert!(asking.hears());
 }

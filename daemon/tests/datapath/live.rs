@@ -8,7 +8,7 @@ use std::{
 
 use reeve::datapath::LiveSocket;
 use reeve_common::{
-    Direction, FlowEntry, FlowKey,
+    Direction, Flow, FlowSlot,
     protocol::{TCP, UDP},
 };
 
@@ -125,10 +125,13 @@ fn a_connected_datagram_socket_is_ended_and_its_flow_forgotten() {
     let error = socket.recv(&mut [0]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
 
-    let to_other = |key: &FlowKey, _: &FlowEntry| key.remote_port == other.port();
+    let to_other = |_: &FlowSlot, flow: &Flow| flow.remote_port == other.port();
     let ended = world.datapath().end_flows(to_other).unwrap();
     assert_eq!(ended.len(), 1);
-    assert_eq!((ended[0].0.workload, ended[0].0.protocol), (WORKLOAD, UDP));
+    assert_eq!(
+        (ended[0].0.workload, ended[0].1.protocol),
+        (WORKLOAD, UDP.into())
+    );
     assert!(world.datapath().end_flows(to_other).unwrap().is_empty());
     let usage = world.datapath().map_usage();
     let flows = usage.iter().find(|map| map.name == "FLOWS").unwrap();

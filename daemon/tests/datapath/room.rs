@@ -18,7 +18,7 @@ use crate::world::{CLASS, PEER, Scope, WORKLOAD, World, assert_refused};
 
 /// A workload, and maps with other capacities than usual. One entry of `PEERS` and of `VERDICTS` is
 /// left free.
-fn with(capacities: impl FnOnce(&mut Maps)) -> World {
+pub(crate) fn with(capacities: impl FnOnce(&mut Maps)) -> World {
     let mut world = World::new();
     world.stop();
     fs::remove_dir_all(&world.settings.pins).unwrap();
@@ -201,4 +201,25 @@ fn a_port_without_room_is_not_taken_for_the_rest_of_its_address() {
     }
     world.verdict_event(Hook::Connect, false, Reason::MapFailure);
     connect(&world, world.there.port6(80)).unwrap();
+}
+
+#[test]
+fn a_workload_that_floods_the_ring_buffer_leaves_room_for_the_events_of_another() {
+    // Room for some forty events.
+    let mut world = with(|maps| maps.events = 4096);
+    let (id, depth) = (world.stranger.id(), world.stranger.depth());
+    world.add_workload(id, depth, WORKLOAD + 1);
+    world.apply();
+    let to = world.there.port4(81);
+    world.here.run(&world.stranger, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for _ in 0..1000 {
+            assert_refused(socket.connect(to));
+        }
+    });
+    assert!(world.datapath().lost_events().unwrap() > 0);
+    assert_refused(connect(&world, to));
+    world.event("the workload is refused", |event| {
+        event.workload == WORKLOAD
+    });
 }

@@ -2,8 +2,7 @@
 //! connection; of one that stands it is told when it has become another, once.
 
 use reeve_common::{
-    Direction, DryRun, Event, FLOW_IDLE_NANOSECONDS, FlowEntry, FlowKey, NO_WORKLOAD, Reason,
-    protocol,
+    Direction, DryRun, Event, FLOW_IDLE_NANOSECONDS, Flow, FlowSlot, NO_WORKLOAD, Reason, protocol,
 };
 
 use super::{Judge, Plain};
@@ -50,9 +49,9 @@ impl<'a> Standing<'a> {
     }
 
     /// Looks at a flow.
-    pub(super) fn flow(&mut self, key: &FlowKey, entry: &FlowEntry, now: u64) {
-        if now.saturating_sub(entry.last_seen) < FLOW_IDLE_NANOSECONDS {
-            self.connection(&Plain::of_flow(key, entry));
+    pub(super) fn flow(&mut self, slot: &FlowSlot, flow: &Flow, now: u64) {
+        if now.saturating_sub(flow.last_seen) < FLOW_IDLE_NANOSECONDS {
+            self.connection(&Plain::of_flow(slot, flow));
         }
     }
 
