@@ -445,6 +445,24 @@ pub const TAG_REEVE: u32 = 1 << 6;
 /// workload ([`crate::Reason::WrongListener`]). The daemon, which gets no answer, looks here.
 pub const TAG_WRONG_LISTENER: u32 = 1 << 7;
 
+/// `TRANSLATED`: socket storage, of TCP sockets whose packets leave for another far end than their
+/// socket has, or from another address: what is to be thought of that. Written and read by the
+/// programs only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Translated {
+    /// The far end that the packets really leave for.
+    pub remote: Address,
+    /// [`Settings::generation`] of the verdict.
+    pub generation: u32,
+    /// Port of the far end, host byte order.
+    pub remote_port: u16,
+    /// [`Direction`] of the verdict.
+    pub direction: u8,
+    /// Whether it is allowed.
+    pub allowed: u8,
+}
+
 /// `ARRIVING`: per-CPU array of one. A packet that was let in to a listening socket leaves its
 /// connection here for `sock_ops`, which runs next on the same CPU where the packet completes
 /// the handshake and cannot find out the workload by itself.
@@ -505,6 +523,7 @@ const _: () = {
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowEntry>() == 16);
     assert!(size_of::<SocketTag>() == 48);
+    assert!(size_of::<Translated>() == 24);
     assert!(size_of::<Arriving>() == 100);
     assert!(size_of::<ToldKey>() == 16);
     assert!(size_of::<crate::Event>() == 96);

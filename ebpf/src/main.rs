@@ -22,6 +22,7 @@ mod sender;
 mod sendmsg;
 mod sock_ops;
 mod sockopt;
+mod translate;
 
 /// Licence that the kernel asks for before it allows the helpers used here.
 #[unsafe(no_mangle)]

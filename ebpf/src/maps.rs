@@ -12,7 +12,7 @@ use aya_ebpf::{
 use reeve_common::{
     Address, Arriving, COUNTER_SLOTS, Event, Flow, FlowEntry, FlowKey, FlowSlot, LocalAddressEntry,
     NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag,
-    ToldKey, VerdictEntry, VerdictKey, WorkloadEntry, WorkloadId,
+    ToldKey, Translated, VerdictEntry, VerdictKey, WorkloadEntry, WorkloadId,
 };
 
 use crate::{address::field, parse::Packet};
@@ -87,6 +87,9 @@ pub static ONWARD: LruHashMap<FlowKey, FlowEntry, SET_AT_LOAD> = LruHashMap::new
 
 #[btf_map]
 pub static SOCKETS: SkStorage<SocketTag> = SkStorage::new();
+
+#[btf_map]
+pub static TRANSLATED: SkStorage<Translated> = SkStorage::new();
 
 #[btf_map]
 pub static ARRIVING: PerCpuArray<Arriving, 1> = PerCpuArray::new();
@@ -189,6 +192,41 @@ pub fn set_tag(socket: *mut bpf_sock, value: &mut SocketTag) -> bool {
                 true
             }
             None => false,
+        }
+    }
+}
+
+/// What a socket remembers of its translation. `socket` is never null.
+#[inline(always)]
+pub fn translated(socket: *mut bpf_sock) -> Option<&'static mut Translated> {
+    // SAFETY: as in `tag`.
+    unsafe {
+        bpf_sk_storage_get(
+            core::ptr::from_ref(&TRANSLATED).cast_mut().cast(),
+            socket.cast(),
+            core::ptr::null_mut(),
+            0,
+        )
+        .cast::<Translated>()
+        .as_mut()
+    }
+}
+
+/// Makes a socket remember `value` of its translation, if the kernel has the memory. `socket` is
+/// never null.
+#[inline(always)]
+pub fn set_translated(socket: *mut bpf_sock, value: &mut Translated) {
+    // SAFETY: as in `set_tag`.
+    unsafe {
+        let stored = bpf_sk_storage_get(
+            core::ptr::from_ref(&TRANSLATED).cast_mut().cast(),
+            socket.cast(),
+            core::ptr::from_mut(value).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+        .cast::<Translated>();
+        if let Some(stored) = stored.as_mut() {
+            *stored = *value;
         }
     }
 }

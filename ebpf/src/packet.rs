@@ -27,6 +27,7 @@ use crate::{
     parse::{Packet, RST, has_ports, is_plain, parse},
     segment,
     sender::{self, Onward},
+    translate,
 };
 
 const PASS: i32 = 1;
@@ -102,7 +103,7 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         && !listening
         && let Some(tag) = remembered.as_deref()
         && tag.protocol == protocol::TCP
-        && let Some(verdict) = of_remembered(ctx, tag, &settings)
+        && let Some(verdict) = of_remembered(ctx, socket, tag, arrives, &settings)
     {
         return verdict;
     }
@@ -185,14 +186,20 @@ fn is_stolen_port(
 
 /// The port that a socket is bound to, host byte order.
 #[inline(always)]
-fn port(socket: *mut bpf_sock) -> u16 {
+pub fn port(socket: *mut bpf_sock) -> u16 {
     // SAFETY: a field of a whole socket.
     field(unsafe { &raw const (*socket).src_port }) as u16
 }
 
 /// What a TCP socket remembers decides, as long as the packet is what the socket was judged for.
 #[inline(always)]
-fn of_remembered(ctx: &SkBuffContext, tag: &SocketTag, settings: &Settings) -> Option<i32> {
+fn of_remembered(
+    ctx: &SkBuffContext,
+    socket: *mut bpf_sock,
+    tag: &SocketTag,
+    arrives: bool,
+    settings: &Settings,
+) -> Option<i32> {
     if tag.flags & TAG_REEVE != 0 {
         return Some(PASS);
     }
@@ -206,8 +213,14 @@ fn of_remembered(ctx: &SkBuffContext, tag: &SocketTag, settings: &Settings) -> O
         return None;
     }
     if tag.flags & TAG_ALLOWED != 0 {
-        // One with options or further headers may go elsewhere than its socket is connected to.
-        return (stays || is_plain(ctx)).then_some(PASS);
+        // One with options or further headers may go elsewhere than its socket is connected to, and
+        // so may one that was translated.
+        let expected = if arrives {
+            stays || is_plain(ctx)
+        } else {
+            translate::leaves_as_asked(ctx.skb.skb, socket, tag)
+        };
+        return expected.then_some(PASS);
     }
     Some(if is_reset(ctx) { PASS } else { DROP })
 }
@@ -251,7 +264,7 @@ fn subject(
 }
 
 /// Whether a workload sends under an address that it has no right to.
-#[inline(always)]
+#[inline(never)]
 fn is_forged(skb: *mut __sk_buff, subject: &Subject, source: &Address) -> bool {
     let workload = subject.entry.workload;
     subject.by_socket
@@ -298,7 +311,26 @@ fn judge_packet(
         report(&connection, Outcome::deny(Reason::SourceRouted));
         return false;
     }
-    if stays(ctx, &connection) {
+    // From here on the connection of a packet that leaves is what its socket asked for.
+    let translated = !arrives
+        && !subject.raw
+        && match packet.protocol {
+            protocol::TCP if subject.listening => false,
+            protocol::TCP => translate::of_stream(subject.socket, &mut connection),
+            protocol::UDP => translate::of_datagram(subject.socket, &mut connection),
+            _ => false,
+        };
+    let remote = if arrives {
+        &packet.source
+    } else {
+        &packet.destination
+    };
+    let stays = stays(ctx.skb.skb, arrives, subject, &connection, remote);
+    if !arrives && !stays && is_forged(ctx.skb.skb, subject, &packet.source) {
+        report(&connection, Outcome::deny(Reason::ForgedSource));
+        return false;
+    }
+    if stays && !translated {
         if packet.protocol == protocol::TCP && !subject.raw && !subject.listening {
             // Not remembered: the next packet takes this way again.
             let _ = remember(
@@ -309,10 +341,6 @@ fn judge_packet(
             );
         }
         return true;
-    }
-    if !arrives && is_forged(ctx.skb.skb, subject, &connection.local) {
-        report(&connection, Outcome::deny(Reason::ForgedSource));
-        return false;
     }
     if matches!(packet.protocol, protocol::ESP | protocol::AH)
         && !arrives
@@ -326,14 +354,21 @@ fn judge_packet(
             if subject.raw {
                 return segment::raw(&connection, &packet, settings, subject);
             }
-            segment::tcp(
-                ctx.skb.skb,
-                arrives,
-                settings,
-                subject,
-                &mut connection,
-                &packet,
-            )
+            // What a socket asks of itself is not in question, whatever becomes of it is.
+            let allowed =
+                if translated && translate::is_settled(subject.socket, settings.generation) {
+                    true
+                } else if translated && judge::is_own(&connection.remote, connection.workload) {
+                    let flags = TAG_ALLOWED | TAG_LOCAL;
+                    // Not remembered: the next packet takes this way again.
+                    let _ = remember(subject.socket, &connection, settings.generation, flags);
+                    true
+                } else {
+                    segment::tcp(ctx.skb.skb, settings, subject, &mut connection, &packet)
+                };
+            allowed
+                && (!translated
+                    || translate::reaches(settings, subject, &mut connection, &packet, stays))
         }
         protocol::UDP if subject.raw => segment::raw(&connection, &packet, settings, subject),
         // The other family's number is a protocol like any other.
@@ -349,7 +384,23 @@ fn judge_packet(
                 &packet,
             )
         }
-        _ => flow(settings, subject, &mut connection),
+        _ => {
+            // What was asked for is remembered as well: answers come from there. `connect()` told of
+            // it; who may send nothing is told so below.
+            if translated
+                && !is_unknown(&subject.entry)
+                && !judge::is_own(&connection.remote, connection.workload)
+                && !flow::pass(&mut connection, settings, true)
+            {
+                return false;
+            }
+            if translated {
+                connection.local_port = packet.source_port;
+                connection.remote = packet.destination;
+                connection.remote_port = packet.destination_port;
+            }
+            stays || flow(settings, subject, &mut connection)
+        }
     }
 }
 
@@ -386,13 +437,27 @@ fn as_connected(socket: *mut bpf_sock, connection: &mut Connection) {
 /// and a packet to the workload under a stranger's address has the kernel answer the stranger. In a
 /// namespace that several share, the daemon knows of no address whose it is: loopback's at one end
 /// will do there, and `icmp::is_leak` looks at the kernel's answers.
-#[inline(always)]
-fn stays(ctx: &SkBuffContext, connection: &Connection) -> bool {
-    is_on_loopback(ctx.skb.skb)
-        && (judge::is_own(&connection.local, connection.workload)
-            && judge::is_own(&connection.remote, connection.workload)
-            || (is_loopback(&connection.local) || is_loopback(&connection.remote))
-                && namespace::owner(ctx.skb.skb, false) != connection.workload)
+///
+/// A function of its own, as the other questions are that a packet is asked beside its verdict: what
+/// they need does not lie on the stack while the verdict is found.
+#[inline(never)]
+fn stays(
+    skb: *mut __sk_buff,
+    arrives: bool,
+    subject: &Subject,
+    connection: &Connection,
+    remote: &Address,
+) -> bool {
+    if !is_on_loopback(skb) {
+        return false;
+    }
+    let workload = connection.workload;
+    // What answers a redirected client bears the address that was asked for.
+    let from_here = judge::is_own(&connection.local, workload)
+        || (!arrives && subject.listening && translate::listens_here(subject.socket, workload));
+    from_here && judge::is_own(remote, workload)
+        || (is_loopback(&connection.local) || is_loopback(remote))
+            && namespace::owner(skb, false) != workload
 }
 
 #[inline(always)]

@@ -68,9 +68,9 @@ const NO_OPERATION: u8 = 1;
 const LOOSE_SOURCE_ROUTE: u8 = 131;
 const STRICT_SOURCE_ROUTE: u8 = 137;
 /// First byte of an IPv4 header without options.
-const V4_PLAIN: u8 = 0x45;
+pub const V4_PLAIN: u8 = 0x45;
 /// Where an IPv6 header names what follows it.
-const V6_NEXT_HEADER: usize = 6;
+pub const V6_NEXT_HEADER: usize = 6;
 
 /// Protocols whose header begins with two ports, beside TCP, UDP and SCTP.
 const DCCP: u8 = 33;

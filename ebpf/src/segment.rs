@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::generated::bpf_get_socket_cookie,
 };
 use reeve_common::{
-    Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
+    Direction, Hook, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
 };
 
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
     flow,
     judge::{is_unknown, judge},
     maps::{ARRIVING, TOLD, tag},
-    packet::{Subject, is_on_loopback, remember},
+    packet::{Subject, is_on_loopback, port, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
 };
 
@@ -46,10 +46,11 @@ pub fn raw(
 }
 
 /// TCP, of a socket that remembers nothing of this generation.
-#[inline(always)]
+///
+/// A function of its own: what it needs does not lie on the stack while a flow is judged.
+#[inline(never)]
 pub fn tcp(
     skb: *mut __sk_buff,
-    arrives: bool,
     settings: &Settings,
     subject: &Subject,
     connection: &mut Connection,
@@ -59,8 +60,15 @@ pub fn tcp(
         return true;
     }
     if subject.listening {
-        // The packet that asks was judged when it arrived.
-        return !arrives || tcp_arriving(settings, subject, connection);
+        if connection.hook == Hook::PacketIngress as u8 {
+            return tcp_arriving(settings, subject, connection);
+        }
+        connection.direction = Direction::Ingress as u8;
+        connection.local_port = port(subject.socket);
+        // Whose source was translated has come by another device, and so does the answer leave.
+        return is_on_loopback(skb)
+            || answers(settings, connection)
+            || let_in(subject, connection).allowed();
     }
     let (flags_before, direction_before, generation_before) = match tag(subject.socket) {
         Some(tag) if tag.protocol == protocol::TCP => (tag.flags, tag.direction, tag.generation),
@@ -134,13 +142,8 @@ fn tells(skb: *mut __sk_buff, generation: u32) -> bool {
 /// A packet for a listening socket: an opening, or the last of a handshake.
 #[inline(always)]
 fn tcp_arriving(settings: &Settings, subject: &Subject, connection: &mut Connection) -> bool {
-    let outcome = if is_unknown(&subject.entry) {
-        Outcome::deny(Reason::UnknownWorkload)
-    } else {
-        judge(connection)
-    };
+    let outcome = let_in(subject, connection);
     if !outcome.allowed() {
-        report(connection, outcome);
         return false;
     }
     if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
@@ -165,9 +168,40 @@ fn tcp_arriving(settings: &Settings, subject: &Subject, connection: &mut Connect
     true
 }
 
+/// Whether what a listening socket sends is for who has just been let in by it. The answer to a
+/// packet whose source was translated leaves for another: for the one who really sent it.
+#[inline(always)]
+fn answers(settings: &Settings, connection: &Connection) -> bool {
+    let Some(arriving) = ARRIVING.get_ptr(0) else {
+        return false;
+    };
+    // SAFETY: the value is this processor's, and the answer is sent while the packet that asks is
+    // looked at.
+    unsafe {
+        (*arriving).generation == settings.generation
+            && (*arriving).key.workload == connection.workload
+            && (*arriving).key.remote == connection.remote
+            && (*arriving).key.remote_port == connection.remote_port
+    }
+}
+
+/// Judges a connection to a listening socket, and tells of a refusal.
+#[inline(always)]
+fn let_in(subject: &Subject, connection: &mut Connection) -> Outcome {
+    let outcome = if is_unknown(&subject.entry) {
+        Outcome::deny(Reason::UnknownWorkload)
+    } else {
+        judge(connection)
+    };
+    if !outcome.allowed() {
+        report(connection, outcome);
+    }
+    outcome
+}
+
 /// Judges TCP that goes as plaintext; a far end behind a tunnel does not get it.
 #[inline(always)]
-fn plaintext(connection: &mut Connection) -> Outcome {
+pub fn plaintext(connection: &mut Connection) -> Outcome {
     let outcome = judge(connection);
     if outcome.through_tunnel() {
         return Outcome::deny(Reason::TunnelBypassed);

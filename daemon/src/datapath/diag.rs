@@ -2,37 +2,29 @@
 //! kernel's `sock_diag` (`sock_diag(7)`, `linux/inet_diag.h`), which no maintained library speaks
 //! whole. [`message`] is how its messages are written.
 
-mod message;
+pub(super) mod message;
 
-use std::{
-    io::{self, Read},
-    net::SocketAddr,
-    os::fd::BorrowedFd,
-};
+use std::{io, net::SocketAddr, os::fd::BorrowedFd};
 
 use reeve_common::{
     Direction, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE,
     TAG_TUNNELLED, WorkloadId, protocol,
 };
-use socket2::{Domain, Protocol, Socket, Type};
 
 use self::message::{
-    Answer, COOKIE, HEADER, IDENTITY_LENGTH, OTHER_ADDRESS, OTHER_PORT, OWN_ADDRESS, OWN_PORT,
-    ask_storage, decode, request, split_message, word,
+    Answer, COOKIE, IDENTITY_LENGTH, OTHER_ADDRESS, OTHER_PORT, OWN_ADDRESS, OWN_PORT, ask_storage,
+    decode, request, word,
 };
-use super::netns::Netns;
+use super::{
+    netlink::{ACKNOWLEDGE, DUMP, Netlink, REQUEST},
+    netns::Netns,
+};
 
 /// `NETLINK_SOCK_DIAG`.
 const NETLINK: i32 = 4;
 /// Messages of the protocol.
 const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
-/// Messages of every netlink protocol, and flags of requests.
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
-const REQUEST: u16 = 1;
-const ACKNOWLEDGE: u16 = 4;
-const DUMP: u16 = 0x300;
 
 /// States of TCP in which there is a connection, and data may still pass: all but those of a
 /// listener, of a handshake that has no socket yet, and of what has ended.
@@ -44,9 +36,6 @@ const LISTENING: u32 = 1 << 10;
 /// Ports of a client that are tried for each of the listeners that share an address: that none of
 /// them leads to the one that is meant is as good as impossible.
 const TRIES: usize = 64;
-
-/// The kernel fills at most this much with one part of its answer.
-const PART: usize = 64 << 10;
 
 /// What a socket remembers, see [`SocketTag`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,23 +100,15 @@ pub struct Listener {
 
 /// A conversation with the kernel about the sockets of one namespace.
 pub(super) struct Diagnosis {
-    socket: Socket,
-    buffer: Vec<u8>,
+    netlink: Netlink,
 }
 
 // === impl Diagnosis ===
 
 impl Diagnosis {
     pub(super) fn open(netns: &Netns) -> io::Result<Self> {
-        let kind = (
-            Domain::from(libc::AF_NETLINK),
-            Type::RAW,
-            Protocol::from(NETLINK),
-        );
-        let socket = netns.run(|| Socket::new(kind.0, kind.1, Some(kind.2)))?;
         Ok(Self {
-            socket,
-            buffer: vec![0; PART],
+            netlink: Netlink::open(netns, NETLINK)?,
         })
     }
 
@@ -170,11 +151,12 @@ impl Diagnosis {
         for family in [libc::AF_INET, libc::AF_INET6] {
             let mut request = request(family as u8, protocol, states, &wanted);
             request.extend(ask_storage(tags));
-            self.ask(BY_FAMILY, REQUEST | DUMP, &request, |answer| {
-                if let Some(answer) = decode(answer) {
-                    found(answer);
-                }
-            })?;
+            self.netlink
+                .ask(BY_FAMILY, REQUEST | DUMP, &request, BY_FAMILY, |answer| {
+                    if let Some(answer) = decode(answer) {
+                        found(answer);
+                    }
+                })?;
         }
         Ok(())
     }
@@ -183,11 +165,16 @@ impl Diagnosis {
     /// has ended by itself meanwhile.
     pub(super) fn destroy(&mut self, socket: &LiveSocket) -> io::Result<bool> {
         let request = request(socket.family, socket.protocol, 0, &socket.identity);
-        match self.ask(DESTROY, REQUEST | ACKNOWLEDGE, &request, |_| {}) {
+        match self.end(&request) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    fn end(&mut self, request: &[u8]) -> io::Result<()> {
+        let flags = REQUEST | ACKNOWLEDGE;
+        self.netlink.ask(DESTROY, flags, request, BY_FAMILY, |_| {})
     }
 
     /// Closes a listener, which is one of `sharing` at its address: whoever waits in its queue gets
@@ -202,52 +189,13 @@ impl Diagnosis {
         for port in (0..=u16::MAX).take(sharing.saturating_mul(TRIES)) {
             identity[OTHER_PORT].copy_from_slice(&port.to_be_bytes());
             let request = request(listener.family, protocol::TCP, 0, &identity);
-            match self.ask(DESTROY, REQUEST | ACKNOWLEDGE, &request, |_| {}) {
+            match self.end(&request) {
                 Ok(()) => return Ok(true),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(false)
-    }
-
-    /// Sends a request, and calls `answer` with each part of the answer until the last.
-    fn ask(
-        &mut self,
-        kind: u16,
-        flags: u16,
-        body: &[u8],
-        mut answer: impl FnMut(&[u8]),
-    ) -> io::Result<()> {
-        let length = u32::try_from(HEADER + body.len()).map_err(io::Error::other)?;
-        let mut message = length.to_ne_bytes().to_vec();
-        message.extend(kind.to_ne_bytes());
-        message.extend(flags.to_ne_bytes());
-        // Neither a sequence number nor an address: there is one question at a time.
-        message.extend([0; 8]);
-        message.extend(body);
-        self.socket.send(&message)?;
-        loop {
-            let read = (&self.socket).read(&mut self.buffer)?;
-            let mut rest = self.buffer.get(..read).unwrap_or_default();
-            while let Some((kind, body, next)) = split_message(rest) {
-                match kind {
-                    DONE => return Ok(()),
-                    ERROR => {
-                        // 0 acknowledges.
-                        return match word(body, 0) {
-                            Some(0) => Ok(()),
-                            code => Err(io::Error::from_raw_os_error(
-                                code.map_or(libc::EPROTO, |code| code.cast_signed().wrapping_neg()),
-                            )),
-                        };
-                    }
-                    BY_FAMILY => answer(body),
-                    _ => {}
-                }
-                rest = next;
-            }
-        }
     }
 }
 

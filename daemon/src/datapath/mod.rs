@@ -18,6 +18,8 @@ mod kernel_types;
 mod links;
 mod load;
 mod namespace_source;
+mod nat;
+mod netlink;
 pub mod netns;
 mod pins;
 mod readback;

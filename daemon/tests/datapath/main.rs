@@ -27,6 +27,7 @@ mod kernel;
 mod live;
 mod memory;
 mod namespaces;
+mod nat;
 mod neighbours;
 mod onward;
 mod options;

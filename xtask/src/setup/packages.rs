@@ -11,8 +11,9 @@ use crate::run;
 type Programs = [(&'static str, &'static str)];
 
 /// What tests, demo and bench run.
-pub(super) const TESTS: [(&str, &str); 17] = [
+pub(super) const TESTS: [(&str, &str); 18] = [
     ("ip", "iproute2"),
+    ("iptables", "iptables"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
     ("openssl", "openssl"),

@@ -8,7 +8,7 @@ use std::{
 
 /// Bytes of a message's header, of a request and of an answer behind it, and of an attribute's
 /// header; and what each is filled up to a multiple of.
-pub(super) const HEADER: usize = 16;
+pub(in crate::datapath) const HEADER: usize = 16;
 const REQUEST_LENGTH: usize = 56;
 const ANSWER_LENGTH: usize = 72;
 const ATTRIBUTE: usize = 4;
@@ -82,7 +82,7 @@ fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
 }
 
 /// The kind and the body of the first message, and what follows it.
-pub(super) fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+pub(in crate::datapath) fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let length = word(bytes, 0)? as usize;
     let kind = half(bytes, 4)?;
     let body = bytes.get(HEADER..length)?;
@@ -91,7 +91,7 @@ pub(super) fn split_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
 }
 
 /// The value of the first attribute of a kind.
-fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+pub(in crate::datapath) fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let length = usize::from(half(bytes, 0)?);
         let value = bytes.get(ATTRIBUTE..length)?;
@@ -122,7 +122,7 @@ pub(super) fn decode(answer: &[u8]) -> Option<Answer<'_>> {
     })
 }
 
-pub(super) fn word(bytes: &[u8], at: usize) -> Option<u32> {
+pub(in crate::datapath) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     bytes
         .get(at..)?
         .first_chunk()
