@@ -237,7 +237,14 @@ fn names_route(skb: *mut __sk_buff, header: u32) -> Option<bool> {
         return None;
     }
     // One byte more than there are options, for the length of an option that begins in the last.
-    let mut options = [0_u8; V4_OPTIONS + 1];
+    let mut words = [0_u64; V4_OPTIONS / 8 + 1];
+    for word in &mut words {
+        // Not a call of `memset`, whose frame would lie on the deepest stack there is.
+        // SAFETY: a word of this function's own.
+        unsafe { core::ptr::from_mut(word).write_volatile(0) };
+    }
+    // SAFETY: as many bytes either way, of which any are a value.
+    let options: &mut [u8; (V4_OPTIONS / 8 + 1) * 8] = unsafe { &mut *(&raw mut words).cast() };
     // SAFETY: `options` has room for `length` bytes.
     let read = unsafe {
         bpf_skb_load_bytes(

@@ -43,6 +43,9 @@ const UNCHANGED: i32 = 0;
 /// Has the call succeed without the kernel's doing anything.
 const SKIPPED: i32 = -1;
 
+/// Where a `group_req` has its address. A caller of 32 bits has it elsewhere; for such a one the kernel
+/// runs no program.
+const GROUP: usize = 8;
 /// Address families, as the beginning of an address has them.
 const INET: u16 = 2;
 const INET6: u16 = 10;
@@ -172,12 +175,7 @@ fn join(ctx: *mut bpf_sockopt, level: i32, name: i32, length: i32) -> i32 {
         (IPV6, IPV6_ADD_MEMBERSHIP) => {
             !names_v6(ctx, 0, &mut connection) || may_join(&mut connection)
         }
-        // The number of a device comes first: four bytes and, for a caller of 64 bits, four more.
-        // Which of both the caller is, is not told, so that the group is allowed either way.
-        _ => {
-            (!names_group(ctx, 4, &mut connection) || may_join(&mut connection))
-                && (!names_group(ctx, 8, &mut connection) || may_join(&mut connection))
-        }
+        _ => !names_group(ctx, &mut connection) || may_join(&mut connection),
     };
     if allowed { PROCEED } else { REFUSE }
 }
@@ -219,12 +217,12 @@ fn names_v6(ctx: *mut bpf_sockopt, at: usize, connection: &mut Connection) -> bo
     true
 }
 
-/// The same for a `sockaddr` of either family.
+/// The same for a `sockaddr` of either family, behind the number of a device.
 #[inline(always)]
-fn names_group(ctx: *mut bpf_sockopt, at: usize, connection: &mut Connection) -> bool {
-    match value(ctx, at).map(u16::from_ne_bytes) {
-        Some(INET) => names_v4(ctx, at + 4, connection),
-        Some(INET6) => names_v6(ctx, at + 8, connection),
+fn names_group(ctx: *mut bpf_sockopt, connection: &mut Connection) -> bool {
+    match value(ctx, GROUP).map(u16::from_ne_bytes) {
+        Some(INET) => names_v4(ctx, GROUP + 4, connection),
+        Some(INET6) => names_v6(ctx, GROUP + 8, connection),
         _ => false,
     }
 }

@@ -168,33 +168,6 @@ fn a_group_is_joined_where_icmp_or_the_sockets_own_port_is_allowed() {
     }
 }
 
-#[test]
-fn a_group_that_a_caller_of_32_bits_names_is_judged_as_well() {
-    let mut world = World::enrolled();
-    let entry = PeerEntry {
-        class: CLASS,
-        peer: 0,
-        flags: 0,
-    };
-    let allowed = address(GROUP_V6.into());
-    world.state.tables.peers.push((128, allowed, entry));
-    world.allow(Direction::Egress, Scope::Anything);
-    world.apply();
-    // Four bytes earlier it names another group, which fills the place of the allowed one's flow.
-    let mut request = [&DEVICE[..], &[0; 4], &storage(GROUP_V6.into())].concat();
-    request[4..6].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
-    let refused = world.as_workload(|| {
-        set(
-            &datagram(Domain::IPV6, PORT),
-            libc::IPPROTO_IPV6,
-            MCAST_JOIN_GROUP,
-            &request,
-        )
-    });
-    assert_refused(refused);
-    world.verdict_event(Hook::SocketOption, false, Reason::NoPolicy);
-}
-
 /// Asks for an error queue; whether the kernel has made one.
 fn has_error_queue(socket: &Socket, level: i32, name: i32) -> bool {
     set(socket, level, name, &1_i32.to_ne_bytes()).unwrap();
