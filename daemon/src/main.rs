@@ -93,7 +93,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
         let declared = Declared::new(&config);
         let rosters = declared.rosters();
         let declaration = control::declaration(&config, &rosters.borrow());
-        let registry = Registry::start(cgroups.clone(), declaration)?;
+        let registry = Registry::start(cgroups.clone(), declaration, datapath.local_addresses())?;
 
         // Identities and tunnels: nothing listens before control says where.
         let identities = Arc::new(control::identity_store(&config)?);
@@ -136,6 +136,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
             metrics.clone(),
             snapshot.clone(),
             observers,
+            registry.remarks(),
         );
         let daemon = Arc::new(daemon);
         let read = daemon.clone();

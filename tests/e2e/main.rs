@@ -14,6 +14,7 @@ mod ca;
 mod certificate_files;
 mod certificates;
 mod certs;
+mod claims;
 mod clock;
 mod command_line;
 mod concurrency;

@@ -93,6 +93,9 @@ pub struct WorkloadStatus {
     pub listening: bool,
     /// Whether it has a certificate that is valid now.
     pub certificate: bool,
+    /// What it says of itself and is not believed, one sentence each.
+    #[serde(default)]
+    pub remarks: Vec<String>,
 }
 
 /// One identity and its certificate. Times are RFC 3339.

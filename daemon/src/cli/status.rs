@@ -2,6 +2,7 @@
 
 use std::{
     fmt::{self, Write},
+    net::IpAddr,
     time::Duration,
 };
 
@@ -70,7 +71,7 @@ fn workloads(page: &mut String, status: &Status) -> fmt::Result {
                 let shared = if workload.owns_netns { "" } else { " shared" };
                 format!("{inode}{shared}")
             }),
-            list(workload.addresses.iter().map(ToString::to_string)),
+            first_of(&workload.addresses),
             match &workload.selector {
                 CgroupSelector::Cgroup(path) => path.clone(),
                 CgroupSelector::Unit(name) => name.clone(),
@@ -78,7 +79,13 @@ fn workloads(page: &mut String, status: &Status) -> fmt::Result {
             workload.spiffe_id.clone(),
         ]);
     }
-    writeln!(page, "{table}")
+    write!(page, "{table}")?;
+    for workload in &status.workloads {
+        for remark in &workload.remarks {
+            writeln!(page, "  {}: {remark}", workload.name)?;
+        }
+    }
+    writeln!(page)
 }
 
 fn certificates(page: &mut String, status: &Status) -> fmt::Result {
@@ -227,6 +234,17 @@ fn dash() -> String {
     "-".to_owned()
 }
 
+/// Some addresses, and how many more there are.
+fn first_of(addresses: &[IpAddr]) -> String {
+    /// As many as a node's host usually has.
+    const SHOWN: usize = 8;
+    let shown = list(addresses.iter().take(SHOWN).map(ToString::to_string));
+    match addresses.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 fn list(items: impl Iterator<Item = String>) -> String {
     let items: Vec<String> = items.collect();
     if items.is_empty() {
@@ -243,6 +261,16 @@ mod tests {
         admin::{CertificateStatus, MapUsage, PolicyStatus, WorkloadState, WorkloadStatus},
         handover::{Draining, Left},
     };
+
+    #[test]
+    fn of_many_addresses_some_are_shown_and_all_are_counted() {
+        let address = |number: u32| IpAddr::from(number.to_be_bytes());
+        let many: Vec<IpAddr> = (0..20_000).map(address).collect();
+        let shown = first_of(&many);
+        assert!(shown.starts_with("0.0.0.0, ") && shown.ends_with("0.0.0.7 and 19992 more"));
+        assert_eq!(first_of(&many[..2]), "0.0.0.0, 0.0.0.1");
+        assert_eq!(first_of(&[]), "-");
+    }
 
     #[test]
     fn the_page_says_what_is_missing_and_what_is_there() {
@@ -273,6 +301,7 @@ mod tests {
                 addresses: vec!["192.0.2.1".parse().unwrap()],
                 listening: true,
                 certificate: false,
+                remarks: vec!["processes of it are elsewhere".into()],
             }],
             certificates: vec![CertificateStatus {
                 spiffe_id: "spiffe://example.org/ns/default/sa/web".into(),
@@ -297,6 +326,7 @@ mod tests {
             "NOT READY\n  - workload web has no certificate",
             "before still drains: reeve 0.0.9, process 4711: connections left: 3, for at most 1m 15s",
             "web   running  yes        no           4026531840 shared  192.0.2.1  nginx.service",
+            "  web: processes of it are elsewhere",
             "the disk is full",
             "  web.yaml:1:1: is not a policy",
             "VERDICTS  512      1024      50 %",

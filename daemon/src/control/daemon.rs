@@ -19,7 +19,7 @@ use crate::{
     policy::Snapshot,
     telemetry::{Metrics, Observation, ObserveRequest, Observers, Readiness, Readings},
     tunnel::Tunnels,
-    workload::{Discovery, RunningWorkload},
+    workload::{Discovery, Remark, Remarks, RunningWorkload},
 };
 
 /// `reeve reload` at the same time; more wait.
@@ -40,6 +40,7 @@ pub struct Daemon {
     pub(super) metrics: Metrics,
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
     observers: Observers,
+    remarks: Remarks,
     ask_for_reload: mpsc::Sender<oneshot::Sender<ReloadReport>>,
     /// For control to take.
     reloads: Mutex<Option<Reloads>>,
@@ -84,6 +85,7 @@ impl Daemon {
         metrics: Metrics,
         snapshot: Arc<ArcSwap<Snapshot>>,
         observers: Observers,
+        remarks: Remarks,
     ) -> Self {
         let (ask_for_reload, reloads) = mpsc::channel(RELOADS_QUEUED);
         let starting = View {
@@ -99,6 +101,7 @@ impl Daemon {
             metrics,
             snapshot,
             observers,
+            remarks,
             ask_for_reload,
             reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
@@ -146,7 +149,13 @@ impl Daemon {
         for running in &view.discovery.workloads {
             *workloads.entry(state(running).as_str()).or_default() += 1;
         }
+        let mut remarks: BTreeMap<&'static str, u64> =
+            Remark::NAMES.iter().map(|name| (*name, 0)).collect();
+        for remark in self.remarks.load().values().flatten() {
+            *remarks.entry(remark.name()).or_default() += 1;
+        }
         Readings {
+            remarks,
             counters: counters.ok(),
             maps: self.datapath.map_usage(),
             namespace_source: Some(self.datapath.packet_namespaces().name()),
@@ -229,6 +238,12 @@ impl Daemon {
             owns_netns: running.owns_netns,
             addresses: running.addresses.clone(),
             listening: view.is_listening(running),
+            remarks: self
+                .remarks
+                .load()
+                .get(&running.workload.name)
+                .map(|remarks| remarks.iter().map(ToString::to_string).collect())
+                .unwrap_or_default(),
             certificate: self.has_certificate(running),
         }
     }

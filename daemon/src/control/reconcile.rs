@@ -244,8 +244,8 @@ impl Control {
             let name = &snapshot.workload(id)?.workload.name;
             let direction = direction_name(direction);
             Some(format!(
-                "workload {name}: {direction} is refused everything (map_failure), since its policy has no \
-                 room in the kernel's map VERDICTS"
+                "workload {name}: {direction} is refused everything (map_failure), since the kernel's maps \
+                 have no room for its policy, its addresses or its network namespace"
             ))
         })
     }

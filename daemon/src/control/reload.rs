@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
+use ipnet::IpNet;
 use tokio::{
     task::block_in_place,
     time::{Instant, sleep, sleep_until},
@@ -16,7 +17,7 @@ use crate::{
     config::{Certificates, Config, ConfigErrors, Node},
     policy::{Known, PolicySet, PolicySources},
     watch::Files,
-    workload::{Declaration, Roster},
+    workload::{Declaration, Reserved, Roster},
 };
 
 /// How long the sources of certificates may take to answer when everything is read again: whoever
@@ -41,6 +42,22 @@ pub fn declaration(config: &Config, roster: &Roster) -> Declaration {
     Declaration {
         workloads: roster.workloads.clone(),
         enforced_parents: config.enforced_parents.clone(),
+        reserved: Arc::new(reserved(config, roster)),
+    }
+}
+
+/// The node's addresses, and those of peers. A network of a peer's is around others, and no claim to
+/// each of its addresses.
+fn reserved(config: &Config, roster: &Roster) -> Reserved {
+    let nodes = config.node.addresses.iter();
+    let nodes = nodes.map(|ip| (ip.to_canonical(), "the node".to_owned()));
+    let peers = roster.peers.iter().flat_map(|peer| {
+        let single = |net: &&IpNet| net.prefix_len() == net.max_prefix_len();
+        let addresses = peer.addresses.iter().filter(single);
+        addresses.map(|net| (net.addr().to_canonical(), format!("the peer {}", peer.name)))
+    });
+    Reserved {
+        addresses: peers.chain(nodes).collect(),
     }
 }
 

@@ -11,9 +11,9 @@ use std::{
 };
 
 use reeve_common::{
-    Action, Address, DryRun, NamespaceEntry, PEER_NO_ROOM, PeerEntry, PeerKey, PeerPortKey,
-    VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WorkloadEntry,
-    WorkloadId, protocol,
+    Action, Address, Direction, DryRun, NO_WORKLOAD, NamespaceEntry, PEER_NO_ROOM, PeerEntry,
+    PeerKey, PeerPortKey, VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL, VerdictEntry,
+    VerdictKey, WorkloadEntry, WorkloadId, protocol,
 };
 
 use super::KernelState;
@@ -39,6 +39,8 @@ pub(super) type Side = (WorkloadId, u8);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
     pub(super) workloads: u32,
+    pub(super) namespaces: u32,
+    pub(super) local_addresses: u32,
     pub(super) peers: u32,
     pub(super) peer_ports: u32,
     pub(super) verdicts: u32,
@@ -48,6 +50,8 @@ pub(super) struct Room {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Shortage {
     pub(super) workloads: usize,
+    pub(super) namespaces: usize,
+    pub(super) local_addresses: usize,
     pub(super) peers: usize,
     pub(super) peer_ports: usize,
     pub(super) verdicts: usize,
@@ -101,11 +105,17 @@ impl Desired {
     /// are the cgroups that are in the map.
     pub(super) fn fit(&mut self, room: Room, enrolled: &HashMap<u64, WorkloadEntry>) -> Shortage {
         let workloads = self.fit_workloads(room.workloads as usize, enrolled);
+        let mut closed = BTreeSet::new();
+        let namespaces = self.fit_namespaces(room.namespaces as usize, &mut closed);
+        let local_addresses = self.fit_local_addresses(room.local_addresses as usize, &mut closed);
         let peer_ports = self.fit_peer_ports(room.peer_ports as usize);
         let peers = self.fit_peers((room.peers as usize).saturating_sub(SPARE));
-        let (verdicts, closed) = self.fit_verdicts((room.verdicts as usize).saturating_sub(SPARE));
+        let verdicts =
+            self.fit_verdicts((room.verdicts as usize).saturating_sub(SPARE), &mut closed);
         Shortage {
             workloads,
+            namespaces,
+            local_addresses,
             peers,
             peer_ports,
             verdicts,
@@ -131,38 +141,92 @@ impl Desired {
         missing
     }
 
-    /// The workloads with the most verdicts go first, so that few do.
-    fn fit_verdicts(&mut self, room: usize) -> (usize, BTreeSet<Side>) {
-        let mut number = self.verdicts.len();
+    /// A namespace without room has no tunnels. One that a workload owns is also where sockets of
+    /// others are the workload's: whose does not fit, is refused everything.
+    fn fit_namespaces(&mut self, room: usize, closed: &mut BTreeSet<Side>) -> usize {
+        let missing = self.namespaces.len().saturating_sub(room);
+        let mut namespaces: Vec<_> = self.namespaces.iter().collect();
+        namespaces
+            .sort_unstable_by_key(|(cookie, entry)| (entry.workload != NO_WORKLOAD, **cookie));
+        let left_out: Vec<(u64, WorkloadId)> = namespaces
+            .into_iter()
+            .take(missing)
+            .map(|(cookie, entry)| (*cookie, entry.workload))
+            .collect();
+        for (cookie, workload) in left_out {
+            self.namespaces.remove(&cookie);
+            if workload != NO_WORKLOAD {
+                closed.extend(both_sides(workload));
+            }
+        }
+        missing
+    }
+
+    /// Where an address is missing, it is not known whose it is. The workloads with the most addresses
+    /// go first, with all of them, and are refused everything.
+    fn fit_local_addresses(&mut self, room: usize, closed: &mut BTreeSet<Side>) -> usize {
+        let number = self.local_addresses.len();
         if number <= room {
-            return (0, BTreeSet::new());
+            return 0;
+        }
+        let mut counts: HashMap<WorkloadId, usize> = HashMap::new();
+        for workload in self.local_addresses.values() {
+            *counts.entry(*workload).or_default() += 1;
+        }
+        let mut counts: Vec<_> = counts.into_iter().collect();
+        counts.sort_unstable_by_key(|(workload, count)| (Reverse(*count), *workload));
+        let mut missing = 0;
+        let mut left_out = HashSet::new();
+        for (workload, count) in counts {
+            if number - missing <= room {
+                break;
+            }
+            missing += count;
+            left_out.insert(workload);
+            closed.extend(both_sides(workload));
+        }
+        self.local_addresses
+            .retain(|_, workload| !left_out.contains(workload));
+        missing
+    }
+
+    /// The workloads with the most verdicts go first, so that few do; those in `closed` go in any case.
+    fn fit_verdicts(&mut self, room: usize, closed: &mut BTreeSet<Side>) -> usize {
+        let mut number = self.verdicts.len();
+        if number <= room && closed.is_empty() {
+            return 0;
         }
         let mut sides: HashMap<Side, usize> = HashMap::new();
         for (_, key) in self.verdicts.keys() {
             *sides.entry(side(key)).or_default() += 1;
         }
+        for side in closed.iter() {
+            // One entry says that there is no room.
+            number = number + 1 - sides.remove(side).unwrap_or_default();
+        }
+        let forced = closed.clone();
         let mut sides: Vec<_> = sides.into_iter().collect();
         sides.sort_unstable_by_key(|(side, count)| (Reverse(*count), *side));
-        let mut closed = BTreeSet::new();
         for (side, count) in sides {
             if number <= room {
                 break;
             }
-            // One entry says that there is no room.
             number = number + 1 - count;
             closed.insert(side);
         }
-        let before = self.verdicts.len();
-        self.verdicts
-            .retain(|(_, key), _| !closed.contains(&side(key)));
-        let missing = before - self.verdicts.len();
+        let mut missing = 0;
+        self.verdicts.retain(|(_, key), _| {
+            let is_kept = !closed.contains(&side(key));
+            missing += usize::from(!is_kept && !forced.contains(&side(key)));
+            is_kept
+        });
         let left = room.saturating_sub(self.verdicts.len());
         let said = closed
             .iter()
             .take(left)
             .map(|side| (every_connection(*side), NO_ROOM));
         self.verdicts.extend(said);
-        (missing, closed)
+        missing
     }
 
     /// Leaves out the narrowest prefixes; what is around them is refused.
@@ -233,6 +297,11 @@ pub(super) fn every_connection((workload, direction): Side) -> (u32, VerdictKey)
     (VERDICT_PREFIX_ANY_PROTOCOL, key)
 }
 
+/// Both directions of a workload.
+fn both_sides(workload: WorkloadId) -> [Side; 2] {
+    [Direction::Egress, Direction::Ingress].map(|direction| (workload, direction as u8))
+}
+
 /// Whose verdict it is.
 pub(super) fn side(key: &VerdictKey) -> Side {
     (key.workload, key.direction)
@@ -269,6 +338,8 @@ mod tests {
 
     const PLENTY: Room = Room {
         workloads: 100,
+        namespaces: 100,
+        local_addresses: 100,
         peers: 100,
         peer_ports: 100,
         verdicts: 100,
@@ -347,6 +418,62 @@ mod tests {
         assert_eq!(shortage.verdicts, 3);
         assert_eq!(fits.verdicts.len(), 3);
         assert_eq!(fits.verdicts[&every_connection((2, 0))], NO_ROOM);
+    }
+
+    #[test]
+    fn a_workload_whose_addresses_have_no_room_is_refused_everything() {
+        let address = |last| ipv4_mapped([10, 0, 0, last]);
+        let mut fits = Desired::new(&KernelState {
+            local_addresses: vec![
+                (address(1), 1),
+                (address(2), 2),
+                (address(3), 2),
+                (address(4), 3),
+            ],
+            tables: KernelTables {
+                verdicts: [(1, 1), (2, 1), (2, 2)]
+                    .map(|(one, port)| verdict(one, port))
+                    .into(),
+                ..KernelTables::default()
+            },
+            ..KernelState::default()
+        });
+        let room = Room {
+            local_addresses: 3,
+            ..PLENTY
+        };
+        let shortage = fit(&mut fits, room);
+        assert_eq!((shortage.local_addresses, shortage.verdicts), (2, 0));
+        assert_eq!(shortage.closed, BTreeSet::from([(2, 0), (2, 1)]));
+        let left: BTreeSet<_> = fits.local_addresses.values().copied().collect();
+        assert_eq!(left, BTreeSet::from([1, 3]));
+        assert_eq!(fits.verdicts[&every_connection((2, 0))], NO_ROOM);
+        assert_eq!(fits.verdicts[&every_connection((2, 1))], NO_ROOM);
+        assert_eq!(fits.verdicts.len(), 3);
+    }
+
+    #[test]
+    fn of_namespaces_those_that_are_shared_go_first_and_the_owner_of_another_is_refused_everything()
+    {
+        let entry = |workload| NamespaceEntry { workload, flags: 0 };
+        let state = KernelState {
+            namespaces: vec![(10, entry(1)), (11, entry(NO_WORKLOAD)), (12, entry(2))],
+            ..KernelState::default()
+        };
+        let fitted = |namespaces| {
+            let mut fits = Desired::new(&state);
+            let shortage = fit(
+                &mut fits,
+                Room {
+                    namespaces,
+                    ..PLENTY
+                },
+            );
+            (shortage.namespaces, shortage.closed)
+        };
+        assert_eq!(fitted(3), (0, BTreeSet::new()));
+        assert_eq!(fitted(2), (1, BTreeSet::new()));
+        assert_eq!(fitted(1), (2, BTreeSet::from([(1, 0), (1, 1)])));
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod ending;
 mod error;
 mod events;
 mod ids;
+mod interfaces;
 mod kernel_sockets;
 mod kernel_types;
 mod links;
@@ -34,8 +35,9 @@ mod transition;
 mod usage;
 
 use std::{
+    collections::HashMap,
     fmt, io,
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -55,6 +57,7 @@ pub use self::{
     diag::{Listener, LiveSocket, Remembered},
     error::Error,
     events::Events,
+    interfaces::InterfaceAddress,
     namespace_source::{PacketNamespaces, gap_of_running_kernel},
     refusal::{Refusal, untested_kernel},
     socket::{control_congestion, speak_as, speak_from},
@@ -285,6 +288,19 @@ impl Datapath {
         let links = load::attach(&lock(&self.ebpf), &self.settings.cgroup_root, pins.folder())?;
         *lock(&self.links) = links;
         lock(&self.state).reread()
+    }
+
+    /// Which workload has which address, as the maps have it.
+    #[must_use]
+    pub fn local_addresses(&self) -> HashMap<IpAddr, WorkloadId> {
+        let state = lock(&self.state);
+        let addresses = state.local_addresses.content().iter();
+        addresses
+            .map(|(address, workload)| {
+                let ip = Ipv6Addr::from(*address).to_canonical();
+                (ip, *workload)
+            })
+            .collect()
     }
 
     /// The ids of these names, in their order: those that they have, or new ones. A name that is not

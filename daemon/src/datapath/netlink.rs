@@ -51,6 +51,22 @@ impl Netlink {
         expected: u16,
         mut answer: impl FnMut(&[u8]),
     ) -> io::Result<()> {
+        self.ask_until(kind, flags, body, expected, |message| {
+            answer(message);
+            false
+        })
+    }
+
+    /// As [`Netlink::ask`], until `answer` says that it is enough. What is left of the answer then lies
+    /// in the way of the next one.
+    pub(super) fn ask_until(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        body: &[u8],
+        expected: u16,
+        mut answer: impl FnMut(&[u8]) -> bool,
+    ) -> io::Result<()> {
         let length = u32::try_from(HEADER + body.len()).map_err(io::Error::other)?;
         let mut message = length.to_ne_bytes().to_vec();
         message.extend(kind.to_ne_bytes());
@@ -74,7 +90,7 @@ impl Netlink {
                             )),
                         };
                     }
-                    kind if kind == expected => answer(body),
+                    kind if kind == expected && answer(body) => return Ok(()),
                     _ => {}
                 }
                 rest = next;

@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::Path,
@@ -111,9 +111,93 @@ impl Netns {
     }
 }
 
+/// A user namespace. It is held open, so that its inode means no other.
+#[derive(Debug)]
+pub struct UserNamespace {
+    fd: OwnedFd,
+    /// Inode number, for telling namespaces apart.
+    pub inode: u64,
+}
+
+impl UserNamespace {
+    /// Inode of the first user namespace, the same on every Linux (`PROC_USER_INIT_INO`).
+    pub const INITIAL: u64 = 0xefff_fffd;
+
+    /// The user namespace that a process is in.
+    ///
+    /// # Errors
+    /// When the process is gone or may not be looked at.
+    pub fn of_pid(pid: u32) -> io::Result<Self> {
+        Self::new(File::open(format!("/proc/{pid}/ns/user"))?)
+    }
+
+    /// The user namespace that owns another namespace: who has its capabilities rules the other.
+    ///
+    /// # Errors
+    /// When it lies outside the caller's own user namespace.
+    pub fn owning(namespace: &impl AsRawFd) -> io::Result<Self> {
+        /// `NS_GET_USERNS` of `linux/nsfs.h`.
+        const GET_OWNER: libc::Ioctl = 0xb701;
+        Self::asked(namespace, GET_OWNER)
+    }
+
+    /// The user namespace around this one.
+    ///
+    /// # Errors
+    /// When it lies outside the caller's own user namespace.
+    pub fn parent(&self) -> io::Result<Self> {
+        /// `NS_GET_PARENT` of `linux/nsfs.h`.
+        const GET_PARENT: libc::Ioctl = 0xb702;
+        Self::asked(&self.fd, GET_PARENT)
+    }
+
+    fn asked(namespace: &impl AsRawFd, what: libc::Ioctl) -> io::Result<Self> {
+        // SAFETY: these requests take no argument.
+        let fd = unsafe { libc::ioctl(namespace.as_raw_fd(), what) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this file descriptor for the caller.
+        Self::new(unsafe { File::from_raw_fd(fd) })
+    }
+
+    fn new(file: File) -> io::Result<Self> {
+        Ok(Self {
+            inode: file.metadata()?.ino(),
+            fd: file.into(),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_network_namespace_says_who_owns_it() {
+        let own = Netns::open("/proc/thread-self/ns/net").unwrap();
+        let initial = UserNamespace::of_pid(std::process::id()).unwrap();
+        assert_eq!(initial.inode, UserNamespace::INITIAL);
+        assert!(initial.parent().is_err());
+        assert_eq!(UserNamespace::owning(&own.fd).unwrap().inode, initial.inode);
+        let unshare = ["--user", "--net", "--map-root-user", "sleep", "100"];
+        let mut other = std::process::Command::new("unshare")
+            .args(unshare)
+            .spawn()
+            .unwrap();
+        let inside = loop {
+            let netns = Netns::of_pid(other.id()).unwrap();
+            if netns.inode != own.inode {
+                break netns;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        };
+        let owner = UserNamespace::owning(&inside.fd).unwrap();
+        let process = UserNamespace::of_pid(other.id()).unwrap();
+        other.kill().and_then(|()| other.wait()).unwrap();
+        assert_eq!(owner.inode, process.inode);
+        assert_eq!(owner.parent().unwrap().inode, initial.inode);
+    }
 
     #[test]
     fn a_thread_enters_another_namespace_and_comes_back() {

@@ -61,7 +61,7 @@ pub(super) struct State {
     pub(super) ids: Tracked<Hash<NameDigest, u32>>,
     pub(super) workloads: Tracked<Hash<u64, WorkloadEntry>>,
     namespaces: Tracked<Hash<u64, NamespaceEntry>>,
-    local_addresses: Tracked<Hash<Address, WorkloadId>>,
+    pub(super) local_addresses: Tracked<Hash<Address, WorkloadId>>,
     pub(super) peers: Tracked<Trie<PeerKey, PeerEntry>>,
     pub(super) peer_ports: Tracked<Hash<PeerPortKey, PeerEntry>>,
     pub(super) verdicts: Tracked<Trie<VerdictKey, VerdictEntry>>,
@@ -154,6 +154,8 @@ impl State {
         let mut desired = Desired::new(desired);
         let room = Room {
             workloads: self.workloads.capacity(),
+            namespaces: self.namespaces.capacity(),
+            local_addresses: self.local_addresses.capacity(),
             peers: self.peers.capacity(),
             peer_ports: self.peer_ports.capacity(),
             verdicts: self.verdicts.capacity(),
@@ -226,6 +228,10 @@ impl State {
                 capacity: self.workloads.capacity(),
             });
         }
+        let (name, capacity) = (self.namespaces.name(), self.namespaces.capacity());
+        full(missing.namespaces, name, capacity)?;
+        let (name, capacity) = (self.local_addresses.name(), self.local_addresses.capacity());
+        full(missing.local_addresses, name, capacity)?;
         full(missing.peers, self.peers.name(), self.peers.capacity())?;
         let (name, capacity) = (self.peer_ports.name(), self.peer_ports.capacity());
         full(missing.peer_ports, name, capacity)?;
@@ -260,8 +266,8 @@ impl State {
         vec![
             usage(&self.ids, 0),
             usage(&self.workloads, missing.workloads),
-            usage(&self.namespaces, 0),
-            usage(&self.local_addresses, 0),
+            usage(&self.namespaces, missing.namespaces),
+            usage(&self.local_addresses, missing.local_addresses),
             usage(&self.peers, missing.peers),
             usage(&self.peer_ports, missing.peer_ports),
             usage(&self.verdicts, missing.verdicts),

@@ -204,6 +204,8 @@ mod tests {
 
     const PLENTY: Room = Room {
         workloads: 100,
+        namespaces: 100,
+        local_addresses: 100,
         peers: 1000,
         peer_ports: 1000,
         verdicts: 10_000,

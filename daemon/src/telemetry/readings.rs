@@ -43,6 +43,8 @@ pub struct Readings {
     pub bundle_endpoints: Vec<EndpointStatus>,
     /// Number of declared workloads in each state.
     pub workloads: BTreeMap<&'static str, u64>,
+    /// Number of workloads of which something is not believed, by what it is.
+    pub remarks: BTreeMap<&'static str, u64>,
     /// Whether nothing is missing, see [`super::Readiness`].
     pub ready: bool,
     /// Whether this daemon lets its connections end.
@@ -72,6 +74,7 @@ struct Families {
     namespace_source: IntGaugeVec,
     certificates: CertificateFamilies,
     workloads: IntGaugeVec,
+    remarks: IntGaugeVec,
     ready: IntGaugeVec,
     draining: IntGaugeVec,
     predecessors: IntGaugeVec,
@@ -204,6 +207,12 @@ impl ReadingsCollector {
                 .with_label_values(&[state])
                 .set(saturating(*count));
         }
+        for (remark, count) in &readings.remarks {
+            families
+                .remarks
+                .with_label_values(&[remark])
+                .set(saturating(*count));
+        }
         families
             .ready
             .with_label_values::<&str>(&[])
@@ -309,6 +318,13 @@ impl Families {
                 Opts::new("reeve_workloads", "Declared workloads by state."),
                 &["state"],
             )?,
+            remarks: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_workload_remarks",
+                    "Workloads that claim a network namespace or addresses that are not believed, by what it is.",
+                ),
+                &["remark"],
+            )?,
             ready: IntGaugeVec::new(
                 Opts::new("reeve_ready", "1 when /readyz answers 200, else 0."),
                 &[],
@@ -359,6 +375,7 @@ impl Families {
             &self.map_missing,
             &self.namespace_source,
             &self.workloads,
+            &self.remarks,
             &self.ready,
             &self.draining,
             &self.predecessors,

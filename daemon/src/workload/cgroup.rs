@@ -6,7 +6,7 @@ mod namespace;
 pub use namespace::{ViewError, enter_host_view, require_process_numbers};
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
@@ -340,9 +340,10 @@ pub fn id(folder: &Path) -> io::Result<u64> {
 #[must_use]
 pub fn processes(folder: &Path) -> Vec<u32> {
     let mut pids: Vec<u32> = Vec::new();
-    let mut waiting = vec![folder.to_path_buf()];
+    // From the top: what is made further down, by whoever may, hides nothing above it.
+    let mut waiting = VecDeque::from([folder.to_path_buf()]);
     let mut seen = 0;
-    while let Some(folder) = waiting.pop() {
+    while let Some(folder) = waiting.pop_front() {
         if let Ok(text) = fs::read_to_string(folder.join("cgroup.procs")) {
             // 0 is a process that this pid namespace cannot see.
             pids.extend(

@@ -9,7 +9,7 @@ mod namespace;
 mod registry;
 mod roster;
 
-pub use registry::{Declaration, Discovery, Registry, RegistryError};
+pub use registry::{Declaration, Discovery, Registry, RegistryError, Remark, Remarks, Reserved};
 pub use roster::{Roster, RosterSource};
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
@@ -95,7 +95,7 @@ pub struct RunningWorkload {
     pub netns: Option<Arc<Netns>>,
     /// Whether it is the only workload of that namespace, and the namespace is not the daemon's.
     pub owns_netns: bool,
-    /// Its addresses in that namespace, loopback and link-local excluded.
+    /// Its addresses: those that are declared, or those of that namespace that are believed.
     pub addresses: Vec<IpAddr>,
 }
 

@@ -4,12 +4,16 @@
 //! (inotify). It does not tell of a process that changes its namespace, nor of a new address,
 //! and inotify can run out of watches; hence the second look each second.
 
+mod claims;
+mod remark;
 mod scan;
 #[cfg(test)]
 mod tests;
 mod watches;
 
 use std::{
+    collections::HashMap,
+    net::IpAddr,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
@@ -18,8 +22,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use reeve_common::WorkloadId;
 use tokio::sync::watch;
 
+pub use self::remark::{Remark, Remarks};
 use self::{
     scan::{SETTLE, Scanner},
     watches::Watches,
@@ -41,6 +47,15 @@ pub struct Declaration {
     pub workloads: Vec<Arc<Workload>>,
     /// Cgroup paths below which everything that is no workload is denied.
     pub enforced_parents: Vec<String>,
+    /// Addresses that no workload gets by having them in a namespace of its own.
+    pub reserved: Arc<Reserved>,
+}
+
+/// Addresses that are known to be others'.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// Whose each is, in words.
+    pub addresses: HashMap<IpAddr, String>,
 }
 
 /// What was found.
@@ -59,6 +74,7 @@ pub struct Discovery {
 pub struct Registry {
     messages: SyncSender<Message>,
     discovery: watch::Receiver<Arc<Discovery>>,
+    remarks: Remarks,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -85,14 +101,20 @@ pub enum RegistryError {
 // === impl Registry ===
 
 impl Registry {
-    /// Looks once, and starts a thread that goes on looking. Blocks for the first look.
+    /// Looks once, and starts a thread that goes on looking. Blocks for the first look. `held` are
+    /// addresses that workloads, by their ids, had when an earlier daemon looked last.
     ///
     /// # Errors
     /// When the daemon's own namespace cannot be opened or no thread can be started.
-    pub fn start(tree: CgroupTree, declared: Declaration) -> Result<Self, RegistryError> {
+    pub fn start(
+        tree: CgroupTree,
+        declared: Declaration,
+        held: HashMap<IpAddr, WorkloadId>,
+    ) -> Result<Self, RegistryError> {
         let own = Netns::of_pid(std::process::id()).map_err(RegistryError::OwnNamespace)?;
-        let mut scanner = Scanner::new(tree, own, declared);
+        let mut scanner = Scanner::new(tree, own, declared, held);
         scanner.look(Instant::now());
+        let remarks = scanner.remarks.clone();
         let (sender, discovery) = watch::channel(scanner.discovery.clone());
         let (messages, receiver) = sync_channel(QUEUE);
         let watches = Watches::new(messages.clone());
@@ -103,6 +125,7 @@ impl Registry {
         Ok(Self {
             messages,
             discovery,
+            remarks,
             thread: Some(thread),
         })
     }
@@ -111,6 +134,12 @@ impl Registry {
     #[must_use]
     pub fn discovery(&self) -> watch::Receiver<Arc<Discovery>> {
         self.discovery.clone()
+    }
+
+    /// What there is to say of workloads. What changes here alone wakes nobody.
+    #[must_use]
+    pub fn remarks(&self) -> Remarks {
+        self.remarks.clone()
     }
 
     /// Follows other workloads from now on. Blocks until they have been looked at.

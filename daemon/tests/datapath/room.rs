@@ -175,6 +175,46 @@ fn an_address_without_room_is_not_taken_for_its_neighbours() {
 }
 
 #[test]
+fn a_workload_whose_addresses_find_no_room_is_refused_everything() {
+    let mut world = with(|maps| maps.local_addresses = 4);
+    world.allow(Direction::Egress, Scope::Anything);
+    let other = world.stranger.child("other");
+    world.add_workload(other.id(), other.depth(), WORKLOAD + 1);
+    let mut verdict = world.state.tables.verdicts[0];
+    verdict.1.workload = WORKLOAD + 1;
+    world.state.tables.verdicts.push(verdict);
+    let ip = |last: u8| address(IpAddr::from([192, 0, 2, last]));
+    world.state.local_addresses.push((ip(1), WORKLOAD + 1));
+    world.apply();
+    let fits = world.state.local_addresses.clone();
+    let remotes = [world.there.port4(80), world.there.port6(80)];
+    for to in remotes {
+        connect(&world, to).unwrap();
+    }
+    world
+        .state
+        .local_addresses
+        .extend([(ip(2), WORKLOAD), (ip(3), WORKLOAD)]);
+    assert_eq!(full_map(&world), "LOCAL_ADDRESSES");
+    assert_eq!(missing(&world, "LOCAL_ADDRESSES"), 4);
+    let both = [Direction::Egress, Direction::Ingress].map(|direction| (WORKLOAD, direction));
+    assert_eq!(world.datapath().closed(), both);
+    for to in remotes {
+        assert_refused(connect(&world, to));
+        world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+    }
+    // The other one has room.
+    let as_other = || UdpSocket::bind("0.0.0.0:0")?.connect(remotes[0]);
+    world.here.run(&other, as_other).unwrap();
+    world.state.local_addresses = fits;
+    world.apply();
+    for to in remotes {
+        connect(&world, to).unwrap();
+    }
+    drop(other);
+}
+
+#[test]
 fn a_port_without_room_is_not_taken_for_the_rest_of_its_address() {
     let mut world = with(|maps| maps.peer_ports = 1);
     world.verdict(Direction::Egress, CLASS, Scope::Anything, Action::Allow);

@@ -1,4 +1,5 @@
-//! Messages of `sock_diag`: netlink's header, a request or an answer, and attributes.
+//! Messages of `sock_diag`: netlink's header, a request or an answer, and attributes. Header and
+//! attributes are those of every netlink protocol.
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},

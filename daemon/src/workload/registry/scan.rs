@@ -1,20 +1,26 @@
 //! One look at everything that is declared.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use super::{Declaration, Discovery};
+use reeve_common::WorkloadId;
+
+use super::{
+    Declaration, Discovery, Remark, Remarks, Reserved,
+    claims::{Claims, Found},
+    remark::Told,
+};
 use crate::{
-    datapath::netns::Netns,
+    datapath::{InterfaceAddress, netns::Netns},
     workload::{
         CgroupSelector, RunningWorkload, Workload,
         cgroup::{self, CgroupTree},
-        namespace::{self, Namespaces},
+        namespace::{self, Namespaces, Trust},
     },
 };
 
@@ -24,6 +30,9 @@ pub(super) const SETTLE: Duration = Duration::from_millis(100);
 /// For how long a workload's namespace is kept after its last process, while its cgroup is there:
 /// a workload whose process is replaced finds its listeners standing.
 pub(super) const LINGER: Duration = Duration::from_secs(5);
+/// For how long a workload's first process may still come to be in the user namespace that is the
+/// workload's: a container runtime makes it from inside.
+const TRUST_SETTLES: Duration = Duration::from_secs(2);
 
 /// Looks, and remembers what it saw.
 pub(super) struct Scanner {
@@ -34,11 +43,26 @@ pub(super) struct Scanner {
     pub(super) discovery: Arc<Discovery>,
     /// Folders to watch, filled by the last look.
     pub(super) folders: HashSet<PathBuf>,
-    /// When each workload, by name, had a process last.
-    alive: HashMap<String, Instant>,
+    /// What is known of the processes of each workload, by name.
+    alive: HashMap<String, Alive>,
+    claims: Claims,
+    /// Addresses of the namespaces that workloads were found in, the last that could be read.
+    read: HashMap<u64, Vec<InterfaceAddress>>,
+    pub(super) remarks: Remarks,
+    told: Told,
     /// Workloads, by name, that were seen in the daemon's own namespace a moment ago, and since when.
     settling: HashMap<String, Instant>,
     first: bool,
+}
+
+/// A workload that has processes, or had some a moment ago.
+#[derive(Debug)]
+struct Alive {
+    /// Ids of its cgroups.
+    cgroups: Vec<u64>,
+    since: Instant,
+    last: Instant,
+    trust: Trust,
 }
 
 /// What a look comes across besides workloads.
@@ -47,6 +71,7 @@ struct Notes {
     folders: HashSet<PathBuf>,
     problems: Vec<String>,
     settling: HashMap<String, Instant>,
+    remarks: BTreeMap<String, Vec<Remark>>,
 }
 
 /// A cgroup that was found.
@@ -59,7 +84,12 @@ struct Cgroup {
 // === impl Scanner ===
 
 impl Scanner {
-    pub(super) fn new(tree: CgroupTree, own: Netns, declared: Declaration) -> Self {
+    pub(super) fn new(
+        tree: CgroupTree,
+        own: Netns,
+        declared: Declaration,
+        held: HashMap<IpAddr, WorkloadId>,
+    ) -> Self {
         let own = Arc::new(own);
         let mut namespaces = Namespaces::default();
         namespaces.insert(&own);
@@ -71,6 +101,10 @@ impl Scanner {
             discovery: Arc::default(),
             folders: HashSet::new(),
             alive: HashMap::new(),
+            claims: Claims::new(held),
+            read: HashMap::new(),
+            remarks: Remarks::default(),
+            told: Told::default(),
             settling: HashMap::new(),
             first: true,
         }
@@ -109,6 +143,11 @@ impl Scanner {
             })
             .collect();
         mark_owners(&mut workloads, self.own.inode);
+        self.settle_addresses(&mut workloads, &declared.reserved, &mut notes);
+        self.told.tell(&notes.remarks, now);
+        if **self.remarks.load() != notes.remarks {
+            self.remarks.store(Arc::new(notes.remarks));
+        }
         self.settling = notes.settling;
         self.folders = notes.folders;
         self.first = false;
@@ -161,26 +200,71 @@ impl Scanner {
         let is_there = !cgroups.is_empty();
 
         let last = before.and_then(|running| running.netns.clone());
-        let netns = match self.namespace(&pids, last.as_ref()) {
-            Some(netns) => {
-                self.alive.insert(workload.name.clone(), now);
-                self.settled(&workload, netns, last.as_ref(), now, notes)
-            }
+        let netns = match self.namespace(&workload, &cgroups, &pids, last.as_ref(), now, notes) {
+            Some(netns) => self.settled(&workload, netns, last.as_ref(), now, notes),
             None => self.without_process(&workload, last, is_there, now),
         };
-        let addresses = if workload.addresses.is_empty() {
-            let last = before.map(|running| running.addresses.as_slice());
-            addresses(&workload, netns.as_deref(), last, notes)
-        } else {
-            workload.addresses.clone()
-        };
         RunningWorkload {
+            addresses: workload.addresses.clone(),
             workload,
             cgroups,
             netns,
             owns_netns: false,
-            addresses,
         }
+    }
+
+    /// Gives workloads the addresses of their namespaces that are believed.
+    fn settle_addresses(
+        &mut self,
+        workloads: &mut [RunningWorkload],
+        reserved: &Reserved,
+        notes: &mut Notes,
+    ) {
+        let own = self.own.clone();
+        let mut read = HashMap::new();
+        let mut addresses_in = |netns: &Netns, whose: &str, problems: &mut Vec<String>| {
+            let found = read.entry(netns.inode).or_insert_with(|| {
+                namespace::addresses(netns).unwrap_or_else(|error| {
+                    problems.push(format!(
+                        "{whose}: the addresses of its network namespace cannot be read: {error}"
+                    ));
+                    self.read.get(&netns.inode).cloned().unwrap_or_default()
+                })
+            });
+            found.clone()
+        };
+        let found: Vec<Found> = workloads
+            .iter()
+            .map(|running| {
+                let netns = running.netns.as_ref();
+                let netns = netns.filter(|_| running.workload.addresses.is_empty());
+                netns.map_or_else(Found::default, |netns| {
+                    let whose = format!("workload {}", running.workload.name);
+                    Found {
+                        addresses: addresses_in(netns, &whose, &mut notes.problems),
+                        in_own: netns.inode == own.inode,
+                    }
+                })
+            })
+            .collect();
+        let is_elsewhere = found
+            .iter()
+            .any(|one| !one.in_own && !one.addresses.is_empty());
+        let node: HashSet<IpAddr> = match is_elsewhere {
+            true => addresses_in(&own, "the node", &mut notes.problems)
+                .iter()
+                .map(|address| address.ip)
+                .collect(),
+            false => HashSet::new(),
+        };
+        let remarks = &mut notes.remarks;
+        let remark = |running: &RunningWorkload, remark| {
+            let name = running.workload.name.clone();
+            remarks.entry(name).or_default().push(remark);
+        };
+        self.claims
+            .settle(workloads, &found, &node, reserved, remark);
+        self.read = read;
     }
 
     /// The namespace of a workload with processes, once it is sure.
@@ -215,7 +299,7 @@ impl Scanner {
         let recent = self
             .alive
             .get(&workload.name)
-            .is_some_and(|seen| now.saturating_duration_since(*seen) < LINGER);
+            .is_some_and(|alive| now.saturating_duration_since(alive.last) < LINGER);
         match (last, &workload.selector) {
             (Some(last), _) if is_there && recent => Some(last),
             // The daemon's own namespace goes on whoever is in it, and it is where systemd starts
@@ -226,9 +310,53 @@ impl Scanner {
         }
     }
 
-    fn namespace(&mut self, pids: &[u32], last: Option<&Arc<Netns>>) -> Option<Arc<Netns>> {
-        let (inode, pid) = namespace::of_processes(pids, last.map(|netns| netns.inode))?;
-        self.namespaces.get(inode, pid)
+    /// The namespace that a workload's processes say it is in, where they are believed.
+    fn namespace(
+        &mut self,
+        workload: &Workload,
+        cgroups: &[(u64, u32)],
+        pids: &[u32],
+        last: Option<&Arc<Netns>>,
+        now: Instant,
+        notes: &mut Notes,
+    ) -> Option<Arc<Netns>> {
+        if pids.is_empty() {
+            // Whoever comes next is the first again.
+            if let Some(alive) = self.alive.get_mut(&workload.name) {
+                alive.cgroups.clear();
+            }
+            return None;
+        }
+        let is_same = |alive: &Alive| {
+            let mut ids = cgroups.iter();
+            ids.any(|(id, _)| alive.cgroups.contains(id))
+        };
+        let since = match self.alive.get(&workload.name) {
+            Some(alive) if is_same(alive) => alive.since,
+            _ => now,
+        };
+        let is_settled = now.saturating_duration_since(since) >= TRUST_SETTLES;
+        let mut alive = match self.alive.remove(&workload.name) {
+            Some(alive) if is_settled => alive,
+            before => Alive {
+                cgroups: Vec::new(),
+                since,
+                last: before.map_or(now, |before| before.last),
+                trust: Trust::of_oldest(pids),
+            },
+        };
+        alive.cgroups = cgroups.iter().map(|(id, _)| *id).collect();
+        let found = alive.trust.namespace(pids, last.map(|netns| netns.inode));
+        if alive.trust.has_doubts(pids, found.map(|(inode, _)| inode)) {
+            let remarks = notes.remarks.entry(workload.name.clone()).or_default();
+            remarks.push(Remark::OwnNamespace);
+        }
+        let netns = found.and_then(|(inode, pid)| self.namespaces.get(inode, pid));
+        if netns.is_some() {
+            alive.last = now;
+        }
+        self.alive.insert(workload.name.clone(), alive);
+        netns
     }
 
     /// The cgroups that are meant and can be enrolled. They, and what must be watched to see
@@ -287,25 +415,6 @@ impl Scanner {
             }
         }
     }
-}
-
-/// The addresses of a namespace; the last ones where they cannot be read.
-fn addresses(
-    workload: &Workload,
-    netns: Option<&Netns>,
-    last: Option<&[IpAddr]>,
-    notes: &mut Notes,
-) -> Vec<IpAddr> {
-    let Some(netns) = netns else {
-        return Vec::new();
-    };
-    namespace::addresses(netns).unwrap_or_else(|error| {
-        notes.problems.push(format!(
-            "workload {}: the addresses of its network namespace cannot be read: {error}",
-            workload.name
-        ));
-        last.unwrap_or_default().to_vec()
-    })
 }
 
 /// A workload owns its namespace when no other runs there and it is not the daemon's.
