@@ -70,13 +70,18 @@ fn whoever_rules_its_own_network_namespace_takes_no_address_that_is_known_to_be_
     let mallory = &scene.mallory;
     let before = of_mallory(one)["addresses"].clone();
     let node = pair.one.addresses();
+    // It claims them, and answers nobody on the link who asks for them.
+    mallory
+        .exec(["ip", "link", "add", "wire", "type", "bridge"])
+        .ok();
+    mallory.sysctl("ipv4/conf/all/arp_ignore", "1");
     for ip in [&pair.server, &pair.client]
         .iter()
         .flat_map(|other| other.addresses().both())
         .chain(node.both())
     {
         let host = if ip.is_ipv4() { "32" } else { "128" };
-        let words = ["ip", "addr", "add", &format!("{ip}/{host}"), "dev", "eth0"];
+        let words = ["ip", "addr", "add", &format!("{ip}/{host}"), "dev", "wire"];
         mallory.exec(words.map(str::to_owned)).ok();
     }
     one.wait_for_log(&["mallory", "address_taken"]);
