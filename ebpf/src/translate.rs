@@ -36,38 +36,53 @@ pub fn leaves_as_asked(skb: *mut __sk_buff, socket: *mut bpf_sock, tag: &SocketT
     if socket.is_null() {
         return false;
     }
-    // SAFETY: fields of the context, which the kernel gives as addresses of the packet.
-    let (data, end) = unsafe { ((*skb).data as usize, (*skb).data_end as usize) };
-    if data + V4_DESTINATION_PORT + 2 > end {
+    let Some(data) = packet(skb, V4_DESTINATION_PORT + 2) else {
         return false;
-    }
+    };
     let remote = to_words(&tag.remote);
-    // SAFETY: the packet is longer than what is read, and a load may lie anywhere in it; the other
-    // fields are those of a whole socket.
+    let own = to_words(&local(socket));
+    // SAFETY: the packet is longer than what is read, and a load may lie anywhere in it.
     unsafe {
         if *(data as *const u8) == parse::V4_PLAIN {
             return word(data + V4_DESTINATION) == remote[3]
                 && address::is_mapped(&tag.remote)
                 && half(data + V4_DESTINATION_PORT) == tag.remote_port.to_be()
-                && word(data + V4_SOURCE) == field(&raw const (*socket).src_ip4);
+                && word(data + V4_SOURCE) == own[3];
         }
-        if data + V6_DESTINATION_PORT + 2 > end
-            || *(data as *const u8) >> 4 != 6
-            || *((data + parse::V6_NEXT_HEADER) as *const u8) != protocol::TCP
-        {
-            return false;
-        }
-        let local: *const u32 = (&raw const (*socket).src_ip6).cast();
-        word(data + V6_DESTINATION) == remote[0]
+    }
+    let Some(data) = packet(skb, V6_DESTINATION_PORT + 2) else {
+        return false;
+    };
+    // SAFETY: as above.
+    unsafe {
+        *(data as *const u8) >> 4 == 6
+            && *((data + parse::V6_NEXT_HEADER) as *const u8) == protocol::TCP
+            && word(data + V6_DESTINATION) == remote[0]
             && word(data + V6_DESTINATION + 4) == remote[1]
             && word(data + V6_DESTINATION + 8) == remote[2]
             && word(data + V6_DESTINATION + 12) == remote[3]
             && half(data + V6_DESTINATION_PORT) == tag.remote_port.to_be()
-            && word(data + V6_SOURCE) == field(local)
-            && word(data + V6_SOURCE + 4) == field(local.add(1))
-            && word(data + V6_SOURCE + 8) == field(local.add(2))
-            && word(data + V6_SOURCE + 12) == field(local.add(3))
+            && word(data + V6_SOURCE) == own[0]
+            && word(data + V6_SOURCE + 4) == own[1]
+            && word(data + V6_SOURCE + 8) == own[2]
+            && word(data + V6_SOURCE + 12) == own[3]
     }
+}
+
+/// Address of the packet, if it is at least so long.
+///
+/// The context is asked anew each time: the compiler would otherwise make one comparison of two, by
+/// arithmetic on the packet's end, which the verifier refuses.
+#[inline(always)]
+fn packet(skb: *mut __sk_buff, length: usize) -> Option<usize> {
+    // SAFETY: fields of the context, which the kernel gives as addresses of the packet.
+    let (data, end) = unsafe {
+        (
+            field(&raw const (*skb).data) as usize,
+            field(&raw const (*skb).data_end) as usize,
+        )
+    };
+    (data + length <= end).then_some(data)
 }
 
 /// # Safety
