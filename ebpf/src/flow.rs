@@ -68,7 +68,9 @@ fn set(connection: &Connection, seed: u32, sets: u32) -> u32 {
         hash = (hash ^ part).wrapping_mul(MULTIPLIER);
         hash ^= hash >> 32;
     }
-    hash as u32 & (sets - 1)
+    // Once more: the local port stands in the highest bits, which reach only higher ones by one
+    // multiplication. The upper bits are the ones to which every bit has come.
+    (hash.wrapping_mul(MULTIPLIER) >> 40) as u32 & (sets - 1)
 }
 
 /// Looks for a connection's flow in the set that begins at `first`.

@@ -169,9 +169,10 @@ pub fn of_stream(socket: *mut bpf_sock, connection: &mut Connection) -> bool {
     let differs = remote != connection.remote
         || remote_port != connection.remote_port
         || local != connection.local;
+    // A port that is published is judged by the one at which its socket is.
+    connection.local_port = port(socket);
     if differs {
         connection.local = local;
-        connection.local_port = port(socket);
         connection.remote = remote;
         connection.remote_port = remote_port;
     }
@@ -179,7 +180,7 @@ pub fn of_stream(socket: *mut bpf_sock, connection: &mut Connection) -> bool {
 }
 
 /// The same for UDP, which has an address of its own for each packet: only a socket that is
-/// connected says what was asked for.
+/// connected says what was asked for. One that is not says at which port it is answered.
 #[inline(never)]
 pub fn of_datagram(socket: *mut bpf_sock, connection: &mut Connection) -> bool {
     if socket.is_null() {
@@ -191,8 +192,10 @@ pub fn of_datagram(socket: *mut bpf_sock, connection: &mut Connection) -> bool {
         && (remote != connection.remote
             || remote_port != connection.remote_port
             || local_port != connection.local_port);
-    if differs {
+    if local_port != 0 {
         connection.local_port = local_port;
+    }
+    if differs {
         connection.remote = remote;
         connection.remote_port = remote_port;
     }
