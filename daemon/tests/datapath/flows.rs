@@ -45,7 +45,7 @@ impl Asking {
         world.peer(0);
         world.allow(Direction::Egress, Scope::Port(UDP, 53));
         world.apply();
-        Self::asking(world)
+        Self::within(world)
     }
 
     /// The same with little room: eight slots for what a workload opens, and eight for what arrives.
@@ -53,10 +53,10 @@ impl Asking {
         let mut world = room::with(|maps| maps.flows = 2 * 8 * FLOW_SHARES);
         world.allow(Direction::Egress, Scope::Port(UDP, 53));
         world.apply();
-        Self::asking(world)
+        Self::within(world)
     }
 
-    fn asking(world: World) -> Self {
+    fn within(world: World) -> Self {
         let here = world.as_workload(|| udp(world.here.port4(1000)));
         let there = world.as_far_end(|| udp(world.there.port4(53)));
         Self { world, here, there }

@@ -433,10 +433,10 @@ fn pins_again_whichever_pin_is_removed_or_replaced() {
     let all: BTreeSet<PathBuf> = pins_in(&pins);
     assert!(all.contains(&pins.join(format!("netns_{netns}"))));
     let keep = || world.datapath().keep_pinned().unwrap();
-    assert_eq!(keep(), [PathBuf::new(); 0]);
+    assert_eq!(keep(), Vec::<PathBuf>::new());
     for pin in &all {
         fs::remove_file(pin).unwrap();
-        assert_eq!(keep(), [pin.clone()]);
+        assert_eq!(keep(), std::slice::from_ref(pin));
     }
     // Something else under the same name.
     for (pin, other) in [
@@ -450,7 +450,7 @@ fn pins_again_whichever_pin_is_removed_or_replaced() {
         assert_eq!(again, BTreeSet::from([pin, other]));
     }
     assert_eq!(pins_in(&pins), all);
-    assert_eq!(keep(), [PathBuf::new(); 0]);
+    assert_eq!(keep(), Vec::<PathBuf>::new());
 
     // A folder that others may write in since is not taken for well.
     fs::set_permissions(&pins, fs::Permissions::from_mode(0o777)).unwrap();
