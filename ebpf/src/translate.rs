@@ -166,11 +166,15 @@ pub fn of_stream(socket: *mut bpf_sock, connection: &mut Connection) -> bool {
     }
     let local = local(socket);
     let (remote, remote_port) = asked(socket);
+    let local_port = port(socket);
+    // A socket without a far end's port, such as a test run's, has not been asked for another.
     let differs = remote != connection.remote
-        || remote_port != connection.remote_port
+        || (remote_port != connection.remote_port && remote_port != 0)
         || local != connection.local;
     // A port that is published is judged by the one at which its socket is.
-    connection.local_port = port(socket);
+    if local_port != 0 {
+        connection.local_port = local_port;
+    }
     if differs {
         connection.local = local;
         connection.remote = remote;

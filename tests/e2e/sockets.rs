@@ -220,12 +220,13 @@ fn nobody_talks_to_reeves_ports_directly() {
     }
     assert_eq!(denials(&one, "egress", "reserved_port"), 6.0);
 
-    // A process that is no workload, inside a workload's namespace: the daemon knows no
-    // destination for it.
+    // A process that is no workload, inside a workload's namespace.
     let nobody = pair
         .client
         .with_cgroup(Arc::new(pair.one.cgroup().child("nobody")));
-    fails_fast(&nobody, "127.0.0.1:15001", "reset");
+    for to in ["127.0.0.1:15001", "[::1]:15001"] {
+        is_denied(&nobody, to);
+    }
     // From outside, the outbound listener is not to be reached at all.
     let stranger = pair.two.pod("stranger");
     fails_fast(&stranger, client.port4(15001), "refused");
