@@ -109,7 +109,7 @@ impl Plan {
             (
                 owned(&["load", "units", "datapath"]),
                 owned(&QUICK_TESTS),
-                10,
+                20,
             )
         } else if options.step.is_empty() {
             (owned(&STEPS), options.tests.clone(), 120)
