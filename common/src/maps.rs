@@ -361,10 +361,11 @@ pub struct Flow {
 
 /// `ONWARD`: LRU hash keyed by a connection as its workload sees it.
 ///
-/// `ONWARD` holds the daemon's own connections to local applications that are being opened, so that
-/// the look-up of a listener does not reset them. Written by `sock_ops` for sockets with
-/// [`TAG_ONWARD`], and removed when the application's end is established or the daemon's is closed.
-/// It decides nothing: at the listener the packet is judged by the socket that sent it.
+/// `ONWARD` holds the daemon's own connections to local applications, so that the look-up of a
+/// listener does not reset them: while one is opened, and in the moment in which its established
+/// socket takes the place of its request, when a packet on another processor finds neither. Written
+/// by `sock_ops` for sockets with [`TAG_ONWARD`], and removed when the daemon's end is closed. It
+/// decides nothing: at the listener the packet is judged by the socket that sent it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {

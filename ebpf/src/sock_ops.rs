@@ -216,7 +216,6 @@ fn accepted(ctx: &SockOpsContext, socket: *mut bpf_sock, settings: &Settings) {
         remembered.flags |= TAG_TUNNELLED;
         // Without a tag the application's answers are judged, and refused.
         let _ = set_tag(socket, &mut remembered);
-        let _ = ONWARD.remove(&key);
         stays_local(ctx);
         return;
     }
