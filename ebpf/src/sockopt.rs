@@ -2,7 +2,7 @@
 //!
 //! The kernel tells the link of each multicast group that a socket joins, so that joining is a
 //! matter of policy. And it files the beginning of packets that ICMP errors enclose into the error
-//! queues of sockets, without any hook between: only a socket whose far end is allowed has one.
+//! queues of sockets, without any hook between: only TCP's have one.
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sockopt},
@@ -11,8 +11,7 @@ use aya_ebpf::{
     programs::SockoptContext,
 };
 use reeve_common::{
-    Direction, Hook, NO_WORKLOAD, Reason, Settings, TAG_ALLOWED, TAG_LOCAL, WorkloadEntry,
-    ipv4_mapped, protocol,
+    Direction, Hook, NO_WORKLOAD, Reason, Settings, WorkloadEntry, ipv4_mapped, protocol,
 };
 
 use crate::{
@@ -20,7 +19,7 @@ use crate::{
     connect::{PROCEED, REFUSE, STREAM},
     event::{Connection, Outcome, report},
     judge::{self, is_reeve, is_unknown, judge},
-    maps::{NAMESPACES, settings, tag},
+    maps::{NAMESPACES, settings},
 };
 
 /// `IPPROTO_IP` and `IPPROTO_IPV6`, as levels of options.
@@ -49,8 +48,6 @@ const GROUP: usize = 8;
 /// Address families, as the beginning of an address has them.
 const INET: u16 = 2;
 const INET6: u16 = 10;
-/// `TCP_ESTABLISHED`, which is what a connected datagram socket is in, too.
-const CONNECTED: u32 = 1;
 
 #[cgroup_sockopt(setsockopt)]
 pub fn reeve_setsockopt(ctx: SockoptContext) -> i32 {
@@ -102,32 +99,17 @@ fn socket(ctx: *mut bpf_sockopt) -> *mut bpf_sock {
 }
 
 /// A socket asks for an error queue. TCP looks for its own sequence number in what an error
-/// encloses; others take what comes. A call that is not granted succeeds all the same, for
-/// resolvers that give up where it fails.
+/// encloses; others take what comes, also once they are connected elsewhere, or once the policy that
+/// allowed their far end is gone, of which no hook tells. So no other kind gets one. The call
+/// succeeds all the same, for resolvers that give up where it fails.
 #[inline(always)]
 fn error_queue(ctx: *mut bpf_sockopt) -> i32 {
     let Some(settings) = settings() else {
         return REFUSE;
     };
-    let socket = socket(ctx);
-    // SAFETY: fields of the hook's socket.
-    let (kind, socket_protocol, state) = unsafe {
-        (
-            field(&raw const (*socket).type_),
-            field(&raw const (*socket).protocol),
-            field(&raw const (*socket).state),
-        )
-    };
-    if kind == STREAM || subject(ctx, &settings).is_none() {
-        return PROCEED;
-    }
-    let is_granted = state == CONNECTED
-        && tag(socket).is_some_and(|tag| {
-            u32::from(tag.protocol) == socket_protocol
-                && tag.generation == settings.generation
-                && tag.flags & (TAG_ALLOWED | TAG_LOCAL) == TAG_ALLOWED
-        });
-    if !is_granted {
+    // SAFETY: a field of the hook's socket.
+    let kind = field(unsafe { &raw const (*socket(ctx)).type_ });
+    if kind != STREAM && subject(ctx, &settings).is_some() {
         // SAFETY: a program of this hook may write the field.
         unsafe { (&raw mut (*ctx).optlen).write_volatile(SKIPPED) };
     }

@@ -315,7 +315,7 @@ fn an_error_about_what_was_never_sent_reaches_no_error_queue() {
 }
 
 #[test]
-fn an_error_about_what_was_sent_reaches_the_error_queue() {
+fn an_error_about_what_was_sent_is_told_without_an_error_queue() {
     let mut world = enrolled();
     world.peer(0);
     world.allow(Direction::Egress, Scope::Port(UDP, 9));
@@ -331,7 +331,10 @@ fn an_error_about_what_was_sent_reaches_the_error_queue() {
             socket.send(SECRET).unwrap();
             socket
         });
-        assert_eq!(queued(&socket, PATIENCE).as_deref(), Some(SECRET), "{to}");
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let told = socket.recv(&mut [0]).unwrap_err();
+        assert_eq!(told.kind(), std::io::ErrorKind::ConnectionRefused, "{to}");
+        assert_eq!(queued(&socket, MOMENT), None, "{to}");
     }
 }
 
