@@ -230,17 +230,31 @@ pub(super) fn type_name(info: &MapInfo) -> String {
         .map_or_else(|_| "an unknown type".to_owned(), |kind| format!("{kind:?}"))
 }
 
+/// How often a program is loaded before it counts as refused: the verifier gives up with `EAGAIN`
+/// where a signal waits for the thread.
+const ATTEMPTS: usize = 5;
+
 fn verify(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
     let program = ebpf.program_mut(name).ok_or(Error::Missing(name))?;
-    let loaded = match program {
-        Program::CgroupSockAddr(program) => program.load(),
-        Program::CgroupSkb(program) => program.load(),
-        Program::CgroupSockopt(program) => program.load(),
-        Program::SockOps(program) => program.load(),
-        Program::SkLookup(program) => program.load(),
-        _ => return Err(Error::Missing(name)),
-    };
-    loaded.map_err(|error| refused(name, &error))
+    let mut attempt = 1;
+    loop {
+        let loaded = match program {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSkb(program) => program.load(),
+            Program::CgroupSockopt(program) => program.load(),
+            Program::SockOps(program) => program.load(),
+            Program::SkLookup(program) => program.load(),
+            _ => return Err(Error::Missing(name)),
+        };
+        match loaded {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock && attempt < ATTEMPTS =>
+            {
+                attempt += 1;
+            }
+            loaded => return loaded.map_err(|error| refused(name, &error)),
+        }
+    }
 }
 
 /// The pinned maps, held so that they can be pinned again.
