@@ -293,6 +293,16 @@ fn listen_with_leave(at: SocketAddr) -> TcpListener {
     socket.into()
 }
 
+/// Accepts a connection that its client has for established; the listener may learn of it later.
+fn accept_soon(listener: &TcpListener) {
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = listener.accept() {
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        assert!(Instant::now() < deadline, "there is no connection");
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn a_tunnels_connection_reaches_no_listener_of_another_workload() {
     let (world, other) = sharing();
@@ -303,7 +313,7 @@ fn a_tunnels_connection_reaches_no_listener_of_another_workload() {
         // Its own, while the other one has another port.
         let own = world.as_workload(|| listen_with_leave(to));
         connect(&world, client, to).unwrap();
-        own.accept().unwrap();
+        accept_soon(&own);
         // The other one listens beside it, with leave of the same user, and nearer.
         let elsewhere = world.here.run(&other, || listen_with_leave(to));
         drop(own);
@@ -331,7 +341,7 @@ fn a_tunnels_connection_reaches_no_listener_of_another_workload() {
         // Of processes in no workload, root alone may listen for one: as service managers do.
         let managers = world.here.run(&world.stranger, || listen_with_leave(to));
         connect(&world, client, to).unwrap();
-        managers.accept().unwrap();
+        accept_soon(&managers);
         drop(managers);
         let users = world.here.run(&world.stranger, || {
             let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
