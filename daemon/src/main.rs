@@ -1,6 +1,11 @@
 //! The `reeve` binary: the command line, and how the daemon is put together.
 
-use std::{collections::HashSet, path::Path, process::ExitCode, sync::Arc};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use clap::Parser;
@@ -22,10 +27,17 @@ const CONTROL_THREADS: usize = 2;
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Run { config, takeover } => match run(&config, takeover) {
+        Command::Run {
+            config,
+            takeover,
+            report,
+        } => match run(&config, takeover, report.clone()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 cli::print_error(&error);
+                if let Some(report) = report {
+                    cli::report(&error, &report);
+                }
                 if !nix::unistd::geteuid().is_root() {
                     eprintln!("  this user is not root, whom `reeve run` needs to be");
                 }
@@ -34,7 +46,8 @@ fn main() -> ExitCode {
         },
         Command::Guard { config } => cli::guard(&config),
         Command::Check { config } => cli::check(&config),
-        Command::Reload(asking) => cli::reload(&asking),
+        Command::Reload { asking, service } => cli::reload(&asking, service),
+        Command::Upgrade(words) => cli::upgrade(&words),
         Command::Status(asking) => cli::status(&asking),
         Command::Ca { command } => cli::ca(&command),
         Command::Certs(words) => cli::certs(&words),
@@ -48,7 +61,7 @@ fn main() -> ExitCode {
 }
 
 /// Runs the daemon until a signal ends it, or another one takes over.
-fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
+fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunError> {
     let kept = handover::from_service_manager();
     let config = Arc::new(Config::load(file)?);
     let policies = control::policies(&config, &config.roster())?;
@@ -157,6 +170,7 @@ fn run(file: &Path, takeover: bool) -> Result<(), RunError> {
             events,
             endpoints,
             takeover,
+            report,
             inherited: listening,
         };
         Control::new(daemon, parts).run().await

@@ -48,6 +48,7 @@ mod prometheus;
 mod release;
 mod restart;
 mod revocation;
+mod service;
 mod shared_host;
 mod soak;
 mod sockets;

@@ -1,6 +1,10 @@
 //! As a service of a real systemd: the unit in `deploy/`, in a machine that boots.
 
-use std::{fs, os::unix::fs::symlink, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
 
 use harness::{Machine, Network, Node, Output, Thread, Workload, eventually};
 
@@ -11,7 +15,7 @@ use crate::arrange::{PORT, serve};
 const EXPOSURE: &str = "31";
 
 /// The program that is tested is not static, as that of a release is.
-const LIBRARIES: &str = "[Service]\nExecPaths=-/usr/lib -/lib -/lib64\n";
+pub(crate) const LIBRARIES: &str = "[Service]\nExecPaths=-/usr/lib -/lib -/lib64\n";
 
 const EARLY: &str = "
 [Service]
@@ -105,14 +109,14 @@ fn the_guard_has_systemd_keep_a_slice_whose_units_come_and_go() {
 fn the_service_reloads_drains_and_has_the_tightest_sandbox() {
     let scene = Scene::new("", "");
     let machine = scene.boot();
-    // `Type=notify-reload`: what was written is in force when `systemctl reload` returns.
+    // What was written is in force when `systemctl reload` returns.
     assert!(start_in("jobs.slice", &machine, &scene).status.success());
     machine.write("/etc/reeve/reeve.yaml", &scene.config(JOBS, ""));
     machine.run(["systemctl", "reload", "reeve"]).ok();
     let refused = start_in("jobs.slice", &machine, &scene);
     assert!(!refused.status.success(), "{}", refused.stdout);
     machine.write("/etc/reeve/reeve.yaml", "nonsense");
-    machine.run(["systemctl", "reload", "reeve"]).ok();
+    machine.run(["systemctl", "reload", "reeve"]).fails();
     let refused = start_in("jobs.slice", &machine, &scene);
     assert!(!refused.status.success(), "what was in force stays so");
 
@@ -361,33 +365,7 @@ impl Scene {
 
     /// A machine that starts these units when it boots.
     fn boot_with(&self, wanted: &[&str]) -> Machine {
-        let files = |name: &str| self.files.join(name);
-        let deploy = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy");
-        for unit in ["reeve.service", "reeve-guard.service"] {
-            fs::copy(deploy.join(unit), files(unit)).unwrap();
-        }
-        fs::create_dir(files("wants")).unwrap();
-        for unit in wanted {
-            symlink(format!("../{unit}"), files("wants").join(unit)).unwrap();
-        }
-        Machine::boot(
-            &self.node,
-            &[
-                (&files("reeve"), "/etc/reeve"),
-                (&files("reeve.service"), "/etc/systemd/system/reeve.service"),
-                (
-                    &files("reeve-guard.service"),
-                    "/etc/systemd/system/reeve-guard.service",
-                ),
-                (&files("early.service"), "/etc/systemd/system/early.service"),
-                (&files("drop-in"), "/etc/systemd/system/reeve.service.d"),
-                (
-                    &files("drop-in-guard"),
-                    "/etc/systemd/system/reeve-guard.service.d",
-                ),
-                (&files("wants"), "/etc/systemd/system/sysinit.target.wants"),
-            ],
-        )
+        boot(&self.node, &self.files, "early.service", wanted)
     }
 
     fn config(&self, lines: &str, more: &str) -> String {
@@ -423,6 +401,33 @@ impl Scene {
     fn elsewhere(&self) -> String {
         self.server.addresses().port4(PORT + 1).to_string()
     }
+}
+
+/// Boots a machine with the shipped units and files of this folder: the configuration in `reeve`, drop-ins of
+/// the units in `drop-in` and `drop-in-guard`, and one more unit. It starts those that are wanted.
+pub(crate) fn boot(node: &Node, folder: &Path, unit: &str, wanted: &[&str]) -> Machine {
+    let files = |name: &str| folder.join(name);
+    let deploy = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+    for unit in ["reeve.service", "reeve-guard.service"] {
+        fs::copy(deploy.join(unit), files(unit)).unwrap();
+    }
+    fs::create_dir(files("wants")).unwrap();
+    for unit in wanted {
+        symlink(format!("../{unit}"), files("wants").join(unit)).unwrap();
+    }
+    let at = |name: &str| format!("/etc/systemd/system/{name}");
+    Machine::boot(
+        node,
+        &[
+            (&files("reeve"), "/etc/reeve"),
+            (&files("reeve.service"), &at("reeve.service")),
+            (&files("reeve-guard.service"), &at("reeve-guard.service")),
+            (&files(unit), &at(unit)),
+            (&files("drop-in"), &at("reeve.service.d")),
+            (&files("drop-in-guard"), &at("reeve-guard.service.d")),
+            (&files("wants"), &at("sysinit.target.wants")),
+        ],
+    )
 }
 
 /// Runs a client in a unit of its own, in a slice, which calls the server at once.

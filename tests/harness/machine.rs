@@ -143,6 +143,19 @@ impl Machine {
         found.expect("it was found")
     }
 
+    /// The number outside of a process that has this one inside.
+    #[must_use]
+    pub fn number_of(&self, inside: &str) -> u32 {
+        let mut numbers = Vec::new();
+        collect_processes(&self.cgroup.path().join("payload"), &mut numbers);
+        let found = numbers.into_iter().find(|number| {
+            let status = fs::read_to_string(format!("/proc/{number}/status")).unwrap_or_default();
+            let names = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            names.is_some_and(|names| names.split_whitespace().last() == Some(inside))
+        });
+        found.expect("the process runs")
+    }
+
     /// What a unit has logged.
     #[must_use]
     pub fn log(&self, unit: &str) -> String {
@@ -172,6 +185,17 @@ impl Drop for Machine {
                 .join(&self.name);
             let _ = nix::mount::umount2(&folder, nix::mount::MntFlags::MNT_DETACH);
             let _ = fs::remove_dir(&folder);
+        }
+    }
+}
+
+/// The processes of a cgroup and of all below.
+fn collect_processes(folder: &Path, numbers: &mut Vec<u32>) {
+    let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+    numbers.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            collect_processes(&entry.path(), numbers);
         }
     }
 }

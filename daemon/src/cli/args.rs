@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use super::{CaCommand, PolicyCommand, certs::Certs, explain::Explain, observe::Observe};
+use super::{
+    CaCommand, PolicyCommand, certs::Certs, explain::Explain, observe::Observe, upgrade::Upgrade,
+};
 
 pub(super) const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
 pub(super) const DEFAULT_SOCKET: &str = "/run/reeve/admin.sock";
@@ -58,7 +60,9 @@ settings the log says that a restart is needed. Needs root.
 With --takeover it takes over from the daemon that runs, if one does: both run until this one is \
 ready, then listeners, the metrics endpoint and the admin socket change hands without losing a \
 connection, and the old daemon lets open connections end within `timeouts.handOver` and leaves. \
-Where versions do not fit, or this one does not become ready, it exits and the old one goes on.",
+Where versions do not fit, or this one does not become ready, it exits and the old one goes on. \
+A daemon that is a service of systemd does not hand over to one outside of its unit: \
+`reeve upgrade` starts one inside.",
         after_help = "\
 Examples:
   reeve run
@@ -75,6 +79,9 @@ configuration is wrong."
         /// Take over from the daemon that runs, without breaking a connection
         #[arg(long)]
         takeover: bool,
+        /// Where to write how the takeover ended, for `reeve upgrade`
+        #[arg(long, value_name = "FILE", requires = "takeover", hide = true)]
+        report: Option<PathBuf>,
     },
 
     /// Refuse everything to the workloads until `reeve run` knows them: for boot
@@ -167,7 +174,33 @@ Examples:
 
 Exit codes: 0 all was read, 1 something was refused or no daemon answers."
     )]
-    Reload(Asking),
+    Reload {
+        /// Whom to ask
+        #[command(flatten)]
+        asking: Asking,
+        /// For the unit's `ExecReload=`: carry out `reeve upgrade`, where it was asked for
+        #[arg(long)]
+        service: bool,
+    },
+
+    /// Put the installed reeve in the place of the daemon that runs, without breaking a connection
+    #[command(
+        long_about = "\
+Put the installed reeve in the place of the daemon that runs, without breaking a connection.
+
+For a daemon that is a service of systemd: has systemd reload its unit, whose `ExecReload=` starts the \
+new daemon inside of the unit. It takes over as `reeve run --takeover` does, with the configuration that \
+the old one was started with, and becomes the unit's main process; the watchdog goes on throughout. \
+The old daemon lets open connections end within `timeouts.handOver`. Where the new one does not fit or \
+does not become ready, it ends, the reason is told here, and the old one goes on. Needs root.",
+        after_help = "\
+Examples:
+  install -m 755 bin/reeve /usr/local/bin/reeve && reeve upgrade
+  reeve upgrade && reeve status
+
+Exit codes: 0 the new daemon has taken over; 1 it has not, and nothing has changed."
+    )]
+    Upgrade(Upgrade),
 
     /// Make, renew, revoke and show the certificates of the embedded CA
     #[command(

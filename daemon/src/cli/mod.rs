@@ -14,6 +14,7 @@ mod policy;
 mod reload;
 mod status;
 mod table;
+mod upgrade;
 
 use std::{
     io::{self, Write},
@@ -31,6 +32,7 @@ pub use explain::{Explain, explain};
 pub use man::man;
 pub use observe::{Observe, observe};
 pub use policy::{PolicyCommand, policy};
+pub use upgrade::{Upgrade, report, upgrade};
 
 use crate::{
     admin::{self, Answer, Status},
@@ -73,9 +75,17 @@ fn ask_status(socket: &Path) -> Result<Box<Status>, ExitCode> {
     })
 }
 
-/// `reeve reload`.
+/// `reeve reload`; of a `service`, what the unit's `ExecReload=` does.
 #[must_use]
-pub fn reload(asking: &Asking) -> ExitCode {
+pub fn reload(asking: &Asking, service: bool) -> ExitCode {
+    if service {
+        upgrade::reload_service(asking)
+    } else {
+        reload_running(asking)
+    }
+}
+
+fn reload_running(asking: &Asking) -> ExitCode {
     let answered = ask(
         &asking.socket,
         admin::Command::Reload,

@@ -49,6 +49,8 @@ pub struct Daemon {
     pub(super) not_pinned: ArcSwapOption<String>,
     /// Another daemon takes over, and writes the kernel's maps.
     pub(super) kernel_is_anothers: AtomicBool,
+    /// This daemon is the one that the service manager hears.
+    pub(super) is_service: AtomicBool,
     /// Daemons before that still drain, the last one first.
     pub(super) predecessors: ArcSwap<Vec<Draining>>,
     started: Instant,
@@ -107,6 +109,7 @@ impl Daemon {
             view: ArcSwap::from_pointee(starting),
             not_pinned: ArcSwapOption::empty(),
             kernel_is_anothers: AtomicBool::new(false),
+            is_service: AtomicBool::new(true),
             predecessors: ArcSwap::default(),
             started: Instant::now(),
         }

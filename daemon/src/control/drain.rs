@@ -3,7 +3,7 @@
 use std::{
     fmt::Write,
     future::pending,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -65,11 +65,6 @@ impl Daemon {
                 seconds: until.saturating_duration_since(Instant::now()).as_secs(),
             }),
         })
-    }
-
-    /// Another daemon has taken over: this one lets its connections end.
-    pub(super) fn has_handed_over(&self) -> bool {
-        self.view.load().draining.is_some() && self.kernel_is_anothers.load(Ordering::Relaxed)
     }
 
     /// How it is, in one line.

@@ -42,8 +42,8 @@ impl HealthLook {
             loop {
                 let problem = look(&daemon, &control, every).await.err();
                 match &problem {
-                    // systemd listens to the one that has taken over.
-                    None if daemon.has_handed_over() => {}
+                    // systemd listens to another one.
+                    None if !daemon.is_service.load(Ordering::Relaxed) => {}
                     None => process::notify_watchdog(),
                     Some(problem) => {
                         tracing::error!("the daemon is not well: {problem}");

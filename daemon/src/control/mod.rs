@@ -27,11 +27,17 @@ mod process;
 mod reconcile;
 mod reload;
 mod revoke;
+mod service;
 mod signals;
 mod succession;
 mod systemd;
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use tokio::{
@@ -59,7 +65,7 @@ pub use guard::{Guarded, guard};
 pub use ids::give_ids;
 pub use own_cgroup::{open_cgroups, settle_in};
 pub use parents::ParentError;
-pub use process::prepare as prepare_process;
+pub use process::{prepare as prepare_process, spawn_orphan};
 pub use reconcile::{Compiled, steps};
 pub use reload::{declaration, policies};
 
@@ -114,6 +120,8 @@ pub struct Control {
     told: Arc<Snapshot>,
     endpoints: Endpoints,
     succession: Succession,
+    /// Where to write that this daemon has taken over.
+    report: Option<PathBuf>,
     /// The kernel has held all that is declared at least once.
     is_enforced: bool,
 }
@@ -144,6 +152,8 @@ pub struct Parts {
     pub endpoints: Endpoints,
     /// A hand-over to this daemon that has begun.
     pub takeover: Option<Takeover>,
+    /// Where to write that it is done.
+    pub report: Option<PathBuf>,
     /// Cookies of the namespaces whose listeners another process opened.
     pub inherited: HashSet<u64>,
 }
@@ -195,6 +205,9 @@ impl Control {
         let mut view = View::clone(&daemon.view.load());
         view.listening.clone_from(&parts.inherited);
         daemon.view.store(Arc::new(view));
+        // Until this one has taken over, the service manager hears the other one.
+        let is_service = parts.takeover.is_none();
+        daemon.is_service.store(is_service, Ordering::Relaxed);
         Self {
             endpoints: parts.endpoints,
             succession: Succession::new(parts.takeover, &parts.inherited),
@@ -221,6 +234,7 @@ impl Control {
             judged: None,
             housekeeping: Housekeeping::new(),
             told: Arc::default(),
+            report: parts.report,
             is_enforced: false,
             daemon,
         }
@@ -319,7 +333,7 @@ impl Control {
                 }
                 Change::Signal(Signal::Stop) => break,
                 Change::Look => {}
-                Change::Request(Request::Freeze(answer)) => self.freeze(answer),
+                Change::Request(Request::Freeze { asker, answer }) => self.freeze(asker, answer),
                 Change::Request(Request::Resume) => self.resume().await,
                 Change::Request(Request::Take {
                     process,
@@ -408,7 +422,9 @@ impl Control {
                     _ => {}
                 }
                 *before = now;
-                process::notify_status(&self.daemon.in_a_line());
+                if self.daemon.is_service.load(Ordering::Relaxed) {
+                    process::notify_status(&self.daemon.in_a_line());
+                }
             }
             different
         });

@@ -1,6 +1,8 @@
 //! The daemon as a process: what it may use, what may look into it, and what systemd is told.
 
-use std::{fs, ops::Range, path::Path, time::Duration};
+use std::{
+    fs, io, ops::Range, os::unix::process::CommandExt, path::Path, process::Command, time::Duration,
+};
 
 use nix::sys::{
     prctl,
@@ -23,6 +25,25 @@ pub fn prepare() {
     if let Err(error) = dumps {
         tracing::warn!(%error, "core dumps cannot be switched off; one would hold private keys");
     }
+}
+
+/// Starts a program as a child of process 1, or of whichever process adopts orphans here. systemd
+/// knows the end of its own children alone. To be called before there is a second thread.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn spawn_orphan(command: &mut Command) -> io::Result<()> {
+    // SAFETY: between fork and exec, nothing is called but fork and _exit, which are
+    // async-signal-safe; the parent of what is started ends at once, with nothing run at its exit.
+    unsafe {
+        command.pre_exec(|| match libc::fork() {
+            -1 => Err(io::Error::last_os_error()),
+            0 => Ok(()),
+            _ => libc::_exit(0),
+        });
+    }
+    command.spawn()?.wait()?;
+    Ok(())
 }
 
 /// Unmaps the program's code: what only the start needed is not mapped again, and no longer counts as

@@ -20,9 +20,10 @@ use super::{
     health::{self, Asked},
     process,
     reconcile::describe,
+    service,
     signals::{Signal, Signals},
 };
-use crate::handover::{self, Draining, Offer, Request, Takeover, TakeoverError};
+use crate::handover::{self, Asker, Draining, Offer, Order, Request, Takeover, TakeoverError};
 
 /// For this daemon to become ready, before it gives up taking over: certificates that are not
 /// there by then are not about to be.
@@ -107,6 +108,12 @@ impl Control {
                 missing: readiness.missing.join("; "),
             }));
         }
+        if let Some(report) = &self.report
+            && self.succession.is_taking_over()
+            && !matches!(Order::read(report), Ok(Some(Order::Upgrade)))
+        {
+            return Err(RunError::Takeover(TakeoverError::Withdrawn));
+        }
         self.succession.waiting_since = None;
         self.daemon.tunnels.release();
         let Some(takeover) = self.succession.takeover.take() else {
@@ -120,9 +127,17 @@ impl Control {
             process = offer.process,
             "took over from another daemon, which drains"
         );
+        self.daemon.is_service.store(true, Ordering::Relaxed);
         self.succession.predecessor = Predecessor::new(left);
         self.endpoints.serve(&self.daemon)?;
-        self.begin()
+        self.begin()?;
+        if let Some(report) = &self.report {
+            let done = Order::Done(std::process::id()).write(report);
+            if let Err(error) = done {
+                tracing::warn!(%error, "`reeve upgrade` is not told that it is done");
+            }
+        }
+        Ok(())
     }
 
     /// Begins what only one daemon does: reads events, and waits for the next daemon.
@@ -147,7 +162,16 @@ impl Control {
     }
 
     /// Leaves the kernel's maps to another daemon, and says what there is to hand over.
-    pub(super) fn freeze(&mut self, answer: oneshot::Sender<(Offer, Vec<OwnedFd>)>) {
+    pub(super) fn freeze(
+        &mut self,
+        asker: Asker,
+        answer: oneshot::Sender<Result<(Offer, Vec<OwnedFd>), String>>,
+    ) {
+        if let Err(why) = service::admits(asker) {
+            // Whoever asked has gone, and is refused all the same.
+            let _ = answer.send(Err(why));
+            return;
+        }
         self.set_frozen(true);
         self.succession.events_paused.send_replace(true);
         let mut own_cgroups = self.own_cgroups.clone();
@@ -162,7 +186,7 @@ impl Control {
         let mut sockets = self.daemon.tunnels.sockets();
         sockets.extend(self.endpoints.sockets());
         // Whoever asked has gone; it says so itself.
-        let _ = answer.send((offer, sockets));
+        let _ = answer.send(Ok((offer, sockets)));
     }
 
     /// Goes on as before, since the other daemon has given up.
@@ -194,6 +218,7 @@ impl Control {
             patience = %humantime::format_duration(patience),
             "handed over to another daemon: connections may end by themselves"
         );
+        self.daemon.is_service.store(false, Ordering::Relaxed);
         process::notify_successor(process);
         self.endpoints.leave();
         self.daemon.begin_draining(patience);
@@ -242,7 +267,7 @@ impl Control {
                 self.succession.predecessors.clear();
             }
         }
-        if !self.daemon.has_handed_over() {
+        if self.daemon.is_service.load(Ordering::Relaxed) {
             process::notify_status(&self.daemon.in_a_line());
         }
     }

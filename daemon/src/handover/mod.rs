@@ -13,12 +13,14 @@
 mod inherited;
 mod new;
 mod old;
+mod order;
 mod packet;
 mod protocol;
 
 pub use inherited::{Inherited, forget_kept, from_service_manager, is_keeping, keep};
 pub use new::{Takeover, TakeoverError, ask};
-pub use old::{Listener, Request};
+pub use old::{Asker, Listener, Request};
+pub use order::Order;
 pub use protocol::{Draining, Left, LeftOf, Offer};
 
 use std::path::{Path, PathBuf};

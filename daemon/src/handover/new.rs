@@ -56,6 +56,9 @@ pub enum TakeoverError {
         /// What went wrong.
         source: io::Error,
     },
+    /// Whoever has ordered the upgrade has given up.
+    #[error("`reeve upgrade` has given up waiting, so the running daemon goes on")]
+    Withdrawn,
     /// This daemon did not become ready.
     #[error(
         "not ready within {} s, so the running daemon goes on: {missing}", .within.as_secs()

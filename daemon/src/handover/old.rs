@@ -33,8 +33,13 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a new daemon asks of this one's control.
 #[derive(Debug)]
 pub enum Request {
-    /// Leave the kernel's maps alone, and say what there is to hand over.
-    Freeze(oneshot::Sender<(Offer, Vec<OwnedFd>)>),
+    /// Leave the kernel's maps alone, and say what there is to hand over; or why there is nothing.
+    Freeze {
+        /// Who asks.
+        asker: Asker,
+        /// To be told.
+        answer: oneshot::Sender<Result<(Offer, Vec<OwnedFd>), String>>,
+    },
     /// The new daemon accepts connections: leave that to it.
     Take {
         /// The new daemon's process.
@@ -47,6 +52,15 @@ pub enum Request {
     },
     /// The new daemon has given up: go on as before.
     Resume,
+}
+
+/// A new daemon that asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Asker {
+    /// Its process.
+    pub process: i32,
+    /// A service manager hears it.
+    pub is_notifying: bool,
 }
 
 /// The socket at which this daemon is asked to hand over.
@@ -173,8 +187,16 @@ fn serve(
         process = peer.pid(),
         "another daemon is about to take over"
     );
-    let outcome = match offer(&connection, peer.pid(), requests) {
-        Ok(left) => Outcome::Taken(left),
+    let asker = Asker {
+        process: peer.pid(),
+        is_notifying: hello.notifies,
+    };
+    let outcome = match offer(&connection, asker, requests) {
+        Ok(Offered::Taken(left)) => Outcome::Taken(left),
+        Ok(Offered::Refused(why)) => {
+            refuse(why)?;
+            Outcome::NotBegun
+        }
         Err(error) => {
             tracing::warn!(%error, "the other daemon has not taken over: this one goes on");
             // Nobody to tell means that this daemon is ending.
@@ -185,18 +207,29 @@ fn serve(
     Ok((outcome, connection))
 }
 
+/// What came of an offer.
+enum Offered {
+    /// There was none, and why.
+    Refused(String),
+    /// With what is to be told from now on.
+    Taken(mpsc::Receiver<Vec<Draining>>),
+}
+
 /// From the freeze to the end of accepting.
 fn offer(
     connection: &Connection,
-    process: i32,
+    asker: Asker,
     requests: &mpsc::Sender<Request>,
-) -> io::Result<mpsc::Receiver<Vec<Draining>>> {
+) -> io::Result<Offered> {
     let ending = || io::Error::other("this daemon is ending");
     let (answer, answered) = oneshot::channel();
     requests
-        .blocking_send(Request::Freeze(answer))
+        .blocking_send(Request::Freeze { asker, answer })
         .map_err(|_| ending())?;
-    let (mut offer, sockets) = answered.blocking_recv().map_err(|_| ending())?;
+    let (mut offer, sockets) = match answered.blocking_recv().map_err(|_| ending())? {
+        Ok(offered) => offered,
+        Err(why) => return Ok(Offered::Refused(why)),
+    };
     offer.sockets = sockets.len();
     connection.send(&FromOld::Offer(offer), &[])?;
     for some in sockets.chunks(MAX_DESCRIPTORS) {
@@ -212,7 +245,7 @@ fn offer(
     let (left, told) = mpsc::channel(1);
     requests
         .blocking_send(Request::Take {
-            process,
+            process: asker.process,
             done,
             left,
         })
@@ -223,5 +256,5 @@ fn offer(
         // It has said that it accepts; there is nobody to go back to.
         tracing::warn!(%error, "the daemon that took over is not told that it may");
     }
-    Ok(told)
+    Ok(Offered::Taken(told))
 }

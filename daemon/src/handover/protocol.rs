@@ -30,6 +30,9 @@ pub(super) struct Hello {
     pub(super) layout: u32,
     pub(super) outbound_port: u16,
     pub(super) tunnel_port: u16,
+    /// A service manager hears this daemon (`NOTIFY_SOCKET`).
+    #[serde(default)]
+    pub(super) notifies: bool,
 }
 
 /// What the old daemon says.
@@ -99,6 +102,11 @@ pub struct LeftOf {
     pub connections: usize,
 }
 
+/// Whether a service manager hears this process.
+pub(super) fn is_notifying() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
 // === impl Draining ===
 
 impl Draining {
@@ -153,6 +161,7 @@ impl Hello {
             layout: LAYOUT_VERSION,
             outbound_port: ports.outbound,
             tunnel_port: ports.tunnel,
+            notifies: is_notifying(),
         }
     }
 

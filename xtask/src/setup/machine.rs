@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use super::{mirror::Mirror, say};
 use crate::{run, workspace::Workspace};
 
-/// The first Debian whose systemd knows `Type=notify-reload`.
+/// The newest stable Debian.
 const SUITE: &str = "trixie";
 
 pub(super) fn ensure(workspace: &Workspace) -> Result<()> {
