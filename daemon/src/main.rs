@@ -12,7 +12,7 @@ use clap::Parser;
 use reeve::{
     cli::{self, Cli, Command},
     config::{Config, Declared},
-    control::{self, Control, Daemon, Endpoints, Parts, RunError},
+    control::{self, Control, Daemon, Endpoints, Parts, RunError, StandIn},
     datapath::Datapath,
     handover::{self, Inherited},
     policy::Snapshot,
@@ -71,6 +71,7 @@ fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunEr
     let cgroups = control::open_cgroups(&config)?;
     let own_cgroups = control::settle_in(&cgroups, &config)?;
     config.sandbox.enter_process()?;
+    let stand_in = StandIn::start(config.sandbox).map_err(RunError::StandIn)?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
@@ -170,6 +171,7 @@ fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunEr
             events,
             endpoints,
             takeover,
+            stand_in,
             report,
             inherited: listening,
         };

@@ -138,6 +138,45 @@ fn who_takes_over_from_outside_the_unit_is_refused_and_a_failed_upgrade_changes_
     scene.goes_on();
 }
 
+#[test]
+fn a_restart_under_a_long_connection_keeps_no_new_one_waiting() {
+    let scene = Scene::new("");
+    let machine = scene.boot();
+    let before = scene.process();
+    let begun = Instant::now();
+    machine.run(["systemctl", "restart", "reeve"]).ok();
+    let taken = begun.elapsed();
+    assert!(taken < Duration::from_secs(5), "the restart took {taken:?}");
+    assert_ne!(scene.process(), before);
+    // The long connection is still the old daemon's, and lives for `timeouts.drain`.
+    assert!(machine.shell(&format!("kill -0 {before}")).status.success());
+    scene.goes_on();
+    let seen = scene.probed();
+    let slowest = seen["slowest_ms"].as_u64().unwrap();
+    eprintln!("a restart took {taken:?}; meanwhile {seen}");
+    assert!(slowest < 5000, "{seen}");
+    eventually("the store is empty again", || {
+        machine.property("reeve.service", "NFileDescriptorStore") == "0"
+    });
+    thread::sleep(WATCHDOG * 2);
+    assert_eq!(
+        machine.property("reeve.service", "MainPID"),
+        scene.process()
+    );
+    assert_eq!(machine.property("reeve.service", "NRestarts"), "0");
+    // A stop waits for the last connection, and leaves nothing that runs.
+    machine.run(["systemctl", "restart", "client"]).ok();
+    machine.run(["systemctl", "stop", "client"]).ok();
+    machine.run(["systemctl", "stop", "reeve"]).ok();
+    assert_eq!(machine.property("reeve.service", "Result"), "success");
+    eventually("the old daemon has ended", || {
+        !machine.shell(&format!("kill -0 {before}")).status.success()
+    });
+    machine
+        .run(["reeve", "detach", "--config", "/etc/reeve/reeve.yaml"])
+        .ok();
+}
+
 /// A service with a client in a machine, whose connections go through tunnels to another node.
 struct Scene {
     machine: std::cell::OnceCell<Machine>,

@@ -31,6 +31,9 @@ pub enum RunError {
     /// Logging.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// The process that takes the daemon's place in its unit.
+    #[error("no process can be made that stands in for the daemon while it drains")]
+    StandIn(#[source] io::Error),
     /// The event loop of the control work.
     #[error("the event loop cannot be started")]
     Runtime(#[source] io::Error),

@@ -68,6 +68,7 @@ pub use parents::ParentError;
 pub use process::{prepare as prepare_process, spawn_orphan};
 pub use reconcile::{Compiled, steps};
 pub use reload::{declaration, policies};
+pub use service::StandIn;
 
 use daemon::{Reloads, View};
 use health::{Asked, HealthLook};
@@ -120,6 +121,8 @@ pub struct Control {
     told: Arc<Snapshot>,
     endpoints: Endpoints,
     succession: Succession,
+    /// Takes this daemon's place in its unit when it leaves.
+    stand_in: Option<StandIn>,
     /// Where to write that this daemon has taken over.
     report: Option<PathBuf>,
     /// The kernel has held all that is declared at least once.
@@ -152,6 +155,8 @@ pub struct Parts {
     pub endpoints: Endpoints,
     /// A hand-over to this daemon that has begun.
     pub takeover: Option<Takeover>,
+    /// Takes this daemon's place in its unit when it leaves.
+    pub stand_in: Option<StandIn>,
     /// Where to write that it is done.
     pub report: Option<PathBuf>,
     /// Cookies of the namespaces whose listeners another process opened.
@@ -234,6 +239,7 @@ impl Control {
             judged: None,
             housekeeping: Housekeeping::new(),
             told: Arc::default(),
+            stand_in: parts.stand_in,
             report: parts.report,
             is_enforced: false,
             daemon,
@@ -360,12 +366,20 @@ impl Control {
 
     async fn stop(&mut self, signals: &mut Signals, asked: &mut Asked) {
         let patience = self.daemon.config.load().timeouts.drain;
+        let redirect = block_in_place(|| self.leave_listeners());
+        if redirect
+            && let Some(stand_in) = self.stand_in.take()
+            && block_in_place(service::is_restarting)
+        {
+            self.make_way(stand_in, signals, asked).await;
+            tracing::info!("stopped, after the service was left to the next daemon");
+            return;
+        }
         tracing::info!(
             patience = %humantime::format_duration(patience),
             "shutting down: connections may end by themselves; what is enforced stays so"
         );
         process::notify_stopping();
-        let redirect = self.leave_listeners();
         self.stop_serving(redirect);
         self.daemon.begin_draining(patience);
         self.tell_readiness();

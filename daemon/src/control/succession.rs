@@ -20,7 +20,7 @@ use super::{
     health::{self, Asked},
     process,
     reconcile::describe,
-    service,
+    service::{self, StandIn},
     signals::{Signal, Signals},
 };
 use crate::handover::{self, Asker, Draining, Offer, Order, Request, Takeover, TakeoverError};
@@ -202,6 +202,35 @@ impl Control {
         self.reconcile().await;
     }
 
+    /// Leaves the unit to the next daemon, which the service manager then starts at once, and lets
+    /// connections end.
+    pub(super) async fn make_way(
+        &mut self,
+        stand_in: StandIn,
+        signals: &mut Signals,
+        asked: &mut Asked,
+    ) {
+        let patience = self.daemon.config.load().timeouts.drain;
+        tracing::info!(
+            patience = %humantime::format_duration(patience),
+            "the service restarts: the next daemon starts now, and connections of this one may end by \
+             themselves"
+        );
+        // The next daemon begins with the maps as they are, and answers where this one did.
+        self.set_frozen(true);
+        self.succession.events_paused.send_replace(true);
+        self.succession.requests.close();
+        if !handover::keep(&self.endpoints.sockets()) {
+            tracing::warn!("the next daemon opens its own metrics endpoint and admin socket");
+        }
+        self.daemon.is_service.store(false, Ordering::Relaxed);
+        self.endpoints.leave();
+        let (untold, _) = mpsc::channel(1);
+        let begun = move || block_in_place(|| stand_in.end());
+        self.serve_out(patience, begun, untold, signals, asked)
+            .await;
+    }
+
     /// Accepts no more, since the other daemon does, and lets connections end. They are still
     /// judged by whatever changes.
     pub(super) async fn hand_over(
@@ -221,6 +250,24 @@ impl Control {
         self.daemon.is_service.store(false, Ordering::Relaxed);
         process::notify_successor(process);
         self.endpoints.leave();
+        // Whoever asked may be gone, and accepts all the same: there is no way back.
+        let begun = || {
+            let _ = done.send(());
+        };
+        self.serve_out(patience, begun, left, signals, asked).await;
+        tracing::info!("stopped, after another daemon has taken over");
+    }
+
+    /// Serves what was accepted until it has ended, for at most `patience`, and tells what is `left`.
+    /// Nothing more is accepted once `begun` is called.
+    async fn serve_out(
+        &mut self,
+        patience: Duration,
+        begun: impl FnOnce(),
+        left: mpsc::Sender<Vec<Draining>>,
+        signals: &mut Signals,
+        asked: &mut Asked,
+    ) {
         self.daemon.begin_draining(patience);
         let daemon = self.daemon.clone();
         let mut ended = std::pin::pin!(daemon.tunnels.hand_over(patience));
@@ -230,8 +277,7 @@ impl Control {
         }));
         let mut drained: Option<Instant> = None;
         let mut certificates = self.daemon.identities.changes();
-        // Whoever asked may be gone, and accepts all the same: there is no way back.
-        let _ = done.send(());
+        begun();
         // The next daemon knows of those before only through this one.
         while drained.is_none() || !self.succession.predecessor.is_gone() {
             let last = drained.unwrap_or_else(Instant::now) + patience;
@@ -254,7 +300,6 @@ impl Control {
                 Ok(()) = certificates.changed() => self.daemon.tunnels.judge_again(),
             }
         }
-        tracing::info!("stopped, after another daemon has taken over");
     }
 
     /// Notes what the daemon before says is left of it, or that it has ended.
@@ -282,7 +327,7 @@ impl Control {
     /// Leaves the listeners to the service manager for the next daemon, where it keeps them:
     /// connections wait there. False where it does not.
     pub(super) fn leave_listeners(&self) -> bool {
-        let kept = handover::is_keeping() && handover::keep(&self.daemon.tunnels.sockets());
+        let kept = service::keeps_sockets() && handover::keep(&self.daemon.tunnels.sockets());
         if kept {
             tracing::info!("the service manager keeps the listeners for the next daemon");
         }

@@ -16,6 +16,12 @@ const MANAGER: Method<'_> = Method {
     name: "",
 };
 
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const JOB: &str = "org.freedesktop.systemd1.Job";
+const SERVICE: &str = "org.freedesktop.systemd1.Service";
+/// The job of a unit that has none.
+const NO_JOB: &str = "/";
+
 /// For a slice to have its cgroup, once systemd has been told.
 const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(10);
@@ -75,6 +81,36 @@ impl Systemd {
         Ok(())
     }
 
+    /// Whether a unit is being stopped to be started again, by a job that was asked for.
+    pub(super) fn is_restarting(&mut self, unit: &str) -> io::Result<bool> {
+        let path = self.path_of(unit)?;
+        let job = self
+            .bus
+            .call(&property_of(&path), &[UNIT, "Job"])
+            .map_err(|error| io::Error::other(format!("the job of {unit}: {error}")))?;
+        if job == NO_JOB {
+            return Ok(false);
+        }
+        let kind = self.bus.call(&property_of(&job), &[JOB, "JobType"])?;
+        Ok(kind == "restart")
+    }
+
+    /// How many descriptors systemd keeps for a service (`FileDescriptorStoreMax=`).
+    pub(super) fn descriptors_kept(&mut self, unit: &str) -> io::Result<u32> {
+        let path = self.path_of(unit)?;
+        let words = [SERVICE, "FileDescriptorStoreMax"];
+        let most = self.bus.call_for_number(&property_of(&path), &words)?;
+        Ok(most.unwrap_or_default())
+    }
+
+    fn path_of(&mut self, unit: &str) -> io::Result<String> {
+        let get = Method {
+            name: "GetUnit",
+            ..MANAGER
+        };
+        self.bus.call(&get, &[unit])
+    }
+
     /// Path of the cgroup that a unit will have when it is started, where systemd knows the unit. Of
     /// a template, that of an instance without its last part.
     pub(super) fn cgroup_of(&mut self, unit: &str) -> Option<String> {
@@ -89,15 +125,20 @@ impl Systemd {
             ..MANAGER
         };
         let path = self.bus.call(&load, &[&instance]).ok()?;
-        let get = Method {
-            destination: DESTINATION,
-            path: &path,
-            interface: "org.freedesktop.DBus.Properties",
-            name: "Get",
-        };
         let interface = format!("{DESTINATION}.{interface}");
+        let get = property_of(&path);
         let slice = self.bus.call(&get, &[&interface, "Slice"]).ok()?;
         Some(format!("{}/{unit}", path_of_slice(&slice)?))
+    }
+}
+
+/// The call for a property of an object.
+fn property_of(path: &str) -> Method<'_> {
+    Method {
+        destination: DESTINATION,
+        path,
+        interface: "org.freedesktop.DBus.Properties",
+        name: "Get",
     }
 }
 

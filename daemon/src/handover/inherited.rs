@@ -47,7 +47,9 @@ impl Inherited {
                 continue;
             }
             if socket.domain().is_ok_and(|domain| domain == Domain::UNIX) {
-                sorted.admin = Some(OwnedFd::from(socket).into());
+                if is_admin(&socket, config) {
+                    sorted.admin = Some(OwnedFd::from(socket).into());
+                }
                 continue;
             }
             let Some(address) = socket.local_addr().ok().and_then(|at| at.as_socket()) else {
@@ -66,6 +68,16 @@ impl Inherited {
         }
         sorted
     }
+}
+
+/// Whether a socket is the configuration's admin socket, which is bound under a longer name and then
+/// moved.
+fn is_admin(socket: &Socket, config: &Config) -> bool {
+    let bound = socket.local_addr().ok();
+    let bound = bound.as_ref().and_then(|at| at.as_pathname());
+    let wanted = &config.admin.socket;
+    wanted.exists()
+        && bound.is_some_and(|bound| bound == wanted || bound.with_extension("") == *wanted)
 }
 
 fn is_reeves(address: SocketAddr, config: &Config) -> bool {
@@ -88,13 +100,6 @@ pub fn from_service_manager() -> Vec<OwnedFd> {
             Vec::new()
         }
     }
-}
-
-/// Whether the service manager keeps sockets for the next daemon (`FileDescriptorStoreMax=`; the
-/// variable is systemd's since version 254).
-#[must_use]
-pub fn is_keeping() -> bool {
-    std::env::var("FDSTORE").is_ok_and(|most| most.parse::<u32>().is_ok_and(|most| most > 0))
 }
 
 /// Has the service manager keep sockets for the next daemon. False where it does not.

@@ -17,7 +17,7 @@ mod order;
 mod packet;
 mod protocol;
 
-pub use inherited::{Inherited, forget_kept, from_service_manager, is_keeping, keep};
+pub use inherited::{Inherited, forget_kept, from_service_manager, keep};
 pub use new::{Takeover, TakeoverError, ask};
 pub use old::{Asker, Listener, Request};
 pub use order::Order;

@@ -77,6 +77,24 @@ impl Bus {
 
     /// Calls with texts, and gives the text that is answered.
     pub(super) fn call(&mut self, method: &Method<'_>, words: &[&str]) -> io::Result<String> {
+        let body = self.call_for_body(method, words)?;
+        Ok(first_text(&body).unwrap_or_default())
+    }
+
+    /// Calls with texts, and gives the number that is answered.
+    pub(super) fn call_for_number(
+        &mut self,
+        method: &Method<'_>,
+        words: &[&str],
+    ) -> io::Result<Option<u32>> {
+        let body = self.call_for_body(method, words)?;
+        Ok(body
+            .starts_with(&[1, b'u', 0])
+            .then(|| number(&body, 4))
+            .flatten())
+    }
+
+    fn call_for_body(&mut self, method: &Method<'_>, words: &[&str]) -> io::Result<Vec<u8>> {
         self.serial += 1;
         self.stream.write_all(&call(self.serial, method, words))?;
         loop {
@@ -85,10 +103,9 @@ impl Bus {
             if answers != Some(self.serial) {
                 continue;
             }
-            let text = first_text(&body).unwrap_or_default();
             match kind {
-                REPLY => return Ok(text),
-                ERROR => return Err(io::Error::other(text)),
+                REPLY => return Ok(body),
+                ERROR => return Err(io::Error::other(first_text(&body).unwrap_or_default())),
                 _ => {}
             }
         }
@@ -198,10 +215,13 @@ fn reply_serial(fields: &[u8]) -> Option<u32> {
     }
 }
 
-/// The text that a body begins with, by itself or as a variant.
+/// The text that a body begins with: by itself, as a variant, or behind a number in a structure of two,
+/// as jobs are.
 fn first_text(body: &[u8]) -> Option<String> {
     let at = if body.starts_with(&[1, b's', 0]) {
         4
+    } else if body.starts_with(b"\x04(uo)\0") {
+        12
     } else {
         0
     };
@@ -283,6 +303,13 @@ mod tests {
         let mut body = vec![1, b's', 0, 0];
         put_text(&mut body, "system.slice");
         assert_eq!(ask(vec![answer(REPLY, 1, &body)]).unwrap(), "system.slice");
+        // The job of a unit.
+        let mut body = b"\x04(uo)\0\0\0\x07\0\0\0".to_vec();
+        put_text(&mut body, "/org/example/job/7");
+        assert_eq!(
+            ask(vec![answer(REPLY, 1, &body)]).unwrap(),
+            "/org/example/job/7"
+        );
         let mut body = Vec::new();
         put_text(&mut body, "Unit jobs.slice is masked.");
         let refused = ask(vec![answer(ERROR, 1, &body)]).unwrap_err();
