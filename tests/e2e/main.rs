@@ -46,6 +46,7 @@ mod privileges;
 mod program;
 mod prometheus;
 mod release;
+mod reload;
 mod restart;
 mod revocation;
 mod service;

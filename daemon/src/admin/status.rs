@@ -1,6 +1,6 @@
 //! How the daemon is, as `reeve status --json` prints it.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,12 @@ pub struct Status {
     /// one first.
     #[serde(default)]
     pub predecessors: Vec<Draining>,
+    /// Settings that have changed in the file and need a restart.
+    #[serde(default)]
+    pub restart_needed: Vec<String>,
+    /// Fingerprints of the settings that need a restart, by name: equal for equal values and versions.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
     /// Number of the state that the kernel holds; raised at each change.
     pub generation: u32,
     /// Workloads of this node, in the order of their declaration.

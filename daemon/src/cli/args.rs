@@ -122,7 +122,8 @@ refused in the last case too, and what was enforced before stays so in every cas
 Examples:
   reeve check --config ./reeve.yaml && systemctl reload reeve
 
-Every mistake is printed with its file, line and field. Exit codes: 0 no mistakes, 2 mistakes.")]
+Every mistake is printed with its file, line and field. Where a daemon runs, settings that it takes by a \
+restart only are named if they have changed. Exit codes: 0 no mistakes, 2 mistakes.")]
     Check {
         /// The configuration
         #[arg(long, short, value_name = "FILE", default_value = DEFAULT_CONFIG)]
@@ -164,7 +165,8 @@ Exit codes: 0 the daemon answered, whatever it said; 1 it did not."
 Have the daemon read everything again: configuration, policies, trust bundles, revocation lists, \
 and every workload's certificate from its source, as SIGHUP does.
 
-What is refused leaves what was there before in force, and is told here with the reason. Files \
+What is refused is not taken, not even in part, and is told here with the reason. Some settings need a restart: \
+a reload leaves them as they are and says so, or is refused where the rest of the file depends on them. Files \
 that change are noticed by themselves; this is for the impatient and for scripts that need to know.",
         after_help = "\
 Examples:

@@ -120,7 +120,9 @@ pub fn check(config: &Path) -> ExitCode {
                 datapath::untested_kernel(),
                 datapath::gap_of_running_kernel(),
             ];
-            for warning in warnings.into_iter().flatten() {
+            let running = summary.config.as_ref().map(differs_from_running);
+            let warnings = warnings.into_iter().flatten();
+            for warning in warnings.chain(running.into_iter().flatten()) {
                 text.push_str(&format!("warning: {warning}\n"));
             }
             print(&text)
@@ -129,6 +131,17 @@ pub fn check(config: &Path) -> ExitCode {
             let _ = writeln!(io::stderr(), "{mistakes}");
             ExitCode::from(EXIT_USAGE)
         }
+    }
+}
+
+/// What the daemon that runs with this configuration's admin socket, if one does, would not take of it.
+fn differs_from_running(config: &Config) -> Vec<String> {
+    match admin::ask(&config.admin.socket, admin::Command::Status) {
+        // Fingerprints are comparable within a version.
+        Ok(Answer::Status(status)) if status.version == env!("CARGO_PKG_VERSION") => {
+            config.restart_needed(&status.settings).warnings()
+        }
+        _ => Vec::new(),
     }
 }
 

@@ -12,7 +12,7 @@ pub(super) fn render(report: &ReloadReport) -> String {
         }
         text.push('\n');
         for refused in &part.refused {
-            text.push_str(&format!("  REFUSED, the old stays in force: {refused}\n"));
+            text.push_str(&format!("  REFUSED: {refused}\n"));
         }
     }
     text
@@ -29,7 +29,7 @@ mod tests {
         report.push("policies", Err(vec!["a.yaml:1:1: is not a policy".into()]));
         assert_eq!(
             render(&report),
-            "certificates: read, 2 of 2\npolicies\n  REFUSED, the old stays in force: \
+            "certificates: read, 2 of 2\npolicies\n  REFUSED: \
              a.yaml:1:1: is not a policy\n"
         );
         assert!(!report.is_accepted());

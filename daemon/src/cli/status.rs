@@ -34,6 +34,13 @@ fn write(page: &mut String, status: &Status) -> fmt::Result {
             writeln!(page, "  - {missing}")?;
         }
     }
+    if !status.restart_needed.is_empty() {
+        let settings = status.restart_needed.join(", ");
+        writeln!(
+            page,
+            "a restart is needed for what has changed of: {settings}"
+        )?;
+    }
     if let Some(left) = &status.draining {
         writeln!(page, "shutting down: {left}")?;
     }

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What a configuration without mistakes holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
     /// Workloads of this node.
@@ -25,6 +25,9 @@ pub struct Summary {
     pub rules: usize,
     /// What is not wrong, and probably not meant.
     pub warnings: Vec<String>,
+    /// The configuration.
+    #[serde(skip)]
+    pub config: Option<Config>,
 }
 
 /// Reads the configuration and its policies, and checks them as `reeve run` would.
@@ -69,11 +72,8 @@ pub fn check(path: &Path) -> Result<Summary, ConfigErrors> {
         peers: config.peers.len(),
         policies: policies.len(),
         rules: policies.rules(),
-        warnings: policies
-            .warnings()
-            .iter()
-            .map(ToString::to_string)
-            .collect(),
+        warnings,
+        config: Some(config),
     })
 }
 

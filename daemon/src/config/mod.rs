@@ -8,6 +8,7 @@
 mod check;
 mod declared;
 mod file;
+mod restart;
 mod settings;
 mod settle;
 mod tunnel;
@@ -24,6 +25,7 @@ use std::{
 
 pub use check::{Summary, check};
 pub use declared::Declared;
+pub use restart::RestartNeeded;
 pub use settings::{
     Admin, Broker, Certificates, DelegatedIdentity, EbpfLog, EmbeddedCa, Log, LogFormat, LogLevel,
     Maps, Metrics, Node, Source, WorkloadApi,

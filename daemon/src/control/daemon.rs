@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     admin::{self, Answer, ReloadReport, Responder, Status, WorkloadState, WorkloadStatus},
     answers,
-    config::Config,
+    config::{Config, RestartNeeded},
     datapath::Datapath,
     handover::Draining,
     identity::{Federation, IdentityStore},
@@ -47,6 +47,8 @@ pub struct Daemon {
     pub(super) view: ArcSwap<View>,
     /// Why what is enforced would not outlive the daemon.
     pub(super) not_pinned: ArcSwapOption<String>,
+    /// Settings of the file that this daemon was not started with.
+    pub(super) restart_needed: ArcSwap<RestartNeeded>,
     /// Another daemon takes over, and writes the kernel's maps.
     pub(super) kernel_is_anothers: AtomicBool,
     /// This daemon is the one that the service manager hears.
@@ -108,6 +110,7 @@ impl Daemon {
             reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
             not_pinned: ArcSwapOption::empty(),
+            restart_needed: ArcSwap::default(),
             kernel_is_anothers: AtomicBool::new(false),
             is_service: AtomicBool::new(true),
             predecessors: ArcSwap::default(),
@@ -190,6 +193,11 @@ impl Daemon {
             not_ready: readiness.missing,
             draining: self.draining().and_then(|draining| draining.left),
             predecessors: Vec::clone(&self.predecessors.load()),
+            restart_needed: {
+                let needed = self.restart_needed.load();
+                needed.left.iter().map(|name| (*name).to_owned()).collect()
+            },
+            settings: config.fingerprints(),
             generation: self.datapath.generation(),
             workloads: workloads
                 .map(|running| self.workload(&view, running))

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     admin::{PolicyStatus, ReloadPart, ReloadReport},
-    config::{Certificates, Config, ConfigErrors, Node},
+    config::{Config, ConfigErrors},
     policy::{Known, PolicySet, PolicySources},
     watch::Files,
     workload::{Declaration, Reserved, Roster},
@@ -228,10 +228,15 @@ impl Control {
         new: Config,
         policies: PolicySet,
     ) -> Result<String, Vec<String>> {
-        let (config, fixed) = merged(before, new);
-        if !fixed.is_empty() {
+        let (config, needed) = before.reloaded(new);
+        if let Some(why) = needed.refusal() {
+            self.daemon.metrics.reload("config", false);
+            tracing::error!("the new configuration was refused: {why}");
+            return Err(vec![why]);
+        }
+        if !needed.left.is_empty() {
             tracing::warn!(
-                settings = fixed.join(", "),
+                settings = needed.left.join(", "),
                 "these settings have changed and need a restart; the old ones stay in force"
             );
         }
@@ -269,10 +274,11 @@ impl Control {
         );
         self.take_policies(&config, policies);
         let mut numbers = self.numbers(&config);
-        if !fixed.is_empty() {
+        if !needed.left.is_empty() {
             numbers.push_str("; a restart is needed for ");
-            numbers.push_str(&fixed.join(", "));
+            numbers.push_str(&needed.left.join(", "));
         }
+        self.daemon.restart_needed.store(Arc::new(needed));
         Ok(numbers)
     }
 
@@ -352,76 +358,5 @@ impl Doubt {
             Some(since) => sleep_until(since + EMPTY_PATIENCE).await,
             None => std::future::pending().await,
         }
-    }
-}
-
-/// The old configuration with what may change of the new one, and the names of the settings that
-/// have changed and may not.
-fn merged(before: &Config, new: Config) -> (Config, Vec<&'static str>) {
-    // Whose address is the node's changes with the policies.
-    let node = Node {
-        addresses: new.node.addresses.clone(),
-        host_addresses: new.node.host_addresses,
-        ..before.node.clone()
-    };
-    let fixed_node = Node {
-        addresses: before.node.addresses.clone(),
-        host_addresses: before.node.host_addresses,
-        ..new.node.clone()
-    };
-    let fixed = [
-        ("trustDomain", before.trust_domain != new.trust_domain),
-        ("node", before.node != fixed_node),
-        ("stateDir", before.state_dir != new.state_dir),
-        (
-            "certificates.sources",
-            before.certificates.sources != new.certificates.sources,
-        ),
-        ("tls", before.tls != new.tls),
-        ("ports", before.ports != new.ports),
-        ("limits", before.limits != new.limits),
-        ("timeouts", before.timeouts != new.timeouts),
-        ("maps", before.maps != new.maps),
-        ("sandbox", before.sandbox != new.sandbox),
-        ("metrics", before.metrics != new.metrics),
-        ("admin", before.admin != new.admin),
-        ("log", before.log != new.log),
-    ];
-    let merged = Config {
-        node,
-        workloads: new.workloads,
-        enforced_parents: new.enforced_parents,
-        peers: new.peers,
-        namespaces: new.namespaces,
-        policies: new.policies,
-        unselected: new.unselected,
-        certificates: Certificates {
-            sources: before.certificates.sources.clone(),
-            ..new.certificates
-        },
-        ..before.clone()
-    };
-    let fixed = fixed.iter().filter(|(_, changed)| *changed);
-    (merged, fixed.map(|(name, _)| *name).collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn workloads_change_at_a_reload_and_ports_do_not() {
-        let file = Path::new("reeve.yaml");
-        let before = Config::parse(file, "trustDomain: example.org\n").unwrap();
-        let new = "trustDomain: example.org\nports: {tunnel: 15009}\n\
-            node: {addresses: [192.0.2.1], hostAddresses: true}\n\
-            workloads: [{name: web, cgroup: /web}]\n";
-        let new = Config::parse(file, new).unwrap();
-        let (merged, fixed) = merged(&before, new);
-        assert_eq!(merged.workloads.len(), 1);
-        assert_eq!(merged.node.addresses.len(), 1);
-        assert!(merged.node.host_addresses);
-        assert_eq!(merged.ports, before.ports);
-        assert_eq!(fixed, ["ports"]);
     }
 }
