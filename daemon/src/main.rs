@@ -45,7 +45,7 @@ fn main() -> ExitCode {
             }
         },
         Command::Guard { config } => cli::guard(&config),
-        Command::Check { config } => cli::check(&config),
+        Command::Check { config, elsewhere } => cli::check(&config, elsewhere),
         Command::Reload { asking, service } => cli::reload(&asking, service),
         Command::Upgrade(words) => cli::upgrade(&words),
         Command::Status(asking) => cli::status(&asking),

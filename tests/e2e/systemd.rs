@@ -196,6 +196,52 @@ fn instances_of_a_template_and_slices_are_followed_when_they_restart() {
 }
 
 #[test]
+fn a_unit_that_does_not_exist_is_found_by_check_and_told_of_by_the_daemon() {
+    let scene = Scene::new(WEB_AND_JOBS, "");
+    let machine = scene.boot();
+    let file = "/etc/reeve/reeve.yaml";
+    let check =
+        |more: &[&str]| machine.run(["reeve", "check", "--config", file].iter().chain(more));
+    // A template and a unit with files, and a slice, which needs none.
+    machine.write("/run/systemd/system/web@.service", WEB);
+    machine.write("/run/systemd/system/one.service", WEB);
+    let known = format!("{WEB_AND_JOBS}\n  - {{name: one, unit: one.service}}");
+    machine.write(file, &scene.config(&known, ""));
+    machine.run(["systemctl", "daemon-reload"]).ok();
+    check(&[]).ok();
+    let misspelt = known.replace("one.service", "noe.service");
+    machine.write(file, &scene.config(&misspelt, ""));
+    let refused = check(&[]);
+    assert_eq!(refused.status.code(), Some(2), "{}", refused.stderr);
+    let words = "workload `one`: systemd knows no unit `noe.service`";
+    assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    check(&["--elsewhere"]).ok();
+
+    machine.run(["systemctl", "reload", "reeve"]).ok();
+    eventually("it is told of", || {
+        machine
+            .run(["reeve", "status"])
+            .ok()
+            .contains("one: no unit noe.service runs")
+    });
+    let log = machine.log("reeve.service");
+    assert!(
+        log.contains("workload one: no unit noe.service runs"),
+        "{log}"
+    );
+    assert_eq!(machine.property("reeve.service", "StatusText"), "ready");
+    machine.write(file, &scene.config(&known, ""));
+    machine.run(["systemctl", "reload", "reeve"]).ok();
+    machine.run(["systemctl", "start", "one"]).ok();
+    eventually("it is there", || {
+        !machine
+            .run(["reeve", "status"])
+            .ok()
+            .contains("one: no unit")
+    });
+}
+
+#[test]
 fn a_restart_finds_its_listeners_in_the_service_managers_store() {
     let scene = Scene::new(WEB_AND_JOBS, "");
     let machine = scene.boot();

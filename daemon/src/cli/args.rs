@@ -121,13 +121,17 @@ refused in the last case too, and what was enforced before stays so in every cas
     #[command(after_help = "\
 Examples:
   reeve check --config ./reeve.yaml && systemctl reload reeve
+  reeve check --elsewhere --config ./node-b/reeve.yaml
 
 Every mistake is printed with its file, line and field. Where a daemon runs, settings that it takes by a \
-restart only are named if they have changed. Exit codes: 0 no mistakes, 2 mistakes.")]
+restart only are named if they have changed. A unit that this machine's systemd does not know is a mistake. Exit codes: 0 no mistakes, 2 mistakes.")]
     Check {
         /// The configuration
         #[arg(long, short, value_name = "FILE", default_value = DEFAULT_CONFIG)]
         config: PathBuf,
+        /// It is for another machine: do not ask this one's systemd, daemon or kernel
+        #[arg(long)]
+        elsewhere: bool,
     },
 
     /// Show how the daemon on this node is

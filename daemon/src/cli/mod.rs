@@ -112,9 +112,23 @@ fn reload_running(asking: &Asking) -> ExitCode {
 
 /// `reeve check`.
 #[must_use]
-pub fn check(config: &Path) -> ExitCode {
+pub fn check(config: &Path, elsewhere: bool) -> ExitCode {
     match config::check(config) {
+        Ok(summary) if elsewhere => print(&format!("{}: {summary}\n", config.display())),
         Ok(summary) => {
+            let unknown = summary.config.as_ref().map(control::unknown_units);
+            let unknown = unknown.unwrap_or_default();
+            for (workload, unit) in &unknown {
+                let _ = writeln!(
+                    io::stderr(),
+                    "{}: workload `{workload}`: systemd knows no unit `{unit}`, so that nothing would be \
+                     enforced for it; correct the name, or check with `--elsewhere` what is for another machine",
+                    config.display()
+                );
+            }
+            if !unknown.is_empty() {
+                return ExitCode::from(EXIT_USAGE);
+            }
             let mut text = format!("{}: {summary}\n", config.display());
             let warnings = [
                 datapath::untested_kernel(),

@@ -68,7 +68,7 @@ pub use parents::ParentError;
 pub use process::{prepare as prepare_process, spawn_orphan};
 pub use reconcile::{Compiled, steps};
 pub use reload::{declaration, policies};
-pub use service::StandIn;
+pub use service::{StandIn, unknown_units};
 
 use daemon::{Reloads, View};
 use health::{Asked, HealthLook};

@@ -14,7 +14,7 @@ use nix::{
 };
 
 use super::{process, systemd::Systemd};
-use crate::{handover::Asker, privileges::Confinement};
+use crate::{config::Config, handover::Asker, privileges::Confinement, workload::CgroupSelector};
 
 /// Whether this daemon may hand over to another one, or why not. systemd takes what it hears from a
 /// unit's own processes, and ends the unit where it hears nothing.
@@ -47,6 +47,26 @@ pub(super) fn keeps_sockets() -> bool {
 /// Whether this daemon is stopped for another one to be started.
 pub(super) fn is_restarting() -> bool {
     ask(Systemd::is_restarting).unwrap_or(false)
+}
+
+/// The units of a configuration's workloads that this machine's systemd does not know, with the workloads'
+/// names. None where there is no systemd to ask.
+#[must_use]
+pub fn unknown_units(config: &Config) -> Vec<(String, String)> {
+    let Some(mut systemd) = Systemd::connect() else {
+        return Vec::new();
+    };
+    let units = config
+        .workloads
+        .iter()
+        .filter_map(|workload| match &workload.selector {
+            CgroupSelector::Unit(unit) => Some((workload.name.clone(), unit.clone())),
+            CgroupSelector::Cgroup(_) => None,
+        });
+    units
+        // What cannot be asked is not called a mistake.
+        .filter(|(_, unit)| systemd.knows(unit).is_ok_and(|known| !known))
+        .collect()
 }
 
 fn is_service() -> bool {

@@ -81,6 +81,17 @@ impl Systemd {
         Ok(())
     }
 
+    /// Whether systemd knows a unit, by a file or because it runs; of a template, any instance of it.
+    pub(super) fn knows(&mut self, unit: &str) -> io::Result<bool> {
+        let load = Method {
+            name: "LoadUnit",
+            ..MANAGER
+        };
+        let path = self.bus.call(&load, &[&instance_of(unit)])?;
+        let state = self.bus.call(&property_of(&path), &[UNIT, "LoadState"])?;
+        Ok(state != "not-found")
+    }
+
     /// Whether a unit is being stopped to be started again, by a job that was asked for.
     pub(super) fn is_restarting(&mut self, unit: &str) -> io::Result<bool> {
         let path = self.path_of(unit)?;
@@ -119,7 +130,7 @@ impl Systemd {
         }
         let kind = unit.rsplit_once('.')?.1;
         let (_, interface) = KINDS.iter().find(|(name, _)| *name == kind)?;
-        let instance = unit.replace("@.", "@reeve.");
+        let instance = instance_of(unit);
         let load = Method {
             name: "LoadUnit",
             ..MANAGER
@@ -130,6 +141,11 @@ impl Systemd {
         let slice = self.bus.call(&get, &[&interface, "Slice"]).ok()?;
         Some(format!("{}/{unit}", path_of_slice(&slice)?))
     }
+}
+
+/// Some instance of a template; any other unit is itself.
+fn instance_of(unit: &str) -> String {
+    unit.replace("@.", "@reeve.")
 }
 
 /// The call for a property of an object.

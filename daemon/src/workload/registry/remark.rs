@@ -1,5 +1,5 @@
-//! What there is to say of a workload that keeps nothing from working: what it says of itself and is
-//! not believed.
+//! What there is to say of a workload that keeps nothing from working: that it is not there, or what it
+//! says of itself and is not believed.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -12,6 +12,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::claims::MAX_ADDRESSES;
+use crate::workload::CgroupSelector;
 
 /// Between two lines in the log that say the same of the same workload: it may do so on purpose.
 const LOG_AGAIN: Duration = Duration::from_secs(600);
@@ -19,9 +20,11 @@ const LOG_AGAIN: Duration = Duration::from_secs(600);
 /// By the names of workloads. At most one of each kind for a workload.
 pub type Remarks = Arc<ArcSwap<BTreeMap<String, Vec<Remark>>>>;
 
-/// What is not believed of a workload.
+/// What there is to say of a workload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remark {
+    /// It has had no cgroup for a while.
+    Absent(CgroupSelector),
     /// Processes of it are in network namespaces that it made in a user namespace of its own.
     OwnNamespace,
     /// Its namespace has an address that is somebody else's.
@@ -51,7 +54,8 @@ pub enum Remark {
 
 impl Remark {
     /// Names of all, as in the metric.
-    pub const NAMES: [&'static str; 4] = [
+    pub const NAMES: [&'static str; 5] = [
+        "absent",
         "own_namespace",
         "address_taken",
         "loopback_address",
@@ -62,6 +66,7 @@ impl Remark {
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {
+            Self::Absent(_) => "absent",
             Self::OwnNamespace => "own_namespace",
             Self::AddressTaken { .. } => "address_taken",
             Self::LoopbackAddress { .. } => "loopback_address",
@@ -77,6 +82,16 @@ impl fmt::Display for Remark {
             more => format!(" (and {more} more)"),
         };
         match self {
+            Self::Absent(selector) => {
+                match selector {
+                    CgroupSelector::Unit(unit) => write!(f, "no unit {unit} runs")?,
+                    CgroupSelector::Cgroup(path) => write!(f, "there is no cgroup {path}")?,
+                }
+                f.write_str(
+                    ": nothing is enforced for it until there is one, unless it lies below an enforced \
+                     parent; if it should run, is the name right?",
+                )
+            }
             Self::OwnNamespace => f.write_str(
                 "processes of it are in a network namespace that it made itself; that namespace and \
                  its addresses are not taken for the workload's",

@@ -30,6 +30,9 @@ pub(super) const SETTLE: Duration = Duration::from_millis(100);
 /// For how long a workload's namespace is kept after its last process, while its cgroup is there:
 /// a workload whose process is replaced finds its listeners standing.
 pub(super) const LINGER: Duration = Duration::from_secs(5);
+/// For how long a workload has no cgroup before that is said: units restart, and daemons start before
+/// them.
+pub(super) const ABSENT_FOR: Duration = Duration::from_secs(5);
 /// For how long a workload's first process may still come to be in the user namespace that is the
 /// workload's: a container runtime makes it from inside.
 const TRUST_SETTLES: Duration = Duration::from_secs(2);
@@ -50,6 +53,8 @@ pub(super) struct Scanner {
     read: HashMap<u64, Vec<InterfaceAddress>>,
     pub(super) remarks: Remarks,
     told: Told,
+    /// Workloads, by name, that have no cgroup, and since when.
+    absent: HashMap<String, Instant>,
     /// Workloads, by name, that were seen in the daemon's own namespace a moment ago, and since when.
     settling: HashMap<String, Instant>,
     first: bool,
@@ -105,6 +110,7 @@ impl Scanner {
             read: HashMap::new(),
             remarks: Remarks::default(),
             told: Told::default(),
+            absent: HashMap::new(),
             settling: HashMap::new(),
             first: true,
         }
@@ -151,8 +157,9 @@ impl Scanner {
         self.settling = notes.settling;
         self.folders = notes.folders;
         self.first = false;
-        self.alive
-            .retain(|name, _| workloads.iter().any(|found| found.workload.name == *name));
+        let is_declared = |name: &str| workloads.iter().any(|found| found.workload.name == name);
+        self.alive.retain(|name, _| is_declared(name));
+        self.absent.retain(|name, _| is_declared(name));
         self.namespaces.tidy();
 
         let different = workloads.len() != self.discovery.workloads.len()
@@ -198,6 +205,7 @@ impl Scanner {
         }
         let cgroups: Vec<(u64, u32)> = found.into_iter().flat_map(|cgroup| cgroup.ids).collect();
         let is_there = !cgroups.is_empty();
+        self.note_absence(&workload, is_there, now, notes);
 
         let last = before.and_then(|running| running.netns.clone());
         let netns = match self.namespace(&workload, &cgroups, &pids, last.as_ref(), now, notes) {
@@ -210,6 +218,24 @@ impl Scanner {
             cgroups,
             netns,
             owns_netns: false,
+        }
+    }
+
+    fn note_absence(
+        &mut self,
+        workload: &Workload,
+        is_there: bool,
+        now: Instant,
+        notes: &mut Notes,
+    ) {
+        if is_there {
+            self.absent.remove(&workload.name);
+            return;
+        }
+        let since = *self.absent.entry(workload.name.clone()).or_insert(now);
+        if now.saturating_duration_since(since) >= ABSENT_FOR {
+            let remarks = notes.remarks.entry(workload.name.clone()).or_default();
+            remarks.push(Remark::Absent(workload.selector.clone()));
         }
     }
 

@@ -10,7 +10,10 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use super::{scan::LINGER, *};
+use super::{
+    scan::{ABSENT_FOR, LINGER},
+    *,
+};
 use crate::{
     identity::SpiffeId,
     workload::{Attributes, CgroupSelector, cgroup},
@@ -416,6 +419,25 @@ fn a_workload_that_comes_goes_and_returns_is_followed() {
     });
     let _process = Process::start(&cgroup, ISOLATED);
     eventually(&registry, |web| web.netns.is_some());
+}
+
+#[test]
+fn a_workload_without_a_cgroup_is_told_of_until_there_is_one() {
+    let root = TestCgroup::new();
+    let there = root.child("there");
+    let selector = CgroupSelector::Cgroup(format!("{}/web", root.path()));
+    let declared = declare([workload("web", selector), workload("there", at(&there))]);
+    let registry = start(root.tree(), declared).unwrap();
+    // A unit that restarts is not told of.
+    thread::sleep(ABSENT_FOR / 2);
+    assert_eq!(remarks(&registry, "web"), [""; 0]);
+    thread::sleep(ABSENT_FOR / 2 + 2 * POLL);
+    assert_eq!(remarks(&registry, "web"), ["absent"]);
+    assert_eq!(remarks(&registry, "there"), [""; 0]);
+    let _web = root.child("web");
+    eventually(&registry, |web| !web.cgroups.is_empty());
+    looks();
+    assert_eq!(remarks(&registry, "web"), [""; 0]);
 }
 
 #[test]
