@@ -121,6 +121,7 @@ fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunEr
             storage: datapath.clone(),
             metrics: metrics.clone(),
             log: log.clone(),
+            proofs: true,
         };
         let tunnels = Tunnels::start(
             shared,

@@ -45,6 +45,7 @@ mod policy_tools;
 mod privileges;
 mod program;
 mod prometheus;
+mod proofs;
 mod release;
 mod reload;
 mod restart;

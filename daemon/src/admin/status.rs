@@ -217,6 +217,13 @@ pub struct TunnelStatus {
     pub streams: usize,
     /// Seconds since it was opened.
     pub age_seconds: u64,
+    /// How its identities are proven again: `bound` by a handshake inside of it that is bound to it,
+    /// `none` where the peer does not do so.
+    pub proof: String,
+    /// How often they were proven again.
+    pub proofs: u64,
+    /// Seconds since they were proven last, or it was opened.
+    pub proven_seconds: u64,
     /// Takes no new streams.
     pub retired: bool,
 }

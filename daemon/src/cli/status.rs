@@ -169,7 +169,9 @@ fn tunnels(page: &mut String, status: &Status) -> fmt::Result {
         tunnels.open, tunnels.connections
     )?;
     if !tunnels.tunnels.is_empty() {
-        let mut table = Table::new(["ROLE", "OWN", "PEER", "ADDRESS", "STREAMS", "AGE", ""]);
+        let mut table = Table::new([
+            "ROLE", "OWN", "PEER", "ADDRESS", "STREAMS", "AGE", "PROVEN", "PROOFS", "",
+        ]);
         for tunnel in &tunnels.tunnels {
             table.push([
                 tunnel.role.clone(),
@@ -178,6 +180,11 @@ fn tunnels(page: &mut String, status: &Status) -> fmt::Result {
                 tunnel.address.clone(),
                 tunnel.streams.to_string(),
                 duration(tunnel.age_seconds),
+                duration(tunnel.proven_seconds),
+                match tunnel.proof.as_str() {
+                    "none" => "none".to_owned(),
+                    _ => tunnel.proofs.to_string(),
+                },
                 if tunnel.retired { "retired" } else { "" }.to_owned(),
             ]);
         }

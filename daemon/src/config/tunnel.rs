@@ -164,9 +164,9 @@ pub struct Timeouts {
     /// expires a tunnel takes no new streams. Default 30 s.
     #[serde(deserialize_with = "positive_duration")]
     pub drain: Duration,
-    /// For connections of a tunnel to end by themselves after its own certificate was replaced.
-    /// Default 24 h.
-    #[serde(deserialize_with = "positive_duration")]
+    /// For connections of a tunnel to end by themselves after its own certificate was replaced, where
+    /// the tunnel was not proven again with the new one; zero is never. Default zero.
+    #[serde(deserialize_with = "duration")]
     pub outdated: Duration,
     /// For connections to end by themselves after another daemon has taken over. Default 10 min.
     #[serde(deserialize_with = "positive_duration")]
@@ -194,7 +194,7 @@ impl Default for Timeouts {
             tunnel_idle: seconds(60),
             tunnel_age: seconds(3600),
             drain: seconds(30),
-            outdated: seconds(24 * 3600),
+            outdated: Duration::ZERO,
             hand_over: seconds(600),
             ping: seconds(10),
             ping_answer: seconds(20),

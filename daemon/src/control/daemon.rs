@@ -337,6 +337,9 @@ impl Daemon {
             address: tunnel.address.to_string(),
             streams: tunnel.streams,
             age_seconds: tunnel.age.as_secs(),
+            proof: if tunnel.provable { "bound" } else { "none" }.to_owned(),
+            proofs: tunnel.proofs,
+            proven_seconds: tunnel.proven.as_secs(),
             retired: tunnel.retired,
         };
         admin::TunnelsStatus {

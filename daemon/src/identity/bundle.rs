@@ -13,7 +13,8 @@ use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor
 use x509_parser::{certificate::X509Certificate, extensions::ParsedExtension, x509::X509Version};
 
 use super::{
-    CryptoPolicy, KeyKind, RejectReason, RevocationList, TrustDomain, clock, revocation, svid_rules,
+    CryptoPolicy, KeyKind, RejectReason, RevocationList, TrustDomain, UsedCertificate, clock,
+    revocation, svid_rules,
 };
 
 /// The certificates that sign for one trust domain, and the revocation lists that go with them.
@@ -305,6 +306,13 @@ impl TrustBundles {
             by_domain: BTreeMap::new(),
             policy,
         }
+    }
+
+    /// Whether a list of the trust domain revokes a certificate that was used.
+    #[must_use]
+    pub fn revoke(&self, trust_domain: &TrustDomain, used: &UsedCertificate) -> bool {
+        let bundle = self.by_domain.get(trust_domain);
+        bundle.is_some_and(|bundle| bundle.lists.iter().any(|list| list.revokes(used)))
     }
 
     /// The cryptography that chains must keep to.

@@ -16,6 +16,12 @@ use super::{CryptoPolicy, SvidVerifier};
 /// HBONE is HTTP/2.
 pub const ALPN: &[u8] = b"h2";
 
+/// The same of a tunnel that can be proven again. Which of both it is, the handshake settles.
+pub const PROVABLE_ALPN: &[u8] = b"h2-reeve-proof-1";
+
+/// Of the handshake inside of a tunnel that proves it again: it is good for nothing else.
+pub(super) const PROOF_ALPN: &[u8] = b"reeve-proof-1";
+
 /// aws-lc-rs with the default profile's suites and groups.
 #[must_use]
 pub fn provider() -> Arc<CryptoProvider> {
@@ -34,7 +40,7 @@ pub(super) fn server_config(
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![PROVABLE_ALPN.to_vec(), ALPN.to_vec()];
     // A resumed session takes over the old one's certificate without a look at it: an expired or
     // revoked one would live on.
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -56,7 +62,7 @@ pub(super) fn client_config(
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![PROVABLE_ALPN.to_vec(), ALPN.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     Ok(config)

@@ -28,13 +28,14 @@ mod svid;
 mod svid_rules;
 #[cfg(test)]
 mod tests;
+mod used;
 mod verdict;
 mod verify;
 
 pub use agent::{Broker, BrokerPeers, DelegatedIdentity, Holder, Holders, Selector, WorkloadApi};
 pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
-pub use crypto::{ALPN, provider};
+pub use crypto::{ALPN, PROVABLE_ALPN, provider};
 pub use crypto_policy::{
     CipherSuite, CryptoPolicy, CryptoProfile, CryptoRules, KeyExchangeGroup, KeyType,
     LARGEST_RSA_KEY, SMALLEST_RSA_KEY,
@@ -57,10 +58,11 @@ pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use status::{BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, ReloadResult};
 pub use store::{IdentityStore, RevocationLists, Sources};
 pub use svid::{ReloadError, Svid};
+pub use used::UsedCertificate;
 pub use verdict::judged;
 pub use verify::{SvidVerifier, Validity, Verified, peer_id, verify_chain};
 
-use renewal::random_fraction;
+pub(crate) use renewal::random_fraction;
 
 /// Lower case hexadecimal.
 fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {

@@ -88,7 +88,7 @@ fn renew_at(not_after: SystemTime, now: SystemTime, fraction: f64) -> SystemTime
 }
 
 /// From 0 to 1. Without randomness, which the operating system always has, nothing is spread.
-pub(super) fn random_fraction() -> f64 {
+pub(crate) fn random_fraction() -> f64 {
     let mut bytes = [0; 4];
     if aws_lc_rs::rand::fill(&mut bytes).is_err() {
         return 0.0;

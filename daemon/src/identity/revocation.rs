@@ -21,7 +21,7 @@ use x509_parser::{
     revocation_list::CertificateRevocationList,
 };
 
-use super::{RejectReason, clock, crypto};
+use super::{RejectReason, UsedCertificate, clock, crypto};
 
 /// A list of revoked certificates, read. Whether its issuer has signed it is seen when a certificate
 /// of that issuer is checked.
@@ -113,6 +113,16 @@ impl RevocationList {
     #[must_use]
     pub fn der(&self) -> &CertificateRevocationListDer<'static> {
         &self.der
+    }
+
+    /// Whether it revokes a certificate that was used, and may not be at hand any more. Of two issuers
+    /// of one name it is told by the key identifier.
+    pub(super) fn revokes(&self, used: &UsedCertificate) -> bool {
+        let other_key = matches!(
+            (&self.series.key_id, &used.issuer_key_id),
+            (Some(of_list), Some(of_issuer)) if of_list != of_issuer
+        );
+        self.series.issuer == used.issuer && !other_key && self.revoked.contains(&used.serial)
     }
 
     fn is_newer_than(&self, other: &Self) -> bool {

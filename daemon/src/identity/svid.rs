@@ -44,7 +44,7 @@ pub struct Svid {
     pub issuer: String,
     /// What a client sends as TLS server name to ask for this identity.
     pub server_name: ServerName<'static>,
-    /// What the tunnel listener presents. TLS 1.3, ALPN `h2`, client certificate required.
+    /// What the tunnel listener presents. TLS 1.3, ALPN of tunnels, client certificate required.
     pub server: Arc<ServerConfig>,
     /// Configuration for a client that trusts any identity; [`Svid::client`] narrows it.
     any_client: ClientConfig,
@@ -150,6 +150,22 @@ impl Svid {
         let client = Arc::new(client);
         clients.insert(expected.clone(), client.clone());
         client
+    }
+
+    /// Configuration for the client of a handshake that proves a tunnel again.
+    #[must_use]
+    pub fn proof_client(&self, expected: &SpiffeId) -> Arc<ClientConfig> {
+        let mut config = ClientConfig::clone(&self.client(expected));
+        config.alpn_protocols = vec![crypto::PROOF_ALPN.to_vec()];
+        Arc::new(config)
+    }
+
+    /// Configuration for the server of such a handshake.
+    #[must_use]
+    pub fn proof_server(&self) -> Arc<ServerConfig> {
+        let mut config = ServerConfig::clone(&self.server);
+        config.alpn_protocols = vec![crypto::PROOF_ALPN.to_vec()];
+        Arc::new(config)
     }
 
     /// The certificate, then the intermediates.

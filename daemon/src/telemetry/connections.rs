@@ -14,7 +14,7 @@ use reeve_common::{DryRun, NO_WORKLOAD, Reason, WorkloadId};
 
 use super::{
     ConnectionLabels, HandshakeReason, Metrics,
-    labels::direction_name,
+    labels::{Role, direction_name},
     observed::{Carried, Facts, Happening, ProtocolName},
     observers::Observers,
 };
@@ -64,6 +64,7 @@ enum Kind {
     Closed,
     DryRun,
     Handshake,
+    Proof,
     Flood,
 }
 
@@ -195,6 +196,33 @@ impl ConnectionLog {
             %error,
             suppressed = (suppressed > 0).then_some(suppressed),
             "handshake of a tunnel failed"
+        );
+    }
+
+    /// A tunnel with the peer at `from` was not proven again, and ends with the certificates that
+    /// proved it last unless another attempt succeeds. All of them share one allowance.
+    pub fn proof_failed(
+        &self,
+        role: Role,
+        from: SocketAddr,
+        peer: &SpiffeId,
+        own: &SpiffeId,
+        result: &str,
+        error: &dyn Display,
+    ) {
+        let Some(suppressed) = self.take(NO_WORKLOAD, Kind::Proof, Instant::now()) else {
+            return;
+        };
+        tracing::warn!(
+            target: "reeve::connection",
+            role = role.as_str(),
+            peer_address = %from,
+            peer_id = %peer,
+            id = %own,
+            result,
+            %error,
+            suppressed = (suppressed > 0).then_some(suppressed),
+            "tunnel not proven again; it ends with the certificates that proved it last"
         );
     }
 

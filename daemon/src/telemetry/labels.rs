@@ -48,6 +48,8 @@ pub enum Limit {
     Tunnels,
     /// Tunnels that one peer's identity opened.
     TunnelsPerIdentity,
+    /// Proofs of tunnels under way: fixed, no field of the configuration.
+    Proofs,
 }
 
 /// Labels of a connection; names of workloads or peers, bounded by the metrics themselves.
@@ -138,7 +140,7 @@ impl Role {
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Connections,
         Self::ConnectionsPerWorkload,
         Self::ConnectionsPerIdentity,
@@ -146,6 +148,7 @@ impl Limit {
         Self::HandshakesPerAddress,
         Self::Tunnels,
         Self::TunnelsPerIdentity,
+        Self::Proofs,
     ];
 
     /// Label value, and the name of the field.
@@ -159,6 +162,7 @@ impl Limit {
             Self::HandshakesPerAddress => "handshakesPerAddress",
             Self::Tunnels => "tunnels",
             Self::TunnelsPerIdentity => "tunnelsPerIdentity",
+            Self::Proofs => "proofs",
         }
     }
 }

@@ -55,6 +55,7 @@ struct Inner {
     handshake_seconds: HistogramVec,
     tunnels: IntGaugeVec,
     tunnels_closed: IntCounterVec,
+    tunnel_proofs: IntCounterVec,
     limits: IntCounterVec,
     streams: IntGaugeVec,
     suppressed: IntCounter,
@@ -196,6 +197,14 @@ impl Metrics {
             .inc();
     }
 
+    /// An attempt to prove a tunnel again has ended; `result` is one of a closed set.
+    pub fn tunnel_proof(&self, role: Role, result: &str) {
+        self.inner
+            .tunnel_proofs
+            .with_label_values(&[role.as_str(), result])
+            .inc();
+    }
+
     /// Somebody was refused since a limit was reached.
     pub fn limit_reached(&self, limit: Limit) {
         self.inner.limits.with_label_values(&[limit.as_str()]).inc();
@@ -324,6 +333,11 @@ impl Inner {
             "Tunnels that stood and have ended.",
             &["role", "reason"],
         )?;
+        let tunnel_proofs = counter(
+            "reeve_tunnel_proofs_total",
+            "Attempts to prove a tunnel again underneath its connections; `ok`, and `same` with an unchanged certificate, succeeded.",
+            &["role", "result"],
+        )?;
         let limits = counter(
             "reeve_limit_refusals_total",
             "Connections and handshakes refused since a limit of the configuration was reached.",
@@ -336,6 +350,7 @@ impl Inner {
             tunnels.with_label_values(&[role.as_str()]).set(0);
             streams.with_label_values(&[role.as_str()]).set(0);
             handshakes.with_label_values(&[role.as_str(), "ok", HandshakeReason::Ok.as_str()]);
+            tunnel_proofs.with_label_values(&[role.as_str(), "ok"]);
         }
         let suppressed = IntCounter::new(
             "reeve_log_lines_suppressed_total",
@@ -381,6 +396,7 @@ impl Inner {
             handshake_seconds,
             tunnels,
             tunnels_closed,
+            tunnel_proofs,
             limits,
             streams,
             suppressed,

@@ -18,6 +18,12 @@ use crate::{config::Limits, identity::SpiffeId, telemetry::Limit};
 
 use super::TunnelError;
 
+/// Proofs of tunnels that may be under way at once: those that this node asks for, those that peers ask
+/// for, and of these those of one identity. Strangers cannot ask for any.
+const ASKING: usize = 64;
+const PROOFS: usize = 256;
+const PROOFS_PER_IDENTITY: usize = 128;
+
 /// Counters of what all workers share.
 #[derive(Debug)]
 pub(super) struct Bounds {
@@ -36,6 +42,18 @@ pub(super) struct Bounds {
     tunnels: Arc<Semaphore>,
     /// The same by their identities.
     tunnellers: Arc<Shares<SpiffeId>>,
+    /// One permit for each proof of a tunnel that may be under way towards peers, and of peers.
+    pub(super) asking: Arc<Semaphore>,
+    proofs: Arc<Semaphore>,
+    /// The latter by their identities.
+    provers: Arc<Shares<SpiffeId>>,
+}
+
+/// One of the proofs that peers may have under way; given back when dropped.
+#[derive(Debug)]
+pub(super) struct ProofPlace {
+    _proof: OwnedSemaphorePermit,
+    _share: Share<SpiffeId>,
 }
 
 /// One of the connections that may be open; given back when dropped.
@@ -94,6 +112,9 @@ impl Bounds {
             addresses: Shares::new(limits.handshakes_per_address),
             tunnels: Arc::new(Semaphore::new(permits(limits.tunnels))),
             tunnellers: Shares::new(limits.tunnels_per_identity),
+            asking: Arc::new(Semaphore::new(ASKING)),
+            proofs: Arc::new(Semaphore::new(PROOFS)),
+            provers: Shares::new(PROOFS_PER_IDENTITY),
         })
     }
 
@@ -136,6 +157,15 @@ impl Bounds {
             _handshake: permit(&self.accepting).map_err(|_| Limit::Handshakes)?,
             tunnel: permit(&self.tunnels).map_err(|_| Limit::Tunnels)?,
             tunnellers: self.tunnellers.clone(),
+        })
+    }
+
+    /// Leave for one more proof of a tunnel that this peer asks for.
+    pub(super) fn proof(&self, peer: &SpiffeId) -> Result<ProofPlace, Limit> {
+        let proof = self.proofs.clone().try_acquire_owned();
+        Ok(ProofPlace {
+            _share: self.provers.take(peer).ok_or(Limit::Proofs)?,
+            _proof: proof.map_err(|_| Limit::Proofs)?,
         })
     }
 

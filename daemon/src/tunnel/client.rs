@@ -17,12 +17,13 @@ use h2::{
     client::{Builder, Connection, SendRequest},
 };
 use http::{Method, Request, StatusCode, Uri};
+use rustls::ClientConfig;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::{
     datapath::{netns::Netns, speak_from},
-    identity::{ALPN, RejectReason, SpiffeId, Svid, judged, server_name_for},
+    identity::{ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, server_name_for},
     telemetry::{Handshake, HandshakeReason, Limit, Role},
 };
 
@@ -32,7 +33,8 @@ use super::{
     error::Stage,
     first::FirstBytes,
     frames::FrameMeter,
-    link::{Ends, Link},
+    link::{Ends, Link, Proven},
+    proof::Secret,
     registry::Registered,
     socket,
     sweep::judge,
@@ -83,6 +85,7 @@ struct Unanswered {
     connection: Connection<Wire, Bytes>,
     control: WireControl,
     ends: Ends,
+    proven: Proven,
 }
 
 // === Opening ===
@@ -110,7 +113,9 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
         duration: started.elapsed(),
     });
     let answered = result?;
-    let link = worker.links.insert(Link::new(answered.ends));
+    let link = worker
+        .links
+        .insert(Link::new(answered.ends, answered.proven));
     judge(worker, &link, SystemTime::now());
     let last = answered.control.last();
     let driver = Driver::new(
@@ -172,12 +177,12 @@ async fn shake(
         detail: RejectReason::explain(&error).into(),
     };
     let local = tcp.local_addr().map_err(failed)?;
-    let config = target.svid.client(&target.expected);
+    let config = speaking(worker, target.svid.client(&target.expected));
     let connecting = TlsConnector::from(config).connect(server_name_for(&target.expected), tcp);
     let stream = judged(connecting).await.map_err(failed)?;
     let (tcp, tls) = stream.into_inner();
     // A server that chooses no protocol at all passes the TLS library.
-    if tls.alpn_protocol() != Some(ALPN) {
+    if !matches!(tls.alpn_protocol(), Some(ALPN | PROVABLE_ALPN)) {
         return Err(TunnelError::Handshake {
             to,
             reason: HandshakeReason::Protocol,
@@ -185,15 +190,19 @@ async fn shake(
         });
     }
     let chain = tls.peer_certificates().unwrap_or_default().to_vec();
+    let secret = Secret::of(&tls).map_err(|error| failed(io::Error::other(error)))?;
     let ends = Ends {
         role: Role::Client,
         own: target.svid.id.clone(),
-        generation: target.svid.generation,
         peer: target.expected.clone(),
-        own_not_after: target.svid.not_after,
-        chain,
         remote: to,
         local,
+        secret,
+    };
+    let proven = Proven {
+        generation: target.svid.generation,
+        own_not_after: target.svid.not_after,
+        chain,
     };
     let meter = FrameMeter::of_server(worker.limits.control_frames);
     let (wire, control) = wire(tcp, tls.into(), meter);
@@ -206,9 +215,20 @@ async fn shake(
         connection,
         control,
         ends,
+        proven,
     };
     unanswered.answered().await?;
     Ok(unanswered)
+}
+
+/// The configuration, without the protocol of tunnels that are proven again where none are.
+fn speaking(worker: &Worker, config: Arc<ClientConfig>) -> Arc<ClientConfig> {
+    if worker.shared.proofs {
+        return config;
+    }
+    let mut config = ClientConfig::clone(&config);
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Arc::new(config)
 }
 
 pub(super) fn builder(worker: &Worker) -> Builder {

@@ -118,7 +118,7 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
 
     fn obey(&mut self, cx: &mut Context<'_>) -> Option<End> {
         match self.link.order() {
-            Order::Serve => {}
+            Order::Serve | Order::Pause => {}
             Order::Retire if self.retired => {}
             Order::Retire => {
                 if self.poll_noticed(cx).is_ready() {
@@ -130,6 +130,9 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
                 self.control.close(cx);
                 return Some(End::Told(reason));
             }
+        }
+        if self.link.take_key_renewal() {
+            self.control.renew_keys();
         }
         if self.widened != self.link.stalled() {
             self.widened = self.link.stalled();

@@ -32,6 +32,11 @@ pub(super) async fn serve(
     link: Rc<Link>,
     (request, mut respond): Incoming,
 ) {
+    // What is beyond is the proof's, where the tunnel can be proven again.
+    if link.streams() >= worker.limits.streams_per_tunnel as usize {
+        respond.send_reset(h2::Reason::REFUSED_STREAM);
+        return;
+    }
     let _stream = StreamOf::new(&link);
     let destination = destination(&request);
     let mut call = Call {

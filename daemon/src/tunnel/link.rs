@@ -2,7 +2,7 @@
 //! carries, and what it has been told to do.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, Ref, RefCell},
     net::SocketAddr,
     sync::Arc,
     task::{Context, Waker},
@@ -13,27 +13,38 @@ use reeve_common::Reason;
 use rustls_pki_types::CertificateDer;
 
 use crate::{
-    identity::{SpiffeId, TrustBundles},
+    identity::{SpiffeId, TrustBundles, UsedCertificate},
     telemetry::Role,
 };
+
+use super::proof::{Plan, Secret};
 
 /// Facts about a tunnel that do not change.
 #[derive(Debug)]
 pub(super) struct Ends {
     pub(super) role: Role,
-    /// Own identity, and the generation of its material that the handshake used.
+    /// Own identity.
     pub(super) own: SpiffeId,
-    pub(super) generation: u64,
     /// The far end's authenticated identity.
     pub(super) peer: SpiffeId,
-    /// The far end's certificates, leaf first, as they were verified.
-    pub(super) chain: Vec<CertificateDer<'static>>,
-    /// When the own certificate expires that the handshake used, or one above it.
-    pub(super) own_not_after: SystemTime,
     /// The far end's address.
     pub(super) remote: SocketAddr,
     /// The own address.
     pub(super) local: SocketAddr,
+    /// What both ends of the tunnel know, where its handshake has settled that it can be proven again.
+    pub(super) secret: Option<Secret>,
+}
+
+/// The certificates by which a tunnel was proven last: in its own handshake, or in a later one inside
+/// of it.
+#[derive(Debug)]
+pub(super) struct Proven {
+    /// Generation of the own material.
+    pub(super) generation: u64,
+    /// When the own certificate expires, or one above it.
+    pub(super) own_not_after: SystemTime,
+    /// The far end's certificates, leaf first, as they were verified.
+    pub(super) chain: Vec<CertificateDer<'static>>,
 }
 
 /// What a tunnel has been told.
@@ -41,6 +52,8 @@ pub(super) struct Ends {
 pub(super) enum Order {
     /// Take streams.
     Serve,
+    /// Take no new streams until it is proven again. A client's only.
+    Pause,
     /// Take no new streams, and end with the last one.
     Retire,
     /// End now.
@@ -52,6 +65,19 @@ pub(super) enum Order {
 pub(super) struct Link {
     pub(super) ends: Ends,
     pub(super) opened: Instant,
+    proven: RefCell<Proven>,
+    /// Certificates of the far end that proved it before those of `proven`, until they expire.
+    used: RefCell<Vec<UsedCertificate>>,
+    /// When it was proven last, and how often since it was opened.
+    proven_at: Cell<Instant>,
+    proofs: Cell<u64>,
+    /// When it is to be proven next; the client's.
+    pub(super) plan: Plan,
+    /// A proof is under way, and when the last one began.
+    proving: Cell<bool>,
+    proving_since: Cell<Option<Instant>>,
+    /// Traffic keys are to be renewed.
+    renew_keys: Cell<bool>,
     streams: Cell<usize>,
     served: Cell<bool>,
     /// When the last stream ended, or the tunnel was opened.
@@ -71,11 +97,19 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(ends: Ends) -> Self {
+    pub(super) fn new(ends: Ends, proven: Proven) -> Self {
         let now = Instant::now();
         Self {
-            not_after: Cell::new(ends.own_not_after),
+            not_after: Cell::new(proven.own_not_after),
             ends,
+            proven: RefCell::new(proven),
+            used: RefCell::default(),
+            proven_at: Cell::new(now),
+            proofs: Cell::new(0),
+            plan: Plan::default(),
+            proving: Cell::new(false),
+            proving_since: Cell::new(None),
+            renew_keys: Cell::new(false),
             opened: now,
             streams: Cell::new(0),
             served: Cell::new(false),
@@ -113,24 +147,30 @@ impl Link {
         (self.streams() == 0).then(|| now.saturating_duration_since(self.idle_since.get()))
     }
 
-    /// Time since the tunnel was opened.
-    pub(super) fn age(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.opened)
-    }
-
     /// Takes no new streams from now on.
     pub(super) fn retire(&self) {
-        if self.order.get() == Order::Serve {
+        if matches!(self.order.get(), Order::Serve | Order::Pause) {
             self.give(Order::Retire);
         }
     }
 
-    /// Its own certificate was replaced: retires.
+    /// Takes no new streams until it is proven again.
+    pub(super) fn pause(&self) {
+        if self.order.get() == Order::Serve {
+            self.give(Order::Pause);
+        }
+    }
+
+    /// Its own certificate was replaced: retires, unless it is worth a proof with the new one.
     pub(super) fn outdate(&self, now: Instant) {
         if self.outdated_since.get().is_none() {
             self.outdated_since.set(Some(now));
+            self.plan.hurry();
         }
-        self.retire();
+        let is_client = self.ends.role == Role::Client;
+        if !self.is_provable() || (is_client && self.streams() == 0) {
+            self.retire();
+        }
     }
 
     /// How long ago its own certificate was replaced; none where it is the newest.
@@ -144,6 +184,75 @@ impl Link {
         if !matches!(self.order.get(), Order::Close(_)) {
             self.give(Order::Close(reason));
         }
+    }
+
+    // === Proofs ===
+
+    /// Whether it can be proven again underneath its streams.
+    pub(super) fn is_provable(&self) -> bool {
+        self.ends.secret.is_some()
+    }
+
+    /// By what it was proven last.
+    pub(super) fn by(&self) -> Ref<'_, Proven> {
+        self.proven.borrow()
+    }
+
+    /// Certificates of the far end that proved it before, and have not expired.
+    pub(super) fn used(&self, now: SystemTime) -> Ref<'_, Vec<UsedCertificate>> {
+        self.used.borrow_mut().retain(|used| !used.is_expired(now));
+        self.used.borrow()
+    }
+
+    /// It has been proven again. `used` are the far end's certificates that count no longer for it.
+    pub(super) fn prove(&self, by: Proven, used: Vec<UsedCertificate>) {
+        let mut known = self.used.borrow_mut();
+        for certificate in used {
+            if !known.contains(&certificate) {
+                known.push(certificate);
+            }
+        }
+        drop(known);
+        self.proven.replace(by);
+        self.judged.replace(None);
+        self.proven_at.set(Instant::now());
+        self.proofs.set(self.proofs.get() + 1);
+        self.outdated_since.set(None);
+        self.renew_keys.set(true);
+        if self.order.get() == Order::Pause {
+            self.order.set(Order::Serve);
+        }
+        self.wake();
+    }
+
+    /// How often it was proven again, and the time since it was proven last.
+    pub(super) fn proofs(&self, now: Instant) -> (u64, Duration) {
+        let since = now.saturating_duration_since(self.proven_at.get());
+        (self.proofs.get(), since)
+    }
+
+    /// Begins a proof, unless one is under way, or has begun less than `pause` ago. To be followed by
+    /// [`Self::end_proof`].
+    pub(super) fn begin_proof(&self, pause: Duration) -> bool {
+        let now = Instant::now();
+        let last = self.proving_since.get();
+        let too_soon = last.is_some_and(|last| now.saturating_duration_since(last) < pause);
+        if self.proving.get() || too_soon {
+            return false;
+        }
+        self.proving.set(true);
+        self.proving_since.set(Some(now));
+        true
+    }
+
+    /// A proof has come to its end.
+    pub(super) fn end_proof(&self) {
+        self.proving.set(false);
+    }
+
+    /// Whether the traffic keys are to be renewed; said once.
+    pub(super) fn take_key_renewal(&self) -> bool {
+        self.renew_keys.take()
     }
 
     /// What the tunnel has been told last.

@@ -11,6 +11,7 @@
 //!
 //! Below these: [`wire`] is TLS over TCP as HTTP/2 sees it, [`frames`] counts what a peer sends
 //! to no purpose, [`driver`] keeps one tunnel going,
+//! [`proof`] has its identities proven again while it carries connections,
 //! [`link`] is a tunnel as everything else sees it, and [`connection`] an application connection
 //! from its first byte to its log line. All of them run on one of the threads of [`workers`], and
 //! share what a thread owns through [`worker`] and never with another thread.
@@ -28,6 +29,7 @@ mod inbound;
 mod link;
 mod outbound;
 mod pool;
+mod proof;
 mod registry;
 mod server;
 mod socket;
@@ -69,6 +71,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Where ended and refused connections are logged.
     pub log: ConnectionLog,
+    /// Whether tunnels are proven again: always, but where a test plays peers that do not do so.
+    pub proofs: bool,
 }
 
 /// What `reeve status` says of one tunnel.
@@ -88,6 +92,13 @@ pub struct TunnelStatus {
     /// Time since it was opened.
     #[serde(serialize_with = "seconds")]
     pub age: Duration,
+    /// Whether it can be proven again underneath its connections.
+    pub provable: bool,
+    /// How often it was proven again.
+    pub proofs: u64,
+    /// Time since it was proven last, or opened.
+    #[serde(serialize_with = "seconds")]
+    pub proven: Duration,
     /// Takes no new streams.
     pub retired: bool,
 }

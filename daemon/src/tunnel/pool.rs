@@ -1,9 +1,9 @@
 //! The tunnels that a worker has opened: shared by all connections from one identity to one peer.
 //!
 //! A tunnel is opened when a connection needs one and those there are have no free stream. All
-//! that wait share the handshake under way, and are served in the order in which they came. An
-//! identity's new certificate makes new tunnels; the old ones take no more streams and end with
-//! their last.
+//! that wait share the handshake under way, and are served in the order in which they came. With an
+//! identity's new certificate its tunnels are proven again; those that cannot be take no more streams
+//! and end with their last.
 
 use std::{
     cell::{Cell, RefCell},
@@ -13,7 +13,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, Waker},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -23,7 +23,7 @@ use tokio::{sync::oneshot, task::spawn_local, time::timeout};
 
 use crate::{
     datapath::netns::Netns,
-    identity::{IdentityStore, SpiffeId},
+    identity::{SpiffeId, Svid},
     telemetry::Role,
 };
 
@@ -33,6 +33,7 @@ use super::{
     error::Stage,
     first::FirstBytes,
     link::{Link, Order},
+    proof,
     worker::Worker,
 };
 
@@ -65,7 +66,6 @@ struct Key {
     netns: u64,
     own: SpiffeId,
     source: Option<IpAddr>,
-    generation: u64,
     peer: SocketAddr,
     expected: SpiffeId,
 }
@@ -78,7 +78,8 @@ pub(super) struct Pool {
 
 /// The tunnels from one identity to one peer.
 struct Entry {
-    target: Target,
+    /// With the identity's newest certificate that is known here.
+    target: RefCell<Target>,
     /// Streams that a tunnel may have, if the peer allows as many.
     most_streams: usize,
     tunnels: RefCell<Vec<Tunnel>>,
@@ -89,8 +90,8 @@ struct Entry {
     failure: RefCell<Option<Failure>>,
     /// Tunnels, one after the other, that the peer accepted only to say that they take no streams.
     stillborn: Cell<usize>,
-    /// The identity has a newer certificate: tunnels that still open serve those who wait for
-    /// them and nobody else.
+    /// The identity has no certificate any more, or the daemon ends: tunnels that still open serve
+    /// those who wait for them and nobody else.
     retired: Cell<bool>,
 }
 
@@ -186,7 +187,7 @@ impl Pool {
             let waiting = entry.wait(worker)?;
             match timeout(patience, waiting).await {
                 Ok(Ok(result)) => return result,
-                // The entry was retired: there is a newer certificate.
+                // The entry was retired.
                 Ok(Err(_)) => {}
                 Err(_) => {
                     return Err(TunnelError::Timeout {
@@ -204,15 +205,17 @@ impl Pool {
             netns: target.netns.cookie,
             own: target.svid.id.clone(),
             source: target.source,
-            generation: target.svid.generation,
             peer: target.peer,
             expected: target.expected.clone(),
         };
         let mut entries = self.entries.borrow_mut();
-        let entry = entries
-            .entry(key)
-            .or_insert_with(|| Rc::new(Entry::new(target, most_streams as usize)));
-        entry.clone()
+        if let Some(entry) = entries.get(&key) {
+            entry.present(&target.svid);
+            return entry.clone();
+        }
+        let entry = Rc::new(Entry::new(target, most_streams as usize));
+        entries.insert(key, entry.clone());
+        entry
     }
 
     /// Retires what is too old, too long without use, or told to take no more streams, and opens
@@ -221,24 +224,50 @@ impl Pool {
         let limits = &worker.timeouts;
         self.entries.borrow_mut().retain(|_, entry| {
             for tunnel in &*entry.tunnels.borrow() {
-                let idle = tunnel.link.idle(now).unwrap_or_default();
-                let age = tunnel.link.age(now);
-                if idle >= limits.tunnel_idle || age >= limits.tunnel_age {
-                    tunnel.link.retire();
+                let link = &tunnel.link;
+                let idle = link.idle(now);
+                let (_, age) = link.proofs(now);
+                // One that carries something and can be proven again is, at that age.
+                let is_old = age >= limits.tunnel_age && (!link.is_provable() || idle.is_some());
+                if idle >= Some(limits.tunnel_idle) || is_old {
+                    link.retire();
                 }
             }
             entry.forget_retired();
+            entry.serve_waiting();
             entry.waiting.borrow_mut().retain(|one| !one.is_closed());
             entry.open_as_needed(worker);
             entry.is_needed(now)
         });
     }
 
-    /// Retires the tunnels whose identity has a newer certificate, or none.
-    pub(super) fn retire_outdated(&self, identities: &IdentityStore) {
-        self.retire(|key| {
-            identities.current(&key.own).map(|svid| svid.generation) != Some(key.generation)
-        });
+    /// Presents the newest certificates, and retires the tunnels whose identity has none.
+    pub(super) fn renew(&self, worker: &Rc<Worker>) {
+        let identities = &worker.shared.identities;
+        self.retire(|key| identities.current(&key.own).is_none());
+        for (key, entry) in &*self.entries.borrow() {
+            if let Some(svid) = identities.current(&key.own) {
+                entry.present(&svid);
+                entry.forget_retired();
+                entry.open_as_needed(worker);
+            }
+        }
+    }
+
+    /// Has those tunnels proven again whose time it is.
+    pub(super) fn prove(&self, worker: &Rc<Worker>, now: SystemTime) {
+        let age = worker.timeouts.tunnel_age;
+        for entry in self.entries.borrow().values() {
+            for tunnel in &*entry.tunnels.borrow() {
+                let link = &tunnel.link;
+                // One without streams ends soon, or is proven once it has some.
+                let carries = link.is_provable() && link.streams() > 0;
+                if carries && link.plan.is_due(link.not_after(), now, age) {
+                    let (link, request) = (link.clone(), tunnel.request.clone());
+                    spawn_local(proof::ask(worker.clone(), link, request));
+                }
+            }
+        }
     }
 
     /// Retires the tunnels that nobody uses or waits for.
@@ -279,7 +308,7 @@ impl Pool {
 impl Entry {
     fn new(target: Target, most_streams: usize) -> Self {
         Self {
-            target,
+            target: RefCell::new(target),
             most_streams,
             tunnels: RefCell::default(),
             waiting: RefCell::default(),
@@ -295,8 +324,11 @@ impl Entry {
         self.forget_retired();
         let tunnels = self.tunnels.borrow();
         let has_room = |tunnel: &&Tunnel| {
+            let for_proofs = usize::from(tunnel.link.is_provable());
             let peers_limit = tunnel.request.current_max_send_streams();
-            tunnel.link.streams() < self.most_streams.min(peers_limit)
+            let most = peers_limit.saturating_sub(for_proofs);
+            let serves = tunnel.link.order() == Order::Serve;
+            serves && tunnel.link.streams() < self.most_streams.min(most)
         };
         let tunnel = tunnels.iter().find(has_room)?;
         tunnel.link.stream_opened();
@@ -309,13 +341,37 @@ impl Entry {
         })
     }
 
+    /// New tunnels are opened with this certificate, and what is open is proven again with it or takes
+    /// no new streams.
+    fn present(&self, svid: &Arc<Svid>) {
+        if self.target.borrow().svid.generation == svid.generation {
+            return;
+        }
+        self.target.borrow_mut().svid = svid.clone();
+        // Peers may accept this one.
+        self.failure.borrow_mut().take();
+        self.stillborn.set(0);
+        for tunnel in &*self.tunnels.borrow() {
+            if tunnel.link.by().generation != svid.generation {
+                tunnel.link.outdate(Instant::now());
+            }
+        }
+    }
+
+    /// Tunnels that take streams.
+    fn serving(&self) -> usize {
+        let tunnels = self.tunnels.borrow();
+        let serving = |tunnel: &&Tunnel| tunnel.link.order() == Order::Serve;
+        tunnels.iter().filter(serving).count()
+    }
+
     /// Queues for a stream, and opens as many tunnels as the queue needs.
     fn wait(
         self: &Rc<Self>,
         worker: &Rc<Worker>,
     ) -> Result<oneshot::Receiver<Result<Ready, TunnelError>>, TunnelError> {
         match self.backing_off() {
-            Some(error) if self.tunnels.borrow().is_empty() => return Err(error),
+            Some(error) if self.serving() == 0 => return Err(error),
             _ => {}
         }
         let (sender, receiver) = oneshot::channel();
@@ -339,7 +395,7 @@ impl Entry {
         loop {
             let under_way = self.opening.get();
             let served = under_way * self.most_streams;
-            let tunnels = self.tunnels.borrow().len() + under_way;
+            let tunnels = self.serving() + under_way;
             if self.waiting.borrow().len() <= served || tunnels >= limits.tunnels_per_peer {
                 return;
             }
@@ -376,12 +432,18 @@ impl Entry {
         if tunnel.takes_streams() {
             self.failure.borrow_mut().take();
             self.stillborn.set(0);
+            let outdated = tunnel.link.by().generation != self.target.borrow().svid.generation;
+            let link = tunnel.link.clone();
             self.tunnels.borrow_mut().push(tunnel);
             self.serve_waiting();
+            if outdated {
+                link.outdate(Instant::now());
+            }
         } else {
             self.stillborn.set(self.stillborn.get() + 1);
             if self.stillborn.get() >= STILLBORN {
-                self.failed(&takes_no_more(self.target.peer));
+                let peer = self.target.borrow().peer;
+                self.failed(&takes_no_more(peer));
             }
         }
         if self.retired.get() {
@@ -397,7 +459,7 @@ impl Entry {
             until: Instant::now() + back_off,
             back_off,
         });
-        if self.opening.get() == 0 && self.tunnels.borrow().is_empty() {
+        if self.opening.get() == 0 && self.serving() == 0 {
             for waiting in mem::take(&mut *self.waiting.borrow_mut()) {
                 // One that went away needs no answer.
                 let _ = waiting.send(Err(error.clone()));
@@ -411,14 +473,17 @@ impl Entry {
             tunnel.link.retire();
         }
         if self.opening.get() == 0 {
-            // They look for a tunnel with the newer certificate.
+            // They look again.
             self.waiting.borrow_mut().clear();
         }
     }
 
-    /// Lets go of tunnels that take no more streams, so that they end with their last one.
+    /// Lets go of tunnels that take no more streams, so that they end with their last one. Until then
+    /// those are kept that can be proven again.
     fn forget_retired(&self) {
-        self.tunnels.borrow_mut().retain_mut(Tunnel::takes_streams);
+        self.tunnels
+            .borrow_mut()
+            .retain_mut(|tunnel| tunnel.takes_streams() || tunnel.is_kept());
     }
 
     fn is_needed(&self, now: Instant) -> bool {
@@ -438,15 +503,16 @@ fn takes_no_more(peer: SocketAddr) -> TunnelError {
 
 /// Opens a tunnel and carries it until it ends.
 async fn run(worker: Rc<Worker>, entry: Rc<Entry>) {
-    let result = client::open(&worker, &entry.target).await;
+    let target = entry.target.borrow().clone();
+    let result = client::open(&worker, &target).await;
     entry.opening.set(entry.opening.get() - 1);
     let tunnel = match result {
         Ok(tunnel) => tunnel,
         Err(error) => {
             tracing::warn!(
-                peer = %entry.target.peer,
-                peer_id = %entry.target.expected,
-                id = %entry.target.svid.id,
+                peer = %target.peer,
+                peer_id = %target.expected,
+                id = %target.svid.id,
                 reason = error.reason().as_str(),
                 "no tunnel: {error}"
             );
@@ -479,6 +545,14 @@ impl Tunnel {
         }
         self.link.is_in_time() && self.link.order() == Order::Serve
     }
+
+    /// Whether it takes no streams now, and can be proven again for those that it has.
+    fn is_kept(&mut self) -> bool {
+        let mut nobody = Context::from_waker(Waker::noop());
+        let stands = !matches!(self.request.poll_ready(&mut nobody), Poll::Ready(Err(_)));
+        let open = !matches!(self.link.order(), Order::Close(_));
+        stands && open && self.link.is_provable() && self.link.streams() > 0
+    }
 }
 
 // === impl Slot ===
@@ -503,6 +577,9 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.link.stream_ended();
+        if self.link.order() != Order::Serve {
+            self.entry.forget_retired();
+        }
         if !self.entry.waiting.borrow().is_empty() {
             self.entry.serve_waiting();
         }

@@ -22,7 +22,9 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use crate::{
     datapath::netns::Netns,
-    identity::{ALPN, RejectReason, SpiffeId, Svid, judged, peer_id, server_name_matches},
+    identity::{
+        ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, peer_id, server_name_matches,
+    },
     telemetry::{Handshake, HandshakeReason, Limit, Role},
     workload::RunningWorkload,
 };
@@ -32,10 +34,11 @@ use super::{
     authority::canonical,
     bounds::{Arriving, TunnelPlace},
     client::SEND_BUFFER,
-    driver::{Driver, End, sending},
+    driver::{Driver, End, Incoming, sending},
     frames::FrameMeter,
     inbound,
-    link::{Ends, Link},
+    link::{Ends, Link, Proven},
+    proof::{self, Secret},
     sweep::judge,
     wire::{FULL_FRAME, SMALL_FRAMES, Wire, WireControl, wire},
     worker::Worker,
@@ -127,6 +130,7 @@ struct Shaken {
     connection: Connection<Wire, Bytes>,
     control: WireControl,
     ends: Ends,
+    proven: Proven,
     place: TunnelPlace,
 }
 
@@ -169,10 +173,10 @@ async fn shake(
             reason: HandshakeReason::NoOwnCertificate,
             detail: format!("no workload with a valid certificate is at {local}"),
         })?;
-    let config: Arc<ServerConfig> = svid.server.clone();
+    let config = speaking(worker, &svid);
     let (tcp, tls) = judged(start.into_stream(config)).await?.into_inner();
     // A client that offers no protocol at all passes the TLS library.
-    if tls.alpn_protocol() != Some(ALPN) {
+    if !matches!(tls.alpn_protocol(), Some(ALPN | PROVABLE_ALPN)) {
         return Err(Refused {
             reason: HandshakeReason::Protocol,
             detail: "the client does not offer HTTP/2 in ALPN".into(),
@@ -186,19 +190,24 @@ async fn shake(
     let place = arriving
         .of(&peer)
         .map_err(|limit| Refused::beyond(worker, limit))?;
+    let secret = Secret::of(&tls).map_err(io::Error::other)?;
+    let provable = secret.is_some();
     let ends = Ends {
         role: Role::Server,
         own: svid.id.clone(),
-        generation: svid.generation,
         peer,
-        own_not_after: svid.not_after,
-        chain,
         remote,
         local,
+        secret,
+    };
+    let proven = Proven {
+        generation: svid.generation,
+        own_not_after: svid.not_after,
+        chain,
     };
     let meter = FrameMeter::of_client(worker.limits.control_frames);
     let (wire, control) = wire(tcp, tls.into(), meter);
-    let connection = sending(&control, builder(worker).handshake(wire))
+    let connection = sending(&control, builder(worker, provable).handshake(wire))
         .await?
         .map_err(|error| Refused {
             reason: HandshakeReason::Protocol,
@@ -208,6 +217,7 @@ async fn shake(
         connection,
         control,
         ends,
+        proven,
         place,
     })
 }
@@ -241,11 +251,23 @@ fn pick(
     worker.shared.identities.current(&id)
 }
 
-pub(super) fn builder(worker: &Worker) -> Builder {
+/// What the workload's certificate is presented with, without the protocol of tunnels that are proven
+/// again where none are.
+fn speaking(worker: &Worker, svid: &Svid) -> Arc<ServerConfig> {
+    if worker.shared.proofs {
+        return svid.server.clone();
+    }
+    let mut config = ServerConfig::clone(&svid.server);
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Arc::new(config)
+}
+
+/// In a tunnel that can be proven again there is one stream more, for the proof.
+pub(super) fn builder(worker: &Worker, provable: bool) -> Builder {
     let limits = &worker.limits;
     let mut builder = Builder::new();
     builder
-        .max_concurrent_streams(limits.streams_per_tunnel)
+        .max_concurrent_streams(limits.streams_per_tunnel + u32::from(provable))
         .initial_window_size(limits.stream_window)
         .initial_connection_window_size(limits.tunnel_window)
         .max_frame_size(FULL_FRAME)
@@ -261,15 +283,19 @@ pub(super) fn builder(worker: &Worker) -> Builder {
 /// Carries the tunnel until it ends.
 async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     let _place = shaken.place;
-    let link = worker.links.insert(Link::new(shaken.ends));
+    let link = worker.links.insert(Link::new(shaken.ends, shaken.proven));
     judge(&worker, &link, SystemTime::now());
     if worker.draining.get() || worker.leaving.get() {
         link.retire();
     }
     let on_stream = {
         let (worker, link) = (worker.clone(), link.value().clone());
-        move |stream| {
+        move |stream: Incoming| {
             if !link.is_in_time() {
+                return;
+            }
+            if proof::is_asked(&link, &stream.0) {
+                spawn_local(proof::answer(worker.clone(), link.clone(), stream));
                 return;
             }
             spawn_local(inbound::serve(

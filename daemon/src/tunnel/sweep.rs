@@ -17,12 +17,14 @@ use crate::{
 };
 
 use super::{
-    link::{Ends, Link, Order},
+    link::{Link, Order},
     worker::Worker,
 };
 
 /// Exactness of every time-out that is looked after here.
 const TICK: Duration = Duration::from_secs(1);
+/// So many times as long as it has left, a tunnel was not proven again, and takes no more streams.
+const UNPROVEN: u32 = 3;
 
 /// Sweeps once a second, and when an identity or a trust bundle has changed.
 pub(super) async fn run(worker: Rc<Worker>) {
@@ -51,14 +53,9 @@ fn sweep(worker: &Rc<Worker>) {
         // A bundle may have changed between the handshake and the tunnel's first change.
         look_after(worker, link, wall_clock);
         let left = link.not_after().duration_since(wall_clock);
-        if expires_soon(
-            left.unwrap_or_default(),
-            link.age(now),
-            worker.timeouts.drain,
-        ) {
-            link.retire();
-        }
-        if link.outdated(now) >= Some(worker.timeouts.outdated) {
+        retire_in_time(worker, link, left.unwrap_or_default(), now);
+        let limit = worker.timeouts.outdated;
+        if limit != Duration::ZERO && link.outdated(now) >= Some(limit) {
             link.close(Reason::CertificateReplaced);
         }
         if link.ends.role == Role::Server {
@@ -66,9 +63,23 @@ fn sweep(worker: &Rc<Worker>) {
         }
     });
     worker.pool.sweep(worker, now);
+    worker.pool.prove(worker, wall_clock);
     worker.stop_closed();
     sweep_connections(worker, now);
     worker.stash.tidy();
+}
+
+/// A client's tunnel that can be proven again waits for that, and a server's for its client: told to
+/// open no more streams, the client could not ask for a proof either.
+fn retire_in_time(worker: &Worker, link: &Link, left: Duration, now: Instant) {
+    let (_, age) = link.proofs(now);
+    let drain = worker.timeouts.drain;
+    match (link.is_provable(), link.ends.role) {
+        (false, _) if expires_soon(left, age, drain) => link.retire(),
+        // A proof is asked for at half of the time, and has some of it.
+        (true, Role::Client) if expires_soon(left, age / UNPROVEN, drain) => link.pause(),
+        _ => {}
+    }
 }
 
 /// Whether a tunnel whose certificates have this much left is to take no more streams, so that
@@ -105,17 +116,19 @@ fn sweep_connections(worker: &Worker, now: Instant) {
 }
 
 /// Judges every tunnel again by the certificates that are in force now.
-fn check_identities(worker: &Worker) {
+fn check_identities(worker: &Rc<Worker>) {
     let now = SystemTime::now();
     worker.links.for_each(|link| look_after(worker, link, now));
-    worker.pool.retire_outdated(&worker.shared.identities);
+    worker.pool.renew(worker);
+    worker.pool.prove(worker, now);
     worker.stop_closed();
 }
 
-/// Judges a tunnel again, and retires it where its own certificate was replaced.
+/// Judges a tunnel again, and retires it where its own certificate was replaced, or has it proven
+/// again.
 fn look_after(worker: &Worker, link: &Link, now: SystemTime) {
     if let Some(svid) = judge(worker, link, now)
-        && svid.generation != link.ends.generation
+        && svid.generation != link.by().generation
     {
         link.outdate(Instant::now());
     }
@@ -128,10 +141,11 @@ pub(super) fn judge(worker: &Worker, link: &Link, now: SystemTime) -> Option<Arc
     let identities = &worker.shared.identities;
     let ends = &link.ends;
     let svid = identities.current(&ends.own);
+    let by = link.by();
     let used = svid
         .as_ref()
-        .filter(|svid| svid.generation == ends.generation);
-    let own = used.map_or(ends.own_not_after, |svid| svid.not_after);
+        .filter(|svid| svid.generation == by.generation);
+    let own = used.map_or(by.own_not_after, |svid| svid.not_after);
     if own < now {
         link.close(Reason::CertificateExpired);
         return None;
@@ -141,7 +155,7 @@ pub(super) fn judge(worker: &Worker, link: &Link, now: SystemTime) -> Option<Arc
         return None;
     };
     let accepted = link.accepted_until(&bundles).filter(|until| *until >= now);
-    let peer = match accepted.map_or_else(|| verify_peer(&bundles, ends, now), Ok) {
+    let peer = match accepted.map_or_else(|| verify_peer(&bundles, link, now), Ok) {
         Ok(until) => until,
         Err(reason) => {
             link.close(reason.closing_reason());
@@ -153,19 +167,24 @@ pub(super) fn judge(worker: &Worker, link: &Link, now: SystemTime) -> Option<Arc
     Some(svid)
 }
 
-/// Until when the peer's chain is good.
+/// Until when the peer's chain is good. What proved the tunnel before must not have been revoked
+/// meanwhile.
 fn verify_peer(
     bundles: &TrustBundles,
-    ends: &Ends,
+    link: &Link,
     now: SystemTime,
 ) -> Result<SystemTime, RejectReason> {
-    let (leaf, intermediates) = ends.chain.split_first().ok_or(RejectReason::Malformed)?;
+    let (by, peer) = (link.by(), &link.ends.peer);
+    let (leaf, intermediates) = by.chain.split_first().ok_or(RejectReason::Malformed)?;
     let verified = verify_chain(bundles, leaf, intermediates, now)?;
-    if verified.id == ends.peer {
-        Ok(verified.not_after)
-    } else {
-        Err(RejectReason::WrongIdentity)
+    if verified.id != *peer {
+        return Err(RejectReason::WrongIdentity);
     }
+    let revoked = |used| bundles.revoke(peer.trust_domain(), used);
+    if link.used(now).iter().any(revoked) {
+        return Err(RejectReason::Revoked);
+    }
+    Ok(verified.not_after)
 }
 
 #[cfg(test)]

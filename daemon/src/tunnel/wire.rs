@@ -141,6 +141,15 @@ impl WireControl {
         self.0.borrow_mut().notice = true;
     }
 
+    /// Seals what follows with new keys, and has the peer do the same.
+    pub(super) fn renew_keys(&self) {
+        let mut session = self.0.borrow_mut();
+        // What HTTP/2 has written comes before: records are in order.
+        if let Err(error) = session.tls.refresh_traffic_keys() {
+            tracing::debug!(%error, "the traffic keys of a tunnel stay as they are");
+        }
+    }
+
     /// Says goodbye as far as the socket takes it without waiting.
     pub(super) fn close(&self, cx: &mut Context<'_>) {
         let mut session = self.0.borrow_mut();

@@ -254,6 +254,7 @@ impl Worker {
         self.links.for_each(|link| {
             if tunnels.len() < most {
                 let ends = &link.ends;
+                let (proofs, proven) = link.proofs(Instant::now());
                 tunnels.push(TunnelStatus {
                     role: ends.role.as_str(),
                     local: ends.own.clone(),
@@ -261,6 +262,9 @@ impl Worker {
                     address: ends.remote,
                     streams: link.streams(),
                     age: link.opened.elapsed(),
+                    provable: link.is_provable(),
+                    proofs,
+                    proven,
                     retired: link.order() != Order::Serve,
                 });
             }

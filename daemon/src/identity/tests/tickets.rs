@@ -88,7 +88,7 @@ fn no_session_key_is_written_to_a_file() {
 }
 
 #[test]
-fn the_key_exchange_is_hybrid_and_the_protocol_is_http2() {
+fn the_key_exchange_is_hybrid_and_the_protocol_is_that_of_provable_tunnels() {
     let world = World::new();
     let done = speak(&client(&world), &world.ours.server, &world);
     let group = done.server.negotiated_key_exchange_group().unwrap().name();
@@ -97,8 +97,8 @@ fn the_key_exchange_is_hybrid_and_the_protocol_is_http2() {
         done.server.protocol_version(),
         Some(ProtocolVersion::TLSv1_3)
     );
-    assert_eq!(done.server.alpn_protocol(), Some(b"h2".as_slice()));
-    assert_eq!(done.client.alpn_protocol(), Some(b"h2".as_slice()));
+    assert_eq!(done.server.alpn_protocol(), Some(PROVABLE_ALPN));
+    assert_eq!(done.client.alpn_protocol(), Some(PROVABLE_ALPN));
     assert_eq!(
         done.server.server_name(),
         Some(world.server_name().as_str())

@@ -52,13 +52,8 @@ async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 fn a_new_certificate_retires_the_tunnel_and_leaves_its_connections_alone() {
     run(async {
         let source = authority();
-        let node = Node::with_source(
-            ALLOW,
-            Limits::default(),
-            Timeouts::default(),
-            source.clone(),
-        )
-        .await;
+        let node =
+            Node::without_proofs(Limits::default(), Timeouts::default(), source.clone()).await;
         let accepted = accept(node.listen("10.0.0.2:80"));
         let mut old = node.connect("10.0.0.2:80").await;
         stands(&mut old).await;
@@ -114,7 +109,7 @@ fn what_a_retired_tunnel_has_brought_reaches_an_application_that_reads_late() {
             tunnel_window: 2 * LENGTH as u32,
             ..Limits::default()
         };
-        let node = Node::with_source(ALLOW, limits, Timeouts::default(), source.clone()).await;
+        let node = Node::without_proofs(limits, Timeouts::default(), source.clone()).await;
         let listener = node.listen("10.0.0.2:80");
         let mut client = node.connect("10.0.0.2:80").await;
         let (mut server, _) = listener.accept().await.unwrap();
@@ -150,7 +145,7 @@ fn tunnels_in_which_the_peer_takes_no_more_streams_are_passed_over_however_many_
             ..Limits::default()
         };
         let timeouts = Timeouts::default();
-        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let node = Node::without_proofs(limits, timeouts, source.clone()).await;
         let accepted = accept(node.listen("10.0.0.2:80"));
         let mut streams = Vec::new();
         for _ in 0..10 {
@@ -194,7 +189,7 @@ fn who_waits_for_a_stream_of_a_tunnel_that_takes_no_more_gets_one_of_another() {
             ..Limits::default()
         };
         let timeouts = Timeouts::default();
-        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let node = Node::without_proofs(limits, timeouts, source.clone()).await;
         let _accepted = accept(node.listen("10.0.0.2:80"));
         let mut first = node.connect("10.0.0.2:80").await;
         stands(&mut first).await;
@@ -218,7 +213,7 @@ fn a_connection_of_a_replaced_certificate_has_its_time_and_is_then_ended_by_name
             ..Timeouts::default()
         };
         let limits = Limits::default();
-        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let node = Node::without_proofs(limits, timeouts, source.clone()).await;
         let _accepted = accept(node.listen("10.0.0.2:80"));
         let mut old = node.connect("10.0.0.2:80").await;
         stands(&mut old).await;
@@ -290,7 +285,7 @@ fn no_connection_outlives_the_certificates_that_it_was_opened_with() {
         let lifetime = Duration::from_secs(4);
         let source = authority_for(lifetime);
         let (limits, timeouts) = (Limits::default(), Timeouts::default());
-        let node = Node::with_source(ALLOW, limits, timeouts, source).await;
+        let node = Node::without_proofs(limits, timeouts, source).await;
         let _accepted = accept(node.listen("10.0.0.2:80"));
         let mut stream = node.connect("10.0.0.2:80").await;
         stands(&mut stream).await;
@@ -378,7 +373,7 @@ fn a_tunnel_that_is_old_takes_no_new_connections_and_keeps_those_it_has() {
             tunnel_age: Duration::from_secs(1),
             ..Timeouts::default()
         };
-        let node = Node::with(ALLOW, Limits::default(), timeouts).await;
+        let node = Node::without_proofs(Limits::default(), timeouts, authority()).await;
         let accepted = accept(node.listen("10.0.0.2:80"));
         let mut old = node.connect("10.0.0.2:80").await;
         stands(&mut old).await;

@@ -6,6 +6,7 @@ mod copy;
 mod first;
 mod life;
 mod node;
+mod proofs;
 mod requests;
 mod rig;
 mod stalls;

@@ -137,6 +137,25 @@ impl Node {
         timeouts: Timeouts,
         source: Arc<dyn CertificateSource>,
     ) -> Self {
+        Self::made(policy, limits, timeouts, source, true).await
+    }
+
+    /// One whose tunnels are not proven again, as between reeve and a peer that does not do so.
+    pub(super) async fn without_proofs(
+        limits: Limits,
+        timeouts: Timeouts,
+        source: Arc<dyn CertificateSource>,
+    ) -> Self {
+        Self::made(ALLOW, limits, timeouts, source, false).await
+    }
+
+    async fn made(
+        policy: &str,
+        limits: Limits,
+        timeouts: Timeouts,
+        source: Arc<dyn CertificateSource>,
+        proofs: bool,
+    ) -> Self {
         let netns = namespace();
         let identities = identities_from(source, &["cart", "stock", "other"]).await;
         let (metrics, origins) = (Metrics::default(), Arc::new(Table::default()));
@@ -146,6 +165,7 @@ impl Node {
             storage: origins.clone(),
             log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
             metrics,
+            proofs,
         };
         let tunnels = Tunnels::start(
             shared.clone(),

@@ -45,7 +45,7 @@ use crate::{
         copy::copy,
         driver::{Driver, Incoming, sending},
         frames::FrameMeter,
-        link::{Ends, Link},
+        link::{Ends, Link, Proven},
         registry::Registered,
         wire::{Wire, WireControl, wire},
         worker::Worker,
@@ -187,6 +187,7 @@ pub(super) fn worker(
         storage: Arc::new(Table::default()),
         log: ConnectionLog::new(metrics.clone(), Observers::new(0)),
         metrics,
+        proofs: true,
     };
     Worker::new(
         shared,
@@ -266,17 +267,21 @@ pub(super) struct Pipe {
     pub(super) connections: [Rc<Connection>; 2],
 }
 
-fn ends(role: Role, own: &Svid, peer: &Svid) -> Ends {
-    Ends {
+fn link(role: Role, own: &Svid, peer: &Svid) -> Link {
+    let ends = Ends {
         role,
         own: own.id.clone(),
-        generation: own.generation,
         peer: peer.id.clone(),
-        chain: peer.chain().to_vec(),
-        own_not_after: own.not_after,
         remote: "127.0.0.1:1".parse().unwrap(),
         local: "127.0.0.1:2".parse().unwrap(),
-    }
+        secret: None,
+    };
+    let proven = Proven {
+        generation: own.generation,
+        own_not_after: own.not_after,
+        chain: peer.chain().to_vec(),
+    };
+    Link::new(ends, proven)
 }
 
 impl Pair {
@@ -289,19 +294,15 @@ impl Pair {
         let meter = |of: fn(usize) -> FrameMeter| of(limits.control_frames);
         let (near_wire, near_control) = wire(near, near_tls, meter(FrameMeter::of_server));
         let (far_wire, far_control) = wire(far, far_tls, meter(FrameMeter::of_client));
-        let server = crate::tunnel::server::builder(&worker);
+        let server = crate::tunnel::server::builder(&worker, false);
         let client = crate::tunnel::client::builder(&worker);
         let (client, server) =
             tokio::join!(sending(&near_control, client.handshake(near_wire)), async {
                 sending(&far_control, server.handshake(far_wire)).await
             });
         let ((request, client), server) = (client.unwrap().unwrap(), server.unwrap().unwrap());
-        let near = worker
-            .links
-            .insert(Link::new(ends(Role::Client, &cart, &stock)));
-        let far = worker
-            .links
-            .insert(Link::new(ends(Role::Server, &stock, &cart)));
+        let near = worker.links.insert(link(Role::Client, &cart, &stock));
+        let far = worker.links.insert(link(Role::Server, &stock, &cart));
         let (accepted, incoming) = tokio::sync::mpsc::unbounded_channel();
         spawn_local(Driver::new(
             &worker,

@@ -1,0 +1,265 @@
+//! Tunnels whose identities are proven again while they carry connections: these live on while the
+//! certificates of both ends are replaced, late, at once, or by those of another root.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use harness::{Daemon, FileIssuer, Process, Reeve, Workload, certs::Authority, eventually};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use time::OffsetDateTime;
+
+use crate::arrange::{PORT, Pair, serve};
+
+/// Of the certificates of both ends.
+const LIFETIME: Duration = Duration::from_secs(10);
+/// After which an end gets its next one.
+const RENEWED_AFTER: Duration = Duration::from_secs(4);
+const TRUST_DOMAIN: &str = "example.org";
+
+#[test]
+fn connections_live_through_ten_renewals_of_both_ends_at_the_same_moment() {
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    for _ in 0..11 {
+        proven.wait_and_renew(&[&proven.pair.client, &proven.pair.server]);
+        beating.push(proven.beat(false));
+    }
+    goes_on(&mut beating);
+    proven.is_in_one_tunnel();
+    for daemon in &proven.daemons {
+        daemon.wait_for_metric("reeve_tunnel_proofs_total", &[("result", "ok")], 11.0);
+    }
+    let status = proven.daemons[0].command(["status"]).stdout;
+    assert!(status.contains("PROOFS"), "{status}");
+}
+
+#[test]
+fn a_server_that_renews_late_is_asked_again() {
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    for _ in 0..3 {
+        proven.wait_and_renew(&[&proven.pair.client]);
+        // 1.5 s before its certificate expires.
+        thread::sleep(LIFETIME - RENEWED_AFTER - Duration::from_millis(1500));
+        proven.renew(&proven.pair.server);
+    }
+    thread::sleep(Duration::from_secs(2));
+    goes_on(&mut beating);
+    let same = [("role", "client"), ("result", "same")];
+    proven.daemons[0].wait_for_metric("reeve_tunnel_proofs_total", &same, 1.0);
+}
+
+#[test]
+fn a_source_that_is_away_for_longer_than_one_proof_costs_no_connection() {
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    thread::sleep(LIFETIME - Duration::from_millis(1500));
+    for _ in 0..2 {
+        proven.renew(&proven.pair.client);
+        proven.renew(&proven.pair.server);
+        thread::sleep(RENEWED_AFTER);
+    }
+    goes_on(&mut beating);
+}
+
+#[test]
+fn a_source_that_is_away_for_good_ends_connections_with_their_certificates() {
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    let renewed = Instant::now();
+    proven.wait_and_renew(&[&proven.pair.client]);
+    eventually("the connections have ended", || {
+        beating.iter_mut().all(|beating| beating.ended().is_some())
+    });
+    let after = renewed.elapsed();
+    assert!(
+        after > RENEWED_AFTER && after < LIFETIME + Duration::from_secs(2),
+        "{after:?}"
+    );
+    let expired = [("reason", "certificate_expired")];
+    let closed = |daemon: &Daemon| daemon.metrics().sum("reeve_tunnels_closed_total", &expired);
+    eventually("it is counted", || {
+        proven.daemons.iter().map(closed).sum::<f64>() >= 1.0
+    });
+}
+
+#[test]
+fn a_daemon_that_stands_still_over_a_proof_costs_no_connection() {
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    for daemon in &proven.daemons {
+        let ends = [&proven.pair.client, &proven.pair.server];
+        ends.iter().for_each(|end| proven.renew(end));
+        thread::sleep(RENEWED_AFTER - Duration::from_secs(1));
+        daemon.signal(Signal::SIGSTOP);
+        ends.iter().for_each(|end| proven.renew(end));
+        thread::sleep(RENEWED_AFTER);
+        daemon.signal(Signal::SIGCONT);
+        thread::sleep(Duration::from_secs(2));
+        goes_on(&mut beating);
+    }
+}
+
+#[test]
+fn a_root_is_replaced_underneath_connections() {
+    let mut proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    let next = Authority::root(TRUST_DOMAIN);
+    proven.trust(&[&proven.root, &next]);
+    thread::sleep(Duration::from_secs(2));
+    proven.root = next;
+    // One end after the other.
+    proven.renew(&proven.pair.client);
+    thread::sleep(Duration::from_secs(2));
+    proven.renew(&proven.pair.server);
+    thread::sleep(RENEWED_AFTER);
+    proven.wait_and_renew(&[&proven.pair.client, &proven.pair.server]);
+    thread::sleep(Duration::from_secs(2));
+    proven.trust(&[&proven.root]);
+    for _ in 0..3 {
+        proven.wait_and_renew(&[&proven.pair.client, &proven.pair.server]);
+    }
+    goes_on(&mut beating);
+}
+
+#[test]
+fn many_tunnels_are_proven_at_the_same_moment() {
+    const TUNNELS: usize = 60;
+    let proven = Proven::start(|reeve| {
+        reeve
+            .set("/limits/streamsPerTunnel", json!(1))
+            .set("/limits/tunnelsPerPeer", json!(1024))
+    });
+    let mut beating: Vec<_> = (0..TUNNELS)
+        .map(|number| proven.beat(number % 2 == 0))
+        .collect();
+    for _ in 0..4 {
+        proven.wait_and_renew(&[&proven.pair.client, &proven.pair.server]);
+    }
+    goes_on(&mut beating);
+    let proofs = (4 * TUNNELS) as f64;
+    let labels = [("role", "server"), ("result", "ok")];
+    proven.daemons[1].wait_for_metric("reeve_tunnel_proofs_total", &labels, proofs);
+}
+
+/// Two nodes whose workloads have certificates of [`LIFETIME`].
+struct Proven {
+    pair: Pair,
+    daemons: [Daemon; 2],
+    root: Authority,
+    folder: PathBuf,
+    _server: Process,
+}
+
+impl Proven {
+    fn start(configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>) -> Self {
+        let pair = Pair::new();
+        let root = Authority::root(TRUST_DOMAIN);
+        let folder = pair.one.folder().join("certificates");
+        trust(&folder, &[&root]);
+        let mut source = FileIssuer::source(&folder);
+        source["files"]["key"] = json!("svid.pem");
+        source["files"]["bundle"] = json!(null);
+        for workload in [&pair.client, &pair.server] {
+            issue(&folder, &root, workload);
+        }
+        let with = |reeve| {
+            let bundles = json!({TRUST_DOMAIN: folder.join("roots.pem")});
+            configure(reeve)
+                .set("/certificates/sources", json!([source]))
+                .set("/certificates/trustBundles", bundles)
+                .start()
+        };
+        let daemons = [with(pair.allowing_at_one()), with(pair.allowing_at_two())];
+        let server = serve(&pair.server, PORT, &["--mode", "echo"]);
+        for workload in [&pair.client, &pair.server] {
+            issue(&folder, &root, workload);
+        }
+        Self {
+            daemons,
+            root,
+            folder,
+            _server: server,
+            pair,
+        }
+    }
+
+    fn renew(&self, workload: &Workload) {
+        issue(&self.folder, &self.root, workload);
+    }
+
+    fn wait_and_renew(&self, workloads: &[&Workload]) {
+        thread::sleep(RENEWED_AFTER);
+        workloads.iter().for_each(|workload| self.renew(workload));
+    }
+
+    fn trust(&self, roots: &[&Authority]) {
+        trust(&self.folder, roots);
+    }
+
+    /// A connection that says something all the time.
+    fn beat(&self, ipv6: bool) -> Process {
+        let to = self.pair.server.addresses();
+        let to = if ipv6 { to.port6(PORT) } else { to.port4(PORT) };
+        let words = ["heartbeat", &to.to_string(), "--every", "200"];
+        let mut beating = self.pair.client.spawn_peer(words);
+        beating.wait_for("beat 1");
+        beating
+    }
+
+    fn beating(&self) -> Vec<Process> {
+        vec![self.beat(false), self.beat(true)]
+    }
+
+    /// Nothing has come to need another tunnel: there is one for each family.
+    fn is_in_one_tunnel(&self) {
+        let status = self.daemons[0].status();
+        let tunnels = &status["tunnels"]["tunnels"];
+        assert_eq!(tunnels.as_array().unwrap().len(), 2, "{tunnels:#}");
+        for tunnel in tunnels.as_array().unwrap() {
+            assert_eq!(tunnel["proof"], "bound");
+            assert!(tunnel["proofs"].as_u64() >= Some(10), "{tunnel:#}");
+            assert_eq!(tunnel["retired"], false);
+        }
+    }
+}
+
+#[track_caller]
+fn goes_on(beating: &mut [Process]) {
+    let beats = |beating: &Process| beating.stdout().lines().count();
+    let before: Vec<_> = beating.iter().map(beats).collect();
+    eventually("another beat", || {
+        let mut counts = beating.iter().map(beats).zip(&before);
+        let all = counts.all(|(now, before)| now > before + 1);
+        all || beating.iter_mut().any(|beating| beating.ended().is_some())
+    });
+    for beating in beating {
+        assert!(beating.ended().is_none(), "{}", beating.stderr());
+    }
+}
+
+fn trust(folder: &Path, roots: &[&Authority]) {
+    let text: String = roots.iter().map(|root| root.certificate_pem()).collect();
+    put(&folder.join("roots.pem"), &text);
+}
+
+/// Writes a certificate and its key, which lie in one file and change at once.
+fn issue(folder: &Path, root: &Authority, workload: &Workload) {
+    let issued = root.leaf_with(&workload.spiffe_id(TRUST_DOMAIN), |params| {
+        params.not_after = OffsetDateTime::now_utc() + LIFETIME;
+    });
+    let text = issued.chain_pem() + &issued.key_pem();
+    put(&folder.join(workload.name()).join("svid.pem"), &text);
+}
+
+fn put(file: &Path, text: &str) {
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    let new = file.with_extension("new");
+    fs::write(&new, text).unwrap();
+    fs::rename(&new, file).unwrap();
+}
