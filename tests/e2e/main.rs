@@ -42,6 +42,7 @@ mod plaintext;
 mod policy_files;
 mod policy_kinds;
 mod policy_tools;
+mod predecessors;
 mod privileges;
 mod program;
 mod prometheus;

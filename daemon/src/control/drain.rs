@@ -7,14 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::watch,
-    time::{MissedTickBehavior, interval},
-};
+use tokio::time::{MissedTickBehavior, interval};
 
 use super::daemon::{Daemon, View};
 use crate::{
-    handover::{Draining, Left, LeftOf},
+    handover::{Before, Draining, Left, LeftOf, Word},
     telemetry::UNKNOWN,
 };
 
@@ -110,13 +107,20 @@ pub(super) async fn tell(daemon: &Daemon, others: impl Fn(Vec<Draining>)) {
 
 /// The daemon from which this one took over, as it says itself how much is left of it.
 #[derive(Debug, Default)]
-pub(super) struct Predecessor(Option<watch::Receiver<Vec<Draining>>>);
+pub(super) struct Predecessor(Option<Before>);
 
 // === impl Predecessor ===
 
 impl Predecessor {
-    pub(super) fn new(left: watch::Receiver<Vec<Draining>>) -> Self {
-        Self(Some(left))
+    pub(super) fn new(before: Before) -> Self {
+        Self(Some(before))
+    }
+
+    /// Tells it what to do, if there is one.
+    pub(super) fn tell(&self, word: Word) {
+        if let Some(before) = &self.0 {
+            before.tell(word);
+        }
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -126,7 +130,7 @@ impl Predecessor {
     /// Waits for news: what is left of it and of those before it, or that it has ended. Waits for
     /// ever where there is none.
     pub(super) async fn news(&mut self) -> Option<Vec<Draining>> {
-        let Some(left) = &mut self.0 else {
+        let Some(Before { left, .. }) = &mut self.0 else {
             return pending().await;
         };
         match left.changed().await {

@@ -21,12 +21,33 @@ enum Kind {
 /// # Errors
 /// When no id is left, or from the kernel.
 pub fn give_ids(config: Config, datapath: &Datapath) -> Result<Config, datapath::Error> {
+    let ids = datapath.ids(&names(&config))?;
+    Ok(config.with_ids(ids))
+}
+
+/// The configuration with the ids that another daemon has given, for a daemon that has handed over.
+/// Whom the other one does not know is left out: this one serves nobody new.
+///
+/// # Errors
+/// From the kernel.
+pub(super) fn ids_of_others(
+    mut config: Config,
+    datapath: &Datapath,
+) -> Result<Config, datapath::Error> {
+    let found = datapath.ids_of_others(&names(&config))?;
+    let mut known = found.iter().map(Option::is_some);
+    // In the order of the names; there is one for each.
+    config.workloads.retain(|_| known.next().unwrap_or(false));
+    config.peers.retain(|_| known.next().unwrap_or(false));
+    Ok(config.with_ids(found.into_iter().flatten()))
+}
+
+/// The names of workloads, and then of peers, in the order of declaration.
+fn names(config: &Config) -> Vec<NameDigest> {
     let workloads = config.workloads.iter();
     let workloads = workloads.map(|workload| name(Kind::Workload, &workload.name));
     let peers = config.peers.iter().map(|peer| name(Kind::Peer, &peer.name));
-    let names: Vec<NameDigest> = workloads.chain(peers).collect();
-    let ids = datapath.ids(&names)?;
-    Ok(config.with_ids(ids))
+    workloads.chain(peers).collect()
 }
 
 /// A name as the map of ids has it. A workload and a peer of the same name are two.

@@ -50,7 +50,7 @@ use crate::{
     admin::{PolicyStatus, ReloadReport},
     config::{Config, Declared},
     datapath::{self, Datapath},
-    handover::{Draining, Request, Takeover},
+    handover::{Draining, Request, Takeover, Word},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Health, Readiness},
     watch::Files,
@@ -185,6 +185,15 @@ enum Change {
     RegistryEnded,
 }
 
+/// What the loop waits for besides what control owns, and when it tries again.
+struct Waits {
+    signals: Signals,
+    certificates: watch::Receiver<u64>,
+    asked: Asked,
+    retry: Duration,
+    retry_at: Option<Instant>,
+}
+
 /// What the datapath needs to know of the configuration.
 #[must_use]
 pub fn datapath_settings(config: &Config, cgroups: &CgroupTree) -> datapath::Settings {
@@ -252,10 +261,8 @@ impl Control {
     /// # Errors
     /// When signals or the registry fail.
     pub async fn run(mut self) -> Result<(), RunError> {
-        let mut signals = Signals::new().map_err(RunError::Signals)?;
-        let mut certificates = self.daemon.identities.changes();
-        let file = self.daemon.config.load().file.clone();
-        let (mut retry, mut retry_at) = (FIRST_RETRY, None);
+        let signals = Signals::new().map_err(RunError::Signals)?;
+        let certificates = self.daemon.identities.changes();
         let mut told = false;
 
         let wanted = self.daemon.config.load().node.host_addresses;
@@ -265,7 +272,14 @@ impl Control {
         if !self.succession.is_taking_over() {
             self.begin()?;
         }
-        let (_look, mut asked) = HealthLook::start(self.daemon.clone(), self.health.clone());
+        let (_look, asked) = HealthLook::start(self.daemon.clone(), self.health.clone());
+        let mut waits = Waits {
+            signals,
+            certificates,
+            asked,
+            retry: FIRST_RETRY,
+            retry_at: None,
+        };
         loop {
             self.tell_readiness();
             self.take_over_when_ready()?;
@@ -276,102 +290,119 @@ impl Control {
                 process::give_back_code();
                 told = true;
             }
-            let failed = !self.daemon.view.load().problems.is_empty();
-            if !failed {
-                (retry, retry_at) = (FIRST_RETRY, None);
-            }
-            let again = *retry_at.get_or_insert_with(|| Instant::now() + retry);
-            let change = tokio::select! {
-                Ok(()) = self.rosters.changed() => Change::Roster,
-                changed = self.discovery.changed() => match changed {
-                    Ok(()) => Change::Workloads,
-                    Err(_) => Change::RegistryEnded,
-                },
-                () = self.policy_files.changed() => Change::Policies,
-                () = self.doubt.is_over() => Change::Policies,
-                () = self.bundle_files.changed() => Change::Bundles,
-                Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
-                Ok(()) = certificates.changed() => Change::Certificates,
-                () = self.host_addresses.changed() => Change::HostAddresses,
-                signal = signals.next() => Change::Signal(signal),
-                news = self.succession.predecessor.news() => Change::Predecessor(news),
-                Some(request) = self.succession.requests.recv() => Change::Request(request),
-                () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
-                () = sleep_until(again), if failed => Change::Retry,
-                Some(answer) = asked.recv() => Change::Asked(answer),
-            };
-            match change {
-                Change::Roster => {
-                    let config = self.daemon.config.load_full();
-                    self.follow_roster(&config);
-                    // What policies say depends on whom they can select.
-                    let _ = self.reload_policies();
-                    self.reconcile().await;
-                }
-                Change::Workloads | Change::HostAddresses => self.reconcile().await,
-                Change::Policies => {
-                    let _ = self.reload_policies();
-                    self.reconcile().await;
-                }
-                Change::Bundles => {
-                    // Refusals are logged and counted.
-                    let _ = self.reload_trust();
-                }
-                Change::Certificates => self.daemon.tunnels.judge_again(),
-                // Certificates expire without a change: readiness is told again at each of these.
-                Change::Asked(answer) => {
-                    self.keep_pinned();
-                    self.keep_house();
-                    // Whoever asked may have given up.
-                    let _ = answer.send(());
-                }
-                Change::Retry => {
-                    (retry, retry_at) = ((retry * 2).min(LONGEST_RETRY), None);
-                    self.reconcile().await;
-                }
-                Change::Signal(Signal::Reload) => {
-                    self.reload_everything(&file).await;
-                }
-                Change::Reload(answer) => {
-                    let report = self.reload_everything(&file).await;
-                    // Whoever asked may have given up.
-                    let _ = answer.send(report);
-                }
+            match self.next_change(&mut waits).await {
                 Change::Signal(Signal::Stop) => break,
-                Change::Look => {}
-                Change::Request(Request::Freeze { asker, answer }) => self.freeze(asker, answer),
-                Change::Request(Request::Resume) => self.resume().await,
                 Change::Request(Request::Take {
                     process,
                     done,
                     left,
                 }) => {
-                    self.hand_over(process, done, left, &mut signals, &mut asked)
-                        .await;
+                    self.hand_over(process, done, left, &mut waits).await;
                     return Ok(());
                 }
-                Change::Predecessor(news) => {
-                    let has_ended = news.is_none();
-                    self.hear_of_predecessor(news);
-                    if has_ended {
-                        self.reconcile().await;
-                    }
-                }
                 Change::RegistryEnded => return Err(RunError::RegistryEnded),
+                other => self.follow(other, &mut waits).await,
             }
         }
-        self.stop(&mut signals, &mut asked).await;
+        self.stop(&mut waits).await;
         Ok(())
     }
 
-    async fn stop(&mut self, signals: &mut Signals, asked: &mut Asked) {
+    /// Waits for the next change, whoever serves: a daemon that has handed over follows all that it
+    /// followed before. Dropped before its end, it has taken nothing.
+    async fn next_change(&mut self, waits: &mut Waits) -> Change {
+        // What another daemon is responsible for is not tried again.
+        let failed = !self.succession.frozen && !self.daemon.view.load().problems.is_empty();
+        if !failed {
+            (waits.retry, waits.retry_at) = (FIRST_RETRY, None);
+        }
+        let again = *waits
+            .retry_at
+            .get_or_insert_with(|| Instant::now() + waits.retry);
+        tokio::select! {
+            Ok(()) = self.rosters.changed() => Change::Roster,
+            changed = self.discovery.changed() => match changed {
+                Ok(()) => Change::Workloads,
+                Err(_) => Change::RegistryEnded,
+            },
+            () = self.policy_files.changed() => Change::Policies,
+            () = self.doubt.is_over() => Change::Policies,
+            () = self.bundle_files.changed() => Change::Bundles,
+            Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
+            Ok(()) = waits.certificates.changed() => Change::Certificates,
+            () = self.host_addresses.changed() => Change::HostAddresses,
+            signal = waits.signals.next() => Change::Signal(signal),
+            news = self.succession.predecessor.news() => Change::Predecessor(news),
+            Some(request) = self.succession.requests.recv() => Change::Request(request),
+            () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
+            () = sleep_until(again), if failed => Change::Retry,
+            Some(answer) = waits.asked.recv() => Change::Asked(answer),
+        }
+    }
+
+    /// Does what a change asks for, but for what ends the loop.
+    async fn follow(&mut self, change: Change, waits: &mut Waits) {
+        match change {
+            Change::Roster => {
+                let config = self.daemon.config.load_full();
+                self.follow_roster(&config);
+                // What policies say depends on whom they can select.
+                let _ = self.reload_policies();
+                self.reconcile().await;
+            }
+            Change::Workloads | Change::HostAddresses => self.reconcile().await,
+            Change::Policies => {
+                let _ = self.reload_policies();
+                self.reconcile().await;
+            }
+            Change::Bundles => {
+                // Refusals are logged and counted.
+                let _ = self.reload_trust();
+            }
+            Change::Certificates => self.daemon.tunnels.judge_again(),
+            // Certificates expire without a change: readiness is told again at each of these.
+            Change::Asked(answer) => {
+                self.keep_pinned();
+                self.keep_house();
+                // Whoever asked may have given up.
+                let _ = answer.send(());
+            }
+            Change::Retry => {
+                (waits.retry, waits.retry_at) = ((waits.retry * 2).min(LONGEST_RETRY), None);
+                self.reconcile().await;
+            }
+            Change::Signal(Signal::Reload) | Change::Request(Request::Told(Word::Reload)) => {
+                self.reload_everything().await;
+            }
+            Change::Reload(answer) => {
+                let report = self.reload_everything().await;
+                // Whoever asked may have given up.
+                let _ = answer.send(report);
+            }
+            Change::Request(Request::Freeze { asker, answer }) => self.freeze(asker, answer),
+            Change::Request(Request::Resume) => self.resume().await,
+            Change::Predecessor(news) => {
+                let has_ended = news.is_none();
+                self.hear_of_predecessor(news);
+                if has_ended {
+                    self.reconcile().await;
+                }
+            }
+            Change::Look
+            | Change::Signal(Signal::Stop)
+            | Change::Request(Request::Take { .. })
+            | Change::RegistryEnded => {}
+        }
+    }
+
+    async fn stop(&mut self, waits: &mut Waits) {
         let patience = self.daemon.config.load().timeouts.drain;
         let redirect = block_in_place(|| self.leave_listeners());
         if redirect
             && let Some(stand_in) = self.stand_in.take()
             && block_in_place(service::is_restarting)
         {
-            self.make_way(stand_in, signals, asked).await;
+            self.make_way(stand_in, waits).await;
             tracing::info!("stopped, after the service was left to the next daemon");
             return;
         }
@@ -388,8 +419,8 @@ impl Control {
             () = drain::tell(&self.daemon, |_| {
                 process::notify_status(&self.daemon.in_a_line());
             }) => {}
-            () = health::answer(asked) => {}
-            () = signals.stop() => tracing::warn!("asked again: connections are ended"),
+            () = health::answer(&mut waits.asked) => {}
+            () = waits.signals.stop() => tracing::warn!("asked again: connections are ended"),
         }
         tracing::info!("stopped");
     }

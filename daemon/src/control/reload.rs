@@ -1,6 +1,10 @@
 //! Reading configuration and policies again: all of it, or nothing.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use tokio::{
@@ -9,12 +13,16 @@ use tokio::{
 };
 
 use super::{
-    Control, RunError, certificates, ids::give_ids, own_cgroup::settle_in, process,
+    Control, RunError, certificates,
+    ids::{give_ids, ids_of_others},
+    own_cgroup::settle_in,
+    process,
     reconcile::describe,
 };
 use crate::{
     admin::{PolicyStatus, ReloadPart, ReloadReport},
     config::{Config, ConfigErrors},
+    handover::Word,
     policy::{Known, PolicySet, PolicySources},
     watch::Files,
     workload::{Declaration, Reserved, Roster},
@@ -96,10 +104,14 @@ pub(super) fn policy_status(config: &Config, policies: &PolicySet) -> PolicyStat
 impl Control {
     /// Reads everything again that is read from files or asked of others. What is refused leaves
     /// what was there before in force, and does not keep the rest from being read.
-    pub(super) async fn reload_everything(&mut self, file: &Path) -> ReloadReport {
-        process::notify_reloading();
+    pub(super) async fn reload_everything(&mut self) -> ReloadReport {
+        let is_service = self.daemon.is_service.load(Ordering::Relaxed);
+        if is_service {
+            process::notify_reloading();
+        }
         let mut report = ReloadReport::default();
-        let config = self.reload_config(file).await;
+        let file = self.daemon.config.load().file.clone();
+        let config = self.reload_config(&file).await;
         report.push("configuration and policies", config);
         let trust = self.reload_trust();
         report.push("trust bundles and revocation lists", trust);
@@ -118,7 +130,9 @@ impl Control {
                 .map(|(id, why)| format!("{id}: {why}"))
                 .collect(),
         });
-        process::notify_ready();
+        if is_service {
+            process::notify_ready();
+        }
         report
     }
 
@@ -161,8 +175,8 @@ impl Control {
     }
 
     /// Reads the configuration and the policies again. Mistakes in any leave all as it was.
-    async fn reload_config(&mut self, file: &Path) -> Result<String, Vec<String>> {
-        if self.succession.frozen {
+    pub(super) async fn reload_config(&mut self, file: &Path) -> Result<String, Vec<String>> {
+        if self.succession.frozen && !self.succession.has_handed_over {
             // Whoever is new needs an id, and these are the other daemon's to give.
             self.daemon.metrics.reload("config", false);
             let why = "another daemon is about to take over: reload again when it has";
@@ -241,6 +255,11 @@ impl Control {
             );
         }
         let numbered = block_in_place(|| {
+            if self.succession.has_handed_over {
+                // Cgroups and ids are the other daemon's to make and to give.
+                let config = ids_of_others(config, &self.daemon.datapath)?;
+                return Ok((self.own_cgroups.clone(), config));
+            }
             let own = settle_in(&self.cgroups, &config)?;
             // Last, since whoever is not declared any more loses its id.
             let config = give_ids(config, &self.daemon.datapath)?;
@@ -273,6 +292,7 @@ impl Control {
             "the configuration was read again"
         );
         self.take_policies(&config, policies);
+        self.succession.predecessor.tell(Word::Reload);
         let mut numbers = self.numbers(&config);
         if !needed.left.is_empty() {
             numbers.push_str("; a restart is needed for ");

@@ -14,16 +14,16 @@ use tokio::{
 };
 
 use super::{
-    Control, RunError,
+    Change, Control, RunError, Waits,
     drain::{self, Predecessor},
-    follow_events,
-    health::{self, Asked},
-    process,
+    follow_events, process,
     reconcile::describe,
     service::{self, StandIn},
-    signals::{Signal, Signals},
+    signals::Signal,
 };
-use crate::handover::{self, Asker, Draining, Offer, Order, Request, Takeover, TakeoverError};
+use crate::handover::{
+    self, Asker, Draining, Offer, Order, Request, Takeover, TakeoverError, Word,
+};
 
 /// For this daemon to become ready, before it gives up taking over: certificates that are not
 /// there by then are not about to be.
@@ -46,6 +46,8 @@ pub(super) struct Succession {
     pub(super) predecessor: Predecessor,
     /// The kernel's maps are another daemon's.
     pub(super) frozen: bool,
+    /// Another daemon serves, and this one what it has accepted: there is no way back.
+    pub(super) has_handed_over: bool,
     /// Whether events are left to another daemon.
     pub(super) events_paused: watch::Sender<bool>,
     pub(super) requests: mpsc::Receiver<Request>,
@@ -68,6 +70,7 @@ impl Succession {
             waiting_since: waits.then(Instant::now),
             predecessor: Predecessor::default(),
             frozen: false,
+            has_handed_over: false,
             events_paused: watch::Sender::new(false),
             requests,
             sender: Some(sender),
@@ -121,14 +124,16 @@ impl Control {
             return Ok(());
         };
         let offer = takeover.offer.clone();
-        let left = block_in_place(|| takeover.take())?;
+        let before = block_in_place(|| takeover.take())?;
+        // Where this one was started with another configuration.
+        before.tell(Word::Reload);
         tracing::info!(
             version = offer.version,
             process = offer.process,
             "took over from another daemon, which drains"
         );
         self.daemon.is_service.store(true, Ordering::Relaxed);
-        self.succession.predecessor = Predecessor::new(left);
+        self.succession.predecessor = Predecessor::new(before);
         self.endpoints.serve(&self.daemon)?;
         self.begin()?;
         if let Some(report) = &self.report {
@@ -204,12 +209,7 @@ impl Control {
 
     /// Leaves the unit to the next daemon, which the service manager then starts at once, and lets
     /// connections end.
-    pub(super) async fn make_way(
-        &mut self,
-        stand_in: StandIn,
-        signals: &mut Signals,
-        asked: &mut Asked,
-    ) {
+    pub(super) async fn make_way(&mut self, stand_in: StandIn, waits: &mut Waits) {
         let patience = self.daemon.config.load().timeouts.drain;
         tracing::info!(
             patience = %humantime::format_duration(patience),
@@ -227,8 +227,7 @@ impl Control {
         self.endpoints.leave();
         let (untold, _) = mpsc::channel(1);
         let begun = move || block_in_place(|| stand_in.end());
-        self.serve_out(patience, begun, untold, signals, asked)
-            .await;
+        self.serve_out(patience, begun, untold, waits).await;
     }
 
     /// Accepts no more, since the other daemon does, and lets connections end. They are still
@@ -238,8 +237,7 @@ impl Control {
         process: i32,
         done: oneshot::Sender<()>,
         left: mpsc::Sender<Vec<Draining>>,
-        signals: &mut Signals,
-        asked: &mut Asked,
+        waits: &mut Waits,
     ) {
         let patience = self.daemon.config.load().timeouts.hand_over;
         tracing::info!(
@@ -254,7 +252,7 @@ impl Control {
         let begun = || {
             let _ = done.send(());
         };
-        self.serve_out(patience, begun, left, signals, asked).await;
+        self.serve_out(patience, begun, left, waits).await;
         tracing::info!("stopped, after another daemon has taken over");
     }
 
@@ -265,9 +263,9 @@ impl Control {
         patience: Duration,
         begun: impl FnOnce(),
         left: mpsc::Sender<Vec<Draining>>,
-        signals: &mut Signals,
-        asked: &mut Asked,
+        waits: &mut Waits,
     ) {
+        self.succession.has_handed_over = true;
         self.daemon.begin_draining(patience);
         let daemon = self.daemon.clone();
         let mut ended = std::pin::pin!(daemon.tunnels.hand_over(patience));
@@ -276,7 +274,6 @@ impl Control {
             let _ = left.try_send(all);
         }));
         let mut drained: Option<Instant> = None;
-        let mut certificates = self.daemon.identities.changes();
         begun();
         // The next daemon knows of those before only through this one.
         while drained.is_none() || !self.succession.predecessor.is_gone() {
@@ -285,19 +282,17 @@ impl Control {
                 () = &mut ended, if drained.is_none() => drained = Some(Instant::now()),
                 () = sleep_until(last.into()), if drained.is_some() => break,
                 () = &mut told => {}
-                news = self.succession.predecessor.news() => self.hear_of_predecessor(news),
-                () = health::answer(asked) => {}
-                signal = signals.next() => if signal == Signal::Stop {
-                    tracing::warn!("asked to stop: connections are ended");
-                    return;
+                change = self.next_change(waits) => match change {
+                    Change::Signal(Signal::Stop) => {
+                        tracing::warn!("asked to stop: connections are ended");
+                        return;
+                    }
+                    Change::RegistryEnded => {
+                        tracing::error!("workloads are not followed any more: connections are ended");
+                        return;
+                    }
+                    other => self.follow(other, waits).await,
                 },
-                Ok(()) = self.discovery.changed() => self.reconcile().await,
-                () = self.policy_files.changed() => {
-                    // Refusals are logged and counted.
-                    let _ = self.reload_policies();
-                    self.reconcile().await;
-                }
-                Ok(()) = certificates.changed() => self.daemon.tunnels.judge_again(),
             }
         }
     }

@@ -50,4 +50,18 @@ impl State {
         }
         Ok(ids)
     }
+
+    /// The ids that another daemon has given to these names; none for a name that has none.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub(super) fn ids_of_others(
+        &mut self,
+        names: &[NameDigest],
+    ) -> Result<Vec<Option<u32>>, Error> {
+        self.ids.reread()?;
+        let known = self.ids.content();
+        Ok(names.iter().map(|name| known.get(name).copied()).collect())
+    }
 }

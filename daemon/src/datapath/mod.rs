@@ -313,6 +313,15 @@ impl Datapath {
         lock(&self.state).ids(names)
     }
 
+    /// The ids that another daemon, to which the maps have been left, has given to these names.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn ids_of_others(&self, names: &[NameDigest]) -> Result<Vec<Option<u32>>, Error> {
+        lock(&self.state).ids_of_others(names)
+    }
+
     /// Whether the programs are still attached, and the maps still what this daemon writes: asked of
     /// the kernel, where others may have detached or written them.
     ///

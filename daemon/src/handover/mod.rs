@@ -18,10 +18,10 @@ mod packet;
 mod protocol;
 
 pub use inherited::{Inherited, forget_kept, from_service_manager, keep};
-pub use new::{Takeover, TakeoverError, ask};
+pub use new::{Before, Takeover, TakeoverError, ask};
 pub use old::{Asker, Listener, Request};
 pub use order::Order;
-pub use protocol::{Draining, Left, LeftOf, Offer};
+pub use protocol::{Draining, Left, LeftOf, Offer, Word};
 
 use std::path::{Path, PathBuf};
 

@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     packet::Connection,
-    protocol::{Draining, FromNew, FromOld, Hello, Offer},
+    protocol::{Draining, FromNew, FromOld, Hello, Offer, Word},
     socket_beside,
 };
 use crate::{config::Ports, privileges::Confinement};
@@ -27,13 +27,23 @@ pub struct Takeover {
     take: mpsc::SyncSender<()>,
     taken: mpsc::Receiver<Result<(), TakeoverError>>,
     left: watch::Receiver<Vec<Draining>>,
+    connection: Arc<Connection>,
     /// What the old daemon said.
     pub offer: Offer,
 }
 
+/// The way to a daemon from which this one has taken over.
+#[derive(Debug)]
+pub struct Before {
+    /// What is left of it, and of those before it, as often as it says so; closed when its process
+    /// ends.
+    pub left: watch::Receiver<Vec<Draining>>,
+    connection: Arc<Connection>,
+}
+
 /// What the thread does that alone hears what the old daemon says.
 struct Talk {
-    connection: Connection,
+    connection: Arc<Connection>,
     path: PathBuf,
     ports: Ports,
     answered: mpsc::SyncSender<Result<(Offer, Vec<OwnedFd>), TakeoverError>>,
@@ -87,7 +97,7 @@ pub fn ask(
         source,
     };
     let connection = match Connection::connect(&path) {
-        Ok(connection) => connection,
+        Ok(connection) => Arc::new(connection),
         Err(error)
             if matches!(
                 error.kind(),
@@ -103,7 +113,7 @@ pub fn ask(
     let (told_taken, taken) = mpsc::sync_channel(1);
     let (told_left, left) = watch::channel(Vec::new());
     let talk = Talk {
-        connection,
+        connection: connection.clone(),
         path: path.clone(),
         ports,
         answered,
@@ -120,6 +130,7 @@ pub fn ask(
         take,
         taken,
         left,
+        connection,
         offer,
     };
     Ok(Some((takeover, sockets)))
@@ -129,19 +140,32 @@ pub fn ask(
 
 impl Takeover {
     /// Tells the old daemon that this one accepts connections now, and waits until the old one
-    /// does not any more. Gives what is left of it, and of those before it, as often as it says so;
-    /// the channel is closed when its process ends.
+    /// does not any more. Gives the way to it.
     ///
     /// # Errors
     /// When the old daemon neither answers nor ends.
-    pub fn take(self) -> Result<watch::Receiver<Vec<Draining>>, TakeoverError> {
+    pub fn take(self) -> Result<Before, TakeoverError> {
         let ended = || TakeoverError::Broken {
             path: PathBuf::from("the hand-over socket"),
             source: io::Error::other("the thread that asks has ended"),
         };
         self.take.send(()).map_err(|_| ended())?;
         self.taken.recv().map_err(|_| ended())??;
-        Ok(self.left)
+        Ok(Before {
+            left: self.left,
+            connection: self.connection,
+        })
+    }
+}
+
+// === impl Before ===
+
+impl Before {
+    /// Tells the daemon what to do. One that does not listen is not waited for.
+    pub fn tell(&self, word: Word) {
+        if let Err(error) = self.connection.try_send(&FromNew::Tell(word)) {
+            tracing::debug!(%error, ?word, "the daemon before is not told");
+        }
     }
 }
 

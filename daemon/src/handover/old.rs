@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     packet::{self, Connection, MAX_DESCRIPTORS},
-    protocol::{Draining, FromNew, FromOld, Offer},
+    protocol::{Draining, FromNew, FromOld, Offer, Word},
     socket_beside,
 };
 use crate::{config::Ports, privileges::Confinement};
@@ -52,6 +52,8 @@ pub enum Request {
     },
     /// The new daemon has given up: go on as before.
     Resume,
+    /// The new daemon, which has taken over, says this.
+    Told(Word),
 }
 
 /// A new daemon that asks.
@@ -129,7 +131,7 @@ impl Listener {
             };
             match serve(socket, ports, requests) {
                 Ok((Outcome::Taken(left), connection)) => {
-                    tell(&connection, left);
+                    tell(&connection, left, requests);
                     // Closed at the very end of the process, which is what its closing says.
                     std::mem::forget(connection);
                     return;
@@ -141,9 +143,27 @@ impl Listener {
     }
 }
 
-/// Tells the new daemon what is left of this one, for as long as either goes on.
-fn tell(connection: &Connection, mut left: mpsc::Receiver<Vec<Draining>>) {
+/// Tells the new daemon what is left of this one, and hears what it says, for as long as either goes on.
+fn tell(
+    connection: &Connection,
+    mut left: mpsc::Receiver<Vec<Draining>>,
+    requests: &mpsc::Sender<Request>,
+) {
     while let Some(left) = left.blocking_recv() {
+        loop {
+            match connection.try_receive() {
+                Ok((FromNew::Tell(word), _)) => {
+                    if requests.blocking_send(Request::Told(word)).is_err() {
+                        return;
+                    }
+                }
+                Ok(_) => {}
+                // A later version may say more than this one understands.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
+                // Nothing for now, or nothing more: sending will tell.
+                Err(_) => break,
+            }
+        }
         if let Err(error) = connection.send(&FromOld::Left(left), &[]) {
             tracing::debug!(%error, "the daemon that took over does not listen");
             return;
@@ -169,7 +189,7 @@ fn serve(
     }
     let hello = match connection.receive(HELLO_TIMEOUT) {
         Ok((FromNew::Hello(hello), _)) => hello,
-        Ok((FromNew::Take, _)) => {
+        Ok((FromNew::Take | FromNew::Tell(_), _)) => {
             refuse("a hand-over begins with a hello".to_owned())?;
             return Ok((Outcome::NotBegun, connection));
         }
@@ -239,7 +259,7 @@ fn offer(
     drop(sockets);
     match connection.receive(READY_TIMEOUT)? {
         (FromNew::Take, _) => {}
-        (FromNew::Hello(_), _) => return Err(io::Error::other("it said hello twice")),
+        _ => return Err(io::Error::other("it said something else")),
     }
     let (done, taken) = oneshot::channel();
     let (left, told) = mpsc::channel(1);

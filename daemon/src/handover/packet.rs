@@ -71,6 +71,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Sends a message if there is room for it now.
+    pub(super) fn try_send(&self, message: &impl Serialize) -> io::Result<()> {
+        let text = serde_json::to_vec(message)?;
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&text)], &[], flags, None)?;
+        Ok(())
+    }
+
     /// The next message, with its descriptors; waits for ever without a `patience`.
     /// `UnexpectedEof` where the other side has closed, `InvalidData` where the message is not
     /// understood: the next one may be.
@@ -79,6 +87,15 @@ impl Connection {
         patience: impl Into<Option<Duration>>,
     ) -> io::Result<(T, Vec<OwnedFd>)> {
         self.0.set_read_timeout(patience.into())?;
+        self.receive_with(MsgFlags::empty())
+    }
+
+    /// A message that is there already.
+    pub(super) fn try_receive<T: DeserializeOwned>(&self) -> io::Result<(T, Vec<OwnedFd>)> {
+        self.receive_with(MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn receive_with<T: DeserializeOwned>(&self, flags: MsgFlags) -> io::Result<(T, Vec<OwnedFd>)> {
         let mut text = vec![0; MAX_MESSAGE];
         let mut ancillary = cmsg_space!([std::os::fd::RawFd; MAX_DESCRIPTORS]);
         let mut parts = [IoSliceMut::new(&mut text)];
@@ -86,7 +103,7 @@ impl Connection {
             self.0.as_raw_fd(),
             &mut parts,
             Some(&mut ancillary),
-            MsgFlags::MSG_CMSG_CLOEXEC,
+            flags | MsgFlags::MSG_CMSG_CLOEXEC,
         )?;
         let (length, cut) = (message.bytes, message.flags);
         let mut descriptors = Vec::new();

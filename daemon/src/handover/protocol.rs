@@ -18,6 +18,16 @@ pub(super) enum FromNew {
     Hello(Hello),
     /// It accepts connections; the old daemon may stop.
     Take,
+    /// After that: what the old daemon is to do. One that does not know this passes it over.
+    Tell(Word),
+}
+
+/// What a daemon that has taken over tells the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Word {
+    /// The configuration is another: read it again.
+    Reload,
 }
 
 /// Who wants to take over.
