@@ -114,7 +114,8 @@ fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunEr
         let federation = control::federation(&config, identities.clone())?;
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let observers = Observers::new(config.admin.recent_events as usize);
-        let log = ConnectionLog::new(metrics.clone(), observers.clone());
+        let log = ConnectionLog::new(metrics.clone(), observers.clone())
+            .with_lines_per_second(config.log.connections_per_second);
         let shared = Shared {
             snapshot: snapshot.clone(),
             identities: identities.clone(),

@@ -344,6 +344,13 @@ fn a_kernel_without_landlock_is_told_of_and_refused_where_it_is_required() {
     assert!(log.contains("is not shut off from files"), "{log}");
     // And of what it is that lacks it.
     assert!(log.contains("by a filter of system calls"), "{log}");
+    let warnings = logged_as("warning", &machine);
+    assert!(
+        warnings.contains("is not shut off from files"),
+        "{warnings}"
+    );
+    assert!(!warnings.contains(" INFO "), "{warnings}");
+    assert!(!warnings.contains("<4>"), "{warnings}");
 
     let config = scene.config("", "sandbox: {landlock: required}");
     machine.write("/etc/reeve/reeve.yaml", &config);
@@ -351,6 +358,23 @@ fn a_kernel_without_landlock_is_told_of_and_refused_where_it_is_required() {
     assert!(!restarted.status.success());
     let log = machine.log("reeve.service");
     assert!(log.contains("`sandbox.landlock` is `required`"), "{log}");
+    let errors = logged_as("err", &machine);
+    assert!(
+        errors.contains("`sandbox.landlock` is `required`"),
+        "{errors}"
+    );
+    assert!(!errors.contains("is not shut off from files"), "{errors}");
+}
+
+/// What the service has logged, of this severity and worse.
+fn logged_as(priority: &str, machine: &Machine) -> String {
+    let words = [
+        "journalctl",
+        "--output=cat",
+        "--unit=reeve.service",
+        "--priority",
+    ];
+    machine.run(words.iter().chain(&[priority])).ok()
 }
 
 const JOBS: &str = "workloads: [{name: jobs, unit: jobs.slice}]";

@@ -49,13 +49,19 @@ const EXIT_UNCOVERED: u8 = 3;
 
 /// Prints an error with what caused it, one line each.
 pub fn print_error(error: &dyn std::error::Error) {
-    let mut text = format!("reeve: {error}\n");
+    let prefix = telemetry::journal_prefix(tracing::Level::ERROR);
+    let mut text = format!("{prefix}reeve: {}\n", lines(error, prefix));
     let mut source = error.source();
     while let Some(cause) = source {
-        text.push_str(&format!("  because: {cause}\n"));
+        text.push_str(&format!("{prefix}  because: {}\n", lines(cause, prefix)));
         source = cause.source();
     }
     let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// What an error says, with the beginning that each of its lines is to have.
+fn lines(error: &dyn std::error::Error, prefix: &str) -> String {
+    error.to_string().replace('\n', &format!("\n{prefix}"))
 }
 
 /// `reeve status`.
@@ -212,13 +218,14 @@ pub fn guard(file: &Path) -> ExitCode {
         Err(error) => return failed(&error),
     };
     let printed = print(&guard_report(&guarded));
+    let prefix = telemetry::journal_prefix(tracing::Level::ERROR);
     for failure in &guarded.failed {
-        let _ = writeln!(io::stderr(), "reeve: NOT GUARDED: {failure}");
+        let _ = writeln!(io::stderr(), "{prefix}reeve: NOT GUARDED: {failure}");
     }
     for name in &guarded.uncovered {
         let _ = writeln!(
             io::stderr(),
-            "reeve: NOT GUARDED: workload {name} has no cgroup yet, and no enforced parent above: it \
+            "{prefix}reeve: NOT GUARDED: workload {name} has no cgroup yet, and no enforced parent above: it \
              is open until `reeve run` has found it; run it below one of `enforcedParents`, or have its \
              unit require reeve.service"
         );

@@ -155,7 +155,7 @@ pub struct Admin {
 }
 
 /// What is logged, on standard error.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Log {
     /// Form of a line. Default text.
@@ -164,6 +164,21 @@ pub struct Log {
     pub level: LogLevel,
     /// What the kernel programs log of themselves. Default off.
     pub ebpf: EbpfLog,
+    /// Lines about connections that one workload may make in a second, of each kind, and ten times as
+    /// many at once; 0 is no bound. Default 10.
+    #[serde(deserialize_with = "number::<_, _, 0, 1_000_000>")]
+    pub connections_per_second: u32,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            format: LogFormat::default(),
+            level: LogLevel::default(),
+            ebpf: EbpfLog::default(),
+            connections_per_second: 10,
+        }
+    }
 }
 
 /// Form of a log line.

@@ -20,10 +20,10 @@ use super::{
 };
 use crate::{identity::SpiffeId, policy::RulePlace};
 
-/// Lines that one workload may make at once, of each kind.
-const BURST: f64 = 100.0;
 /// Lines that one workload may make for ever, of each kind: some 500 MB a day at worst.
-const PER_SECOND: f64 = 10.0;
+const PER_SECOND: u32 = 10;
+/// Seconds whose lines one workload may make at once.
+const AT_ONCE: f64 = 10.0;
 /// Workloads that are told apart; ids beyond share one allowance.
 const MAX_WORKLOADS: usize = 4096;
 
@@ -55,6 +55,8 @@ pub struct Connection<'a> {
 pub struct ConnectionLog {
     metrics: Metrics,
     observers: Observers,
+    /// Lines of each workload and kind; 0 is no bound.
+    per_second: f64,
     allowances: Arc<Mutex<HashMap<(WorkloadId, Kind), Allowance>>>,
 }
 
@@ -84,8 +86,16 @@ impl ConnectionLog {
         Self {
             metrics,
             observers,
+            per_second: PER_SECOND.into(),
             allowances: Arc::default(),
         }
+    }
+
+    /// The log with another number of lines for each workload and kind in a second; 0 is no bound.
+    #[must_use]
+    pub fn with_lines_per_second(mut self, lines: u32) -> Self {
+        self.per_second = lines.into();
+        self
     }
 
     /// The kernel had no room for this many events.
@@ -297,6 +307,9 @@ impl ConnectionLog {
 
     /// Whether one more line may be written, and how many were left out since the last one.
     fn take(&self, workload: WorkloadId, kind: Kind, now: Instant) -> Option<u64> {
+        if self.per_second == 0.0 {
+            return Some(0);
+        }
         let mut allowances = self
             .allowances
             .lock()
@@ -304,11 +317,11 @@ impl ConnectionLog {
         let known = allowances.len() < MAX_WORKLOADS || allowances.contains_key(&(workload, kind));
         let key = (if known { workload } else { WorkloadId::MAX }, kind);
         let allowance = allowances.entry(key).or_insert(Allowance {
-            lines: BURST,
+            lines: self.per_second * AT_ONCE,
             filled: now,
             suppressed: 0,
         });
-        let taken = allowance.take(now);
+        let taken = allowance.take(now, self.per_second);
         drop(allowances);
         if taken.is_none() {
             self.metrics.log_lines_suppressed(1);
@@ -320,9 +333,9 @@ impl ConnectionLog {
 // === impl Allowance ===
 
 impl Allowance {
-    fn take(&mut self, now: Instant) -> Option<u64> {
+    fn take(&mut self, now: Instant, per_second: f64) -> Option<u64> {
         let passed = now.saturating_duration_since(self.filled).as_secs_f64();
-        self.lines = (self.lines + passed * PER_SECOND).min(BURST);
+        self.lines = (self.lines + passed * per_second).min(per_second * AT_ONCE);
         self.filled = now;
         if self.lines < 1.0 {
             self.suppressed += 1;
@@ -365,6 +378,18 @@ mod tests {
             .count();
         assert_eq!(written, 100);
     }
+
+    #[test]
+    fn the_number_of_lines_can_be_set_and_unbounded() {
+        let log = || ConnectionLog::new(Metrics::default(), Observers::new(0));
+        let now = Instant::now();
+        for (lines, expected) in [(1, 10), (50, 500), (0, 1000)] {
+            let log = log().with_lines_per_second(lines);
+            let taken = (0..1000).filter(|_| log.take(1, Kind::Refused, now).is_some());
+            assert_eq!(taken.count(), expected, "{lines}");
+        }
+    }
+
     #[test]
     fn workloads_without_end_share_one_allowance_and_nothing_more_is_remembered() {
         let log = ConnectionLog::new(Metrics::default(), Observers::new(0));
@@ -373,7 +398,7 @@ mod tests {
         let written = |id| log.take(id, Kind::Refused, now).is_some();
         assert!((1..=known).all(written));
         let others = (known + 1..=known + 1000).filter(|id| written(*id));
-        assert_eq!(others.count(), BURST as usize);
+        assert_eq!(others.count(), 100);
         assert!(written(1), "who is known has its own");
         assert_eq!(log.allowances.lock().unwrap().len(), MAX_WORKLOADS + 1);
     }

@@ -9,6 +9,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+use super::journal::Lines;
 use crate::config::{Log, LogFormat};
 
 /// Why logging could not start.
@@ -39,7 +40,7 @@ pub fn start(log: &Log) -> Result<(), LogError> {
         LogFormat::Text => registry
             .with(
                 fmt::layer()
-                    .with_writer(io::stderr)
+                    .with_writer(Lines)
                     .with_ansi(io::stderr().is_terminal()),
             )
             .try_init()?,
@@ -50,7 +51,7 @@ pub fn start(log: &Log) -> Result<(), LogError> {
                     .flatten_event(true)
                     .with_current_span(false)
                     .with_span_list(false)
-                    .with_writer(io::stderr),
+                    .with_writer(Lines),
             )
             .try_init()?,
     }

@@ -7,6 +7,7 @@ mod certificates;
 mod connections;
 mod events;
 mod http;
+mod journal;
 mod labels;
 mod log;
 mod metrics;
@@ -17,6 +18,7 @@ mod readings;
 pub use connections::{Connection, ConnectionLog};
 pub use events::Events;
 pub use http::{Health, HttpServer, HttpServing, Readiness, Told};
+pub use journal::prefix as journal_prefix;
 pub use labels::{
     ConnectionLabels, HandshakeReason, Limit, OTHER, Role, Transport, UNKNOWN, direction_name,
 };
