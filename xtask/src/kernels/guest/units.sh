@@ -14,10 +14,11 @@ so() {
         failed=$((failed + 1))
     fi
 }
-from_worker() {
-    bash -c 'echo $$ > "/sys/fs/cgroup/$0/cgroup.procs"; exec curl -s -o /dev/null -m 5 -w "%{http_code}\n" "$1"' \
-        "$(systemctl show -P ControlGroup worker@1)" "$1"
+# inside CGROUP URL: what a process in the cgroup gets.
+inside() {
+    bash -c 'echo $$ > "/sys/fs/cgroup/$0/cgroup.procs"; exec curl -s -o /dev/null -m 5 -w "%{http_code}\n" "$1"' "$@"
 }
+from_worker() { inside "$(systemctl show -P ControlGroup worker@1)" "$1"; }
 job() { systemd-run -q --wait -P "$@"; }
 fetch="curl -s -o /dev/null -m 5 -w %{http_code}\n"
 active() {
@@ -66,6 +67,49 @@ so "a job below it is refused" 000 job --slice=jobs.slice $fetch http://192.0.2.
 so "the next one too" 000 job --slice=jobs.slice $fetch http://192.0.2.2:8000/
 so "a job elsewhere is not judged" 200 job $fetch http://192.0.2.2:8000/
 
+echo "what the guard cannot hold"
+# guard_with WORKLOADS PARENTS [SETTING]: exit status of the guard with these, and a drop-in of its unit.
+guard_with() {
+    printf 'trustDomain: example.org\nworkloads: %s\nenforcedParents: %s\npolicies: {folder: policies}\n' \
+        "$1" "$2" > /etc/reeve/reeve.yaml
+    mkdir -p /run/systemd/system/reeve-guard.service.d
+    printf '[Service]\n%s\n' "${3-}" > /run/systemd/system/reeve-guard.service.d/tried.conf
+    systemctl daemon-reload
+    systemctl stop reeve-guard
+    # Also forgets how often it was started.
+    systemctl reset-failed reeve-guard 2> /dev/null
+    systemctl start reeve-guard 2> /dev/null
+    echo "$(systemctl show -P Result reeve-guard) $(systemctl show -P ExecMainStatus reeve-guard)"
+}
+told() {
+    journalctl --sync
+    journalctl -o cat -u reeve-guard | grep 'NOT GUARDED'
+}
+cp /etc/reeve/reeve.yaml /run/kernels/both.yaml
+printf '[Service]\nExecStart=/bin/sleep infinity\n' > /etc/systemd/system/late.service
+late='[{name: late, unit: late.service}]'
+so "a workload without a cgroup, below no enforced parent, fails the unit" "exit-code 3" guard_with "$late" '[/jobs.slice]'
+so "and is named" "*workload late has no cgroup yet, and no enforced parent above*" told
+so "the rest is guarded" 000 job --slice=jobs.slice $fetch http://192.0.2.2:8000/
+so "it is no failure where the unit says so" "success 3" guard_with "$late" '[/jobs.slice]' SuccessExitStatus=3
+so "nor where the workload's slice is an enforced parent" "success 0" guard_with "$late" '[/system.slice]'
+so "a parent that is no slice is made at the root of the cgroups" "success 0" guard_with '[]' '[/kubepods]'
+mkdir -p /sys/fs/cgroup/kubepods/pod
+so "what is below it is refused" 000 inside /kubepods/pod http://192.0.2.2:8000/
+rmdir /sys/fs/cgroup/kubepods/pod /sys/fs/cgroup/kubepods
+so "without CAP_DAC_OVERRIDE the unit fails" "exit-code 1" guard_with '[]' '[/kubepods]' 'CapabilityBoundingSet=~CAP_DAC_OVERRIDE'
+so "and says what it lacks" "*parent /kubepods is not there and cannot be made*without CAP_DAC_OVERRIDE*" told
+so "under ProtectControlGroups= it fails as well" "exit-code 1" guard_with '[]' '[/kubepods]' ProtectControlGroups=yes
+so "and says so" '*parent /kubepods is not there and cannot be made*`ProtectControlGroups=`*' told
+so "a service is no parent that stays" "exit-code 1" guard_with '[]' '[/system.slice/late.service]'
+so "and it says why" "*parent /system.slice/late.service goes whenever late.service stops*" told
+rmdir /sys/fs/cgroup/system.slice/late.service 2> /dev/null
+rm -r /run/systemd/system/reeve-guard.service.d /etc/systemd/system/late.service
+cp /run/kernels/both.yaml /etc/reeve/reeve.yaml
+systemctl daemon-reload
+systemctl reset-failed reeve-guard
+so "with nothing that is open the guard succeeds again" success bash -c 'systemctl start reeve-guard; systemctl show -P Result reeve-guard'
+
 echo "the daemon"
 sed -i 's/^workloads:$/workloads:\n  - {name: front, unit: nginx.service, ports: [80]}/' /etc/reeve/reeve.yaml
 cat > /etc/reeve/policies/p.yaml <<C
@@ -91,7 +135,7 @@ so "nothing of the sandbox is missing" "" \
     bash -c 'journalctl -o cat -u reeve | grep -E "not filtered|not shut off"'
 so "the allowed address reaches nginx" 200 nsenter --net=/run/netns/out $fetch --interface 192.0.2.2 http://192.0.2.1/
 so "another one does not" 000 nsenter --net=/run/netns/out $fetch --interface 192.0.2.3 http://192.0.2.1/
-export -f from_worker
+export -f inside from_worker
 so "the worker reaches what it may" 200 bash -c 'from_worker http://192.0.2.2:8000/'
 so "and nothing else" 000 bash -c 'from_worker http://192.0.2.2:8001/'
 so "a job below the enforced parent is refused" 000 job --slice=jobs.slice $fetch http://192.0.2.2:8000/
