@@ -57,7 +57,19 @@ pub(super) fn kernel(kernel: &Kernel, folder: &Path, update: bool) -> Result<Boo
 }
 
 fn fetch(kernel: &Kernel, place: &Path, packages: &Path) -> Result<()> {
-    let suite = Suite::open(&Mirror::of_this_machine()?, kernel.suite, packages)?;
+    let mirror = Mirror::of_this_machine()?;
+    let unpacked = place.join("unpacked");
+    let unpack = |suite: &Suite, name: &str| -> Result<()> {
+        let package = suite.download(name)?;
+        run::output(Command::new("dpkg").arg("-x").args([&package, &unpacked]))?;
+        Ok(())
+    };
+    // Backports have kernels, and not all that goes with them.
+    unpack(
+        &Suite::open(&mirror, kernel.release, packages)?,
+        "busybox-static",
+    )?;
+    let suite = Suite::open(&mirror, kernel.suite, packages)?;
     let image = suite
         .dependencies(NEWEST)?
         .into_iter()
@@ -71,11 +83,9 @@ fn fetch(kernel: &Kernel, place: &Path, packages: &Path) -> Result<()> {
             .iter()
             .any(|start| name.starts_with(start))
     });
-    parts.extend([image, "busybox-static".to_owned()]);
-    let unpacked = place.join("unpacked");
+    parts.push(image);
     for part in parts {
-        let package = suite.download(&part)?;
-        run::output(Command::new("dpkg").arg("-x").args([&package, &unpacked]))?;
+        unpack(&suite, &part)?;
     }
     // Directories that Debian has merged into /usr meanwhile.
     let either = |below: &str| {
