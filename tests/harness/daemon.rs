@@ -114,7 +114,7 @@ impl Daemon {
 
     /// Waits until it says that it is ready.
     pub fn wait_until_ready(&mut self) {
-        let ready = wait::until(wait::SOON, || {
+        let ready = wait::until(wait::START, || {
             if let Some(status) = self.process_mut().ended() {
                 panic!("the daemon ended ({status}): {}", self.log());
             }
