@@ -1,11 +1,12 @@
 //! Where others ask: a socket at which few connections are served at a time, until it is left to the
 //! next daemon.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    task::{AbortHandle, JoinSet},
 };
 
 /// After `accept` failed, as for want of file descriptors.
@@ -85,4 +86,55 @@ pub(crate) async fn serve<L: Listener, F>(
     drop(listener);
     // All places are free again: nobody is being served.
     let _ = places.acquire_many(most).await;
+}
+
+/// Accepts until `stopped`, serves `most` connections at the same time, and lets those that it has
+/// accepted be served to their end. One more ends the oldest: whoever fills all places with
+/// connections that say nothing keeps nobody else from an answer. `what` it is goes into the log.
+pub(crate) async fn serve_newest<L: Listener, F>(
+    what: &str,
+    listener: io::Result<L>,
+    most: usize,
+    mut stopped: oneshot::Receiver<()>,
+    serve: impl Fn(L::Stream) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = match listener {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "{what} cannot be served");
+            return;
+        }
+    };
+    let mut served = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
+        let accepted = tokio::select! {
+            // What comes now is for the daemon that takes over.
+            biased;
+            _ = &mut stopped => break,
+            Some(_) = served.join_next() => {
+                by_age.retain(|one| !one.is_finished());
+                continue;
+            }
+            accepted = listener.next() => accepted,
+        };
+        match accepted {
+            Ok(stream) => {
+                if by_age.len() >= most
+                    && let Some(oldest) = by_age.pop_front()
+                {
+                    oldest.abort();
+                }
+                by_age.push_back(served.spawn(serve(stream)));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "{what} could not accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    while served.join_next().await.is_some() {}
 }

@@ -25,13 +25,10 @@ use tokio::{
 };
 
 use super::Metrics;
-use crate::{
-    endpoint::{self, Place},
-    privileges::Confinement,
-};
+use crate::{endpoint, privileges::Confinement};
 
-/// Connections served at the same time; the next one waits to be accepted.
-const MAX_CONNECTIONS: u32 = 32;
+/// Connections served at the same time; one more ends the oldest.
+const MAX_CONNECTIONS: usize = 32;
 /// For the head of a request to arrive.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Life of a connection: no scraper may hold its place for ever.
@@ -203,14 +200,13 @@ impl HttpServer {
     async fn serve(self, stopped: oneshot::Receiver<()>) {
         let listener = TcpListener::from_std(self.listener);
         let (shared, lifetime) = (self.shared, self.lifetime);
-        let serve = |stream, place: Place| {
+        let serve = |stream| {
             let shared = shared.clone();
             async move {
                 let _ = timeout(lifetime, connection(stream, shared)).await;
-                drop(place);
             }
         };
-        endpoint::serve(
+        endpoint::serve_newest(
             "the metrics endpoint",
             listener,
             MAX_CONNECTIONS,

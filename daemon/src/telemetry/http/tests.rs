@@ -110,18 +110,28 @@ async fn a_client_that_sends_nothing_is_dropped() {
     let read = stream.read_to_end(&mut answer).await;
     assert!(read.is_err() || answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"));
 }
+
 #[tokio::test]
-async fn connections_beyond_the_bound_wait_until_others_have_gone() {
+async fn whoever_takes_all_places_and_says_nothing_keeps_nobody_from_an_answer() {
     let (address, _tell) = start(Readiness::default());
     let mut silent = Vec::new();
     for _ in 0..MAX_CONNECTIONS {
         silent.push(TcpStream::connect(address).await.unwrap());
     }
-    let mut next = Box::pin(request(address, "GET /healthz"));
-    let moment = Duration::from_millis(500);
-    assert!(timeout(moment, &mut next).await.is_err());
-    silent.pop();
-    assert!(next.await.starts_with("HTTP/1.1 200"));
+    let moment = Duration::from_secs(2);
+    for path in ["GET /healthz", "GET /readyz", "GET /metrics"] {
+        let answer = timeout(moment, request(address, path)).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    // The oldest have made room, the others are still served.
+    let gone = timeout(moment, silent[0].read(&mut [0])).await.unwrap();
+    assert!(!matches!(gone, Ok(1..)));
+    let last = silent.last_mut().unwrap();
+    last.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await
+        .unwrap();
+    assert_ne!(last.read(&mut [0; 64]).await.unwrap(), 0);
 }
 
 #[tokio::test]
