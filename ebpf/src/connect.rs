@@ -226,7 +226,7 @@ fn bound_address(socket: *mut bpf_sock) -> Address {
 /// connection that is allowed are not asked for theirs.
 #[inline(always)]
 fn is_forged(ctx: *mut bpf_sock_addr, source: &Address, workload: WorkloadId) -> bool {
-    !is_loopback(source) && judge::is_forged(source, workload, || namespace_owner(ctx))
+    judge::is_forged(source, workload, || namespace_owner(ctx))
 }
 
 /// The workload that alone owns the caller's namespace.
@@ -328,9 +328,10 @@ pub fn adopt(socket: *mut bpf_sock, caller: &WorkloadEntry, protocol: u8) -> boo
     set_tag(socket, &mut nothing)
 }
 
-/// The same for a connection of which nobody has seen the beginning.
+/// The same, where a call is not refused for want of memory: such a socket is judged by the cgroup that
+/// made it, as ever.
 #[inline(always)]
-fn adopt_accepted(socket: *mut bpf_sock, protocol: u8) {
+pub fn adopt_used(socket: *mut bpf_sock, protocol: u8) {
     let depths = settings().map_or(0, |settings| settings.cgroup_depths);
     if depths == 0 {
         return;
@@ -338,7 +339,6 @@ fn adopt_accepted(socket: *mut bpf_sock, protocol: u8) {
     if let Some(caller) = judge::caller(depths)
         && !is_reeve(&caller)
     {
-        // A socket without memory is judged by the cgroup that made it, as ever.
         let _ = adopt(socket, &caller, protocol);
     }
 }
@@ -362,7 +362,7 @@ fn connect_of_reeve(socket: *mut bpf_sock) -> i32 {
 fn peername(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     let socket = socket(ctx);
     let Some(tag) = tag(socket) else {
-        adopt_accepted(socket, named_protocol(ctx));
+        adopt_used(socket, named_protocol(ctx));
         return PROCEED;
     };
     if tag.flags & TAG_REDIRECTED == 0 {

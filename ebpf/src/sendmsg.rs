@@ -1,5 +1,6 @@
 //! `sendmsg()` with a destination on a socket without a handshake: judged like a `connect()`,
-//! except that a reply passes.
+//! except that a reply passes. `recvmsg()` that asks for the sender. By either, a socket that was made
+//! elsewhere is the workload's that uses it.
 
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use reeve_common::{Address, Direction, Hook, Reason};
@@ -7,7 +8,8 @@ use reeve_common::{Address, Direction, Hook, Reason};
 use crate::{
     address::{self, field, is_loopback},
     connect::{
-        PROCEED, REFUSE, named_address, named_port, named_protocol, namespace_owner, socket,
+        PROCEED, REFUSE, adopt, adopt_used, named_address, named_port, named_protocol,
+        namespace_owner, socket,
     },
     event::{Connection, Outcome, report},
     flow,
@@ -23,6 +25,23 @@ pub fn reeve_sendmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(sendmsg6)]
 pub fn reeve_sendmsg6(ctx: SockAddrContext) -> i32 {
     sendmsg(ctx.sock_addr, true)
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn reeve_recvmsg4(ctx: SockAddrContext) -> i32 {
+    recvmsg(ctx.sock_addr)
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn reeve_recvmsg6(ctx: SockAddrContext) -> i32 {
+    recvmsg(ctx.sock_addr)
+}
+
+/// What has arrived has arrived: the next packet is judged.
+#[inline(always)]
+fn recvmsg(ctx: *mut bpf_sock_addr) -> i32 {
+    adopt_used(socket(ctx), named_protocol(ctx));
+    PROCEED
 }
 
 /// The address that the message is sent under, unspecified where the kernel is to choose one of the
@@ -52,6 +71,12 @@ fn sendmsg(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     };
     if is_reeve(&caller) {
         return PROCEED;
+    }
+    if !adopt(socket(ctx), &caller, named_protocol(ctx)) {
+        let mut connection = Connection::new(Hook::Sendmsg);
+        connection.workload = caller.workload;
+        report(&connection, Outcome::deny(Reason::MapFailure));
+        return REFUSE;
     }
     let remote = named_address(ctx, inet6);
     // Under a stranger's address the kernel would answer the stranger.

@@ -1,4 +1,5 @@
-//! `setsockopt()`: what a workload tells and hears by packets that are none of its sockets'.
+//! `setsockopt()`: what a workload tells and hears by packets that are none of its sockets'; and a
+//! socket whose options a workload sets is the workload's, whoever made it.
 //!
 //! The kernel tells the link of each multicast group that a socket joins, so that joining is a
 //! matter of policy. And it files the beginning of packets that ICMP errors enclose into the error
@@ -16,7 +17,7 @@ use reeve_common::{
 
 use crate::{
     address::field,
-    connect::{PROCEED, REFUSE, STREAM},
+    connect::{PROCEED, REFUSE, STREAM, adopt_used},
     event::{Connection, Outcome, report},
     judge::{self, is_reeve, is_unknown, judge},
     maps::{NAMESPACES, settings},
@@ -60,6 +61,7 @@ pub fn reeve_setsockopt(ctx: SockoptContext) -> i32 {
             field(&raw const (*ctx).optlen),
         )
     };
+    adopt_socket(socket(ctx));
     match (level, name) {
         (IP, IP_RECVERR) | (IPV6, IPV6_RECVERR) => error_queue(ctx),
         (IP, IP_ADD_MEMBERSHIP | IP_ADD_SOURCE_MEMBERSHIP)
@@ -72,6 +74,21 @@ pub fn reeve_setsockopt(ctx: SockoptContext) -> i32 {
             }
             PROCEED
         }
+    }
+}
+
+/// Has a socket that carries IP be the caller's. Other kinds send no packet that is judged.
+#[inline(always)]
+fn adopt_socket(socket: *mut bpf_sock) {
+    // SAFETY: fields of the hook's socket.
+    let (family, protocol) = unsafe {
+        (
+            field(&raw const (*socket).family),
+            field(&raw const (*socket).protocol),
+        )
+    };
+    if family == u32::from(INET) || family == u32::from(INET6) {
+        adopt_used(socket, protocol as u8);
     }
 }
 

@@ -41,7 +41,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/re
 ///
 /// The order is that of their use in a connection's life; the sockets' hooks come before the
 /// packets', which is what a connection that is opened meanwhile needs.
-const CGROUP_PROGRAMS: [(&str, AttachType); 12] = [
+const CGROUP_PROGRAMS: [(&str, AttachType); 14] = [
     ("reeve_sock_ops", AttachType::CgroupSockOps),
     ("reeve_peername4", AttachType::CgroupGetpeername4),
     ("reeve_peername6", AttachType::CgroupGetpeername6),
@@ -49,6 +49,8 @@ const CGROUP_PROGRAMS: [(&str, AttachType); 12] = [
     ("reeve_connect6", AttachType::CgroupConnect6),
     ("reeve_sendmsg4", AttachType::CgroupSendmsg4),
     ("reeve_sendmsg6", AttachType::CgroupSendmsg6),
+    ("reeve_recvmsg4", AttachType::CgroupRecvmsg4),
+    ("reeve_recvmsg6", AttachType::CgroupRecvmsg6),
     ("reeve_bind4", AttachType::CgroupBind4),
     ("reeve_bind6", AttachType::CgroupBind6),
     ("reeve_setsockopt", AttachType::CgroupSetsockopt),

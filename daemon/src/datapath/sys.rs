@@ -40,6 +40,8 @@ pub(super) enum AttachType {
     CgroupConnect6 = 11,
     CgroupSendmsg4 = 14,
     CgroupSendmsg6 = 15,
+    CgroupRecvmsg4 = 19,
+    CgroupRecvmsg6 = 20,
     CgroupSetsockopt = 22,
     CgroupGetpeername4 = 29,
     CgroupGetpeername6 = 30,

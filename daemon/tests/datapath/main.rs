@@ -8,6 +8,7 @@
     reason = "a test that fails shall say where"
 )]
 
+mod adopted;
 mod bind;
 mod churn;
 mod connect;
