@@ -94,3 +94,10 @@ pub fn is_loopback(address: &Address) -> bool {
         _ => false,
     }
 }
+
+/// Whether this is no address at all: 0.0.0.0 or `::`.
+#[inline(always)]
+pub fn is_unspecified(address: &Address) -> bool {
+    let words = to_words(address);
+    words[0] == 0 && words[1] == 0 && words[3] == 0 && (words[2] == 0 || words[2] == MAPPED)
+}

@@ -9,13 +9,13 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id},
 };
 use reeve_common::{
-    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_NODE,
-    PEER_TUNNEL, PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
+    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_TUNNEL,
+    PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
     WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key, protocol,
 };
 
 use crate::{
-    address::is_loopback,
+    address::{is_loopback, is_unspecified},
     event::{Connection, Outcome},
     maps::{LOCAL_ADDRESSES, PEER_PORTS, PEERS, VERDICTS, WORKLOADS},
 };
@@ -105,22 +105,20 @@ pub fn is_from_here(
     is_own(source, workload) || namespace_owner() != workload
 }
 
-/// Whether an address under which a workload sends is somebody else's whom reeve knows: another
-/// workload's, or, in a namespace that is the workload's alone, a peer's or the node's.
-/// `namespace_owner` says whose the namespace is, and is asked only where it matters.
+/// Whether an address under which a workload sends is not its own: another workload's, or, in a
+/// namespace that is the workload's alone, any but its own. Whoever the far end then answers has not
+/// asked. `namespace_owner` says whose the namespace is, and is asked only where it matters.
 #[inline(always)]
 pub fn is_forged(
     source: &Address,
     workload: WorkloadId,
     namespace_owner: impl FnOnce() -> WorkloadId,
 ) -> bool {
-    match workload_at(source) {
+    let key = link_local_key(source, workload);
+    match workload_at(key.as_ref().unwrap_or(source)) {
         Some(owner) => owner != workload,
-        None => {
-            let key = Key::new(ADDRESS_BITS, *source);
-            let is_others = |entry: &PeerEntry| entry.peer != 0 || entry.flags & PEER_NODE != 0;
-            PEERS.get(&key).is_some_and(is_others) && namespace_owner() == workload
-        }
+        // Without an address, as who asks for one by DHCP has none, nobody can be answered.
+        None => !is_unspecified(source) && namespace_owner() == workload,
     }
 }
 

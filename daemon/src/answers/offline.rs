@@ -97,6 +97,7 @@ fn running(workloads: &[Arc<Workload>]) -> Vec<Arc<RunningWorkload>> {
             addresses.push(stand_in(number));
         }
         Arc::new(RunningWorkload {
+            link_local: Vec::new(),
             workload: Arc::clone(workload),
             cgroups: Vec::new(),
             netns: None,

@@ -102,6 +102,7 @@ fn unknown_domains(config: &Config) -> Vec<String> {
 fn compile(config: &Config, policies: &PolicySet) -> KernelTables {
     let running = |workload: &Arc<Workload>| {
         Arc::new(RunningWorkload {
+            link_local: Vec::new(),
             workload: Arc::clone(workload),
             cgroups: Vec::new(),
             netns: None,

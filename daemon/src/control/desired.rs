@@ -8,7 +8,7 @@ use std::{
 
 use reeve_common::{
     Address, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN,
-    WorkloadEntry, WorkloadId,
+    WorkloadEntry, WorkloadId, link_local_key,
 };
 
 use crate::{
@@ -107,10 +107,14 @@ fn local_addresses(discovery: &Discovery) -> Vec<(Address, WorkloadId)> {
         .iter()
         .filter(|running| running.owns_netns)
         .flat_map(|running| {
-            running
-                .addresses
-                .iter()
-                .map(|ip| (map_address(*ip), running.workload.id))
+            let workload = running.workload.id;
+            let everywhere = running.addresses.iter().map(|ip| map_address(*ip));
+            let on_links = running.link_local.iter();
+            let on_links =
+                on_links.filter_map(move |ip| link_local_key(&map_address(*ip), workload));
+            everywhere
+                .chain(on_links)
+                .map(move |address| (address, workload))
         })
         .filter(|(address, _)| seen.insert(*address))
         .collect()
@@ -135,6 +139,7 @@ mod tests {
 
     fn running(id: WorkloadId, cgroup: u64, netns: Option<Arc<Netns>>) -> Arc<RunningWorkload> {
         Arc::new(RunningWorkload {
+            link_local: vec!["fe80::1".parse().unwrap()],
             workload: Arc::new(Workload {
                 id,
                 name: format!("w{id}"),
@@ -190,9 +195,15 @@ mod tests {
         let before = kernel_state(&[], &discovery, &HashSet::new(), KernelTables::default());
         assert_eq!(before.namespaces[0].1.flags, 0);
         assert_eq!(before.namespaces[0].1.workload, 7);
+        // On its links it is found by the workload as well: others may have the same address there.
+        let on_links = Ipv6Addr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1]).octets();
+        let on_links = link_local_key(&on_links, 7).unwrap();
         assert_eq!(
             before.local_addresses,
-            [(reeve_common::ipv4_mapped([192, 0, 2, 1]), 7)]
+            [
+                (reeve_common::ipv4_mapped([192, 0, 2, 1]), 7),
+                (on_links, 7)
+            ]
         );
         let listening = HashSet::from([netns.cookie]);
         let after = kernel_state(&[], &discovery, &listening, KernelTables::default());

@@ -66,6 +66,7 @@ mod tests {
     fn running(addresses: &[&str], declared: bool, owns_netns: bool) -> RunningWorkload {
         let addresses: Vec<IpAddr> = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
         RunningWorkload {
+            link_local: Vec::new(),
             workload: Arc::new(Workload {
                 id: 1,
                 name: "web".into(),

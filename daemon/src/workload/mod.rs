@@ -97,6 +97,8 @@ pub struct RunningWorkload {
     pub owns_netns: bool,
     /// Its addresses: those that are declared, or those of that namespace that are believed.
     pub addresses: Vec<IpAddr>,
+    /// Those of that namespace that mean something on a link only, where it owns the namespace.
+    pub link_local: Vec<IpAddr>,
 }
 
 /// A far end that reeve knows: a workload on another node, or something without identity.

@@ -9,8 +9,10 @@ use std::{
     sync::{Arc, Weak},
 };
 
+use reeve_common::{NO_WORKLOAD, link_local_key};
+
 use crate::datapath::{
-    InterfaceAddress,
+    InterfaceAddress, address,
     netns::{Netns, UserNamespace},
 };
 
@@ -125,13 +127,16 @@ impl Trust {
     }
 }
 
-/// Addresses of a namespace that others may reach: of the first [`MAX_READ`] of each family those that
-/// are not reserved for other things, by device.
+/// Addresses of a namespace that others may reach, by an [`is_link_local`] one on its links only: of the
+/// first [`MAX_READ`] of each family those that are not reserved for other things, by device.
 pub(super) fn addresses(netns: &Netns) -> io::Result<Vec<InterfaceAddress>> {
     let mut addresses = netns.addresses(MAX_READ)?;
     let mut seen = HashSet::new();
     addresses.sort_by_key(|address| address.device);
-    addresses.retain(|address| is_reachable(&address.ip) && seen.insert(address.ip));
+    addresses.retain(|address| {
+        let counts = is_reachable(&address.ip) || is_link_local(&address.ip);
+        counts && seen.insert(address.ip)
+    });
     Ok(addresses)
 }
 
@@ -170,6 +175,11 @@ fn is_reachable(ip: &IpAddr) -> bool {
             IpAddr::V4(ip) => !ip.is_link_local() && !ip.is_broadcast(),
             IpAddr::V6(ip) => !ip.is_unicast_link_local() && ip.to_ipv4_mapped().is_none(),
         }
+}
+
+/// Whether an address means something on its link only, where the programs look for it.
+pub(super) fn is_link_local(ip: &IpAddr) -> bool {
+    link_local_key(&address(*ip), NO_WORKLOAD).is_some()
 }
 
 #[cfg(test)]

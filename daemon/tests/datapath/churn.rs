@@ -81,6 +81,7 @@ impl Compiler {
         let workload = Arc::clone(&config.workloads[0]);
         assert_eq!(workload.id, WORKLOAD);
         let running = RunningWorkload {
+            link_local: Vec::new(),
             addresses: workload.addresses.clone(),
             workload,
             cgroups: Vec::new(),

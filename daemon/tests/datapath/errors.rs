@@ -10,10 +10,7 @@ use std::{
 };
 
 use reeve::datapath::address;
-use reeve_common::{
-    Direction, Hook, NamespaceEntry, PeerEntry, Reason,
-    protocol::{ICMP, ICMPV6, UDP},
-};
+use reeve_common::{Direction, Hook, NamespaceEntry, PeerEntry, Reason, protocol::UDP};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
@@ -197,7 +194,7 @@ fn a_datagram_under_a_strangers_address_goes_nowhere_in_the_workload() {
                 .here
                 .run(&world.stranger, || socket.send_to(SECRET, &to.into()));
             assert_refused(sent);
-            world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+            world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
         }
         assert!(!hears(&there), "{from}");
     }
@@ -262,12 +259,9 @@ fn an_unreachable_neighbour_is_no_way_to_a_stranger() {
         let there = world.as_far_end(|| listening(Domain::for_address(from)));
         there.set_read_timeout(Some(PATIENCE)).unwrap();
         let socket = world.as_workload(|| bound_to_a_strangers(from));
-        world
-            .as_workload(|| socket.send_to(SECRET, &to.into()))
-            .unwrap();
-        let event = world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
-        assert!([ICMP, ICMPV6].contains(&event.protocol));
-        assert_eq!(event.remote, address(from.ip()));
+        assert_refused(world.as_workload(|| socket.send_to(SECRET, &to.into())));
+        let event = world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
+        assert_eq!(event.local, address(from.ip()));
         there.set_read_timeout(Some(MOMENT)).unwrap();
         assert!(!hears(&there), "{from}");
     }

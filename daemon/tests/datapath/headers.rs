@@ -305,8 +305,12 @@ fn a_workload_sends_under_nobody_elses_address() {
     world.apply();
     let _server = world.as_far_end(|| UdpSocket::bind("[::]:53").unwrap());
     let far_end = [world.there.port4(53), world.there.port6(53)];
-    let all = others.into_iter().chain(node);
-    for (ip, to) in all.zip(far_end.into_iter().cycle()) {
+    // And of these nothing is known at all.
+    let unknown = ["10.0.0.99", "fd00::99"].map(ip);
+    let all = others.into_iter().chain(node).chain(unknown);
+    // Under IPv4's loopback address the kernel itself sends nothing.
+    let loopback = (ip("::1"), far_end[1]);
+    for (ip, to) in all.zip(far_end.into_iter().cycle()).chain([loopback]) {
         // For IPv6 anybody may do this, without any capability.
         let from = |kind: Type| {
             let socket = socket(to, kind);
@@ -346,7 +350,6 @@ fn a_workload_sends_under_nobody_elses_address() {
 #[test]
 fn an_address_of_ones_own_may_be_in_somebodys_network() {
     let mut world = open();
-    // One that the daemon does not know of, in a network that a policy names.
     world.here.ip(&[
         "addr add 10.0.0.7/24 dev wire".into(),
         "addr add fd00::7/64 dev wire nodad".into(),
@@ -360,7 +363,18 @@ fn an_address_of_ones_own_may_be_in_somebodys_network() {
         world.state.tables.peers.push((bits, address(ip), entry));
     }
     world.apply();
-    sends_from(&world, [ip("10.0.0.7"), ip("fd00::7")]);
+    let own = ["10.0.0.7", "fd00::7"].map(ip);
+    // Not before the daemon has seen it.
+    let to = [world.there.port4(53), world.there.port6(53)];
+    for (ip, to) in own.into_iter().zip(to) {
+        let sent = world.as_workload(|| UdpSocket::bind((ip, 0)).unwrap().send_to(b"x", to));
+        assert_refused(sent);
+        world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
+    }
+    let known = own.map(|ip| (address(ip), WORKLOAD));
+    world.state.local_addresses.extend(known);
+    world.apply();
+    sends_from(&world, own);
 }
 
 #[test]

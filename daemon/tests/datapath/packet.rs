@@ -300,11 +300,15 @@ fn a_packet_that_claims_to_stay_is_judged_when_it_leaves() {
     let mut world = World::enrolled();
     let socket = by_hand(&world);
     let to = world.there.port4(0);
-    for source in [[127, 0, 0, 1], [10, 0, 0, 2]] {
+    for (source, reason) in [
+        ([127, 0, 0, 1], Reason::ForgedSource),
+        ([10, 0, 0, 1], Reason::NoPolicy),
+        ([10, 0, 0, 2], Reason::ForgedSource),
+    ] {
         let mut packet = packet();
         packet[12..16].copy_from_slice(&source);
         assert_refused(world.as_workload(|| socket.send_to(&packet, &to.into())));
-        world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+        world.verdict_event(Hook::PacketEgress, false, reason);
     }
 }
 

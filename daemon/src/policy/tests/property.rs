@@ -57,6 +57,7 @@ fn compile(model: &Model) -> Snapshot {
         .filter(|place| place.local)
         .map(|place| {
             Arc::new(RunningWorkload {
+                link_local: Vec::new(),
                 workload: Arc::new(Workload {
                     id: place.number,
                     name: place.name.clone(),

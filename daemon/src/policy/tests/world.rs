@@ -45,6 +45,7 @@ pub(super) fn config(text: &str) -> Config {
 pub(super) fn running(config: &Config) -> Vec<Arc<RunningWorkload>> {
     let run = |workload: &Arc<crate::workload::Workload>| {
         Arc::new(RunningWorkload {
+            link_local: Vec::new(),
             workload: Arc::clone(workload),
             cgroups: Vec::new(),
             netns: Some(netns(u64::from(workload.id))),

@@ -86,6 +86,7 @@ fn attributes(name: &str) -> Attributes {
 
 fn running(number: u32, name: &str, address: &str, netns: &Arc<Netns>) -> Arc<RunningWorkload> {
     Arc::new(RunningWorkload {
+        link_local: Vec::new(),
         workload: Arc::new(Workload {
             id: number,
             name: name.into(),

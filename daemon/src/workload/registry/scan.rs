@@ -37,6 +37,9 @@ pub(super) const ABSENT_FOR: Duration = Duration::from_secs(5);
 /// workload's: a container runtime makes it from inside.
 const TRUST_SETTLES: Duration = Duration::from_secs(2);
 
+/// Addresses of one workload that mean something on a link only. More than a namespace has links.
+const MAX_LINK_LOCAL: usize = 64;
+
 /// Looks, and remembers what it saw.
 pub(super) struct Scanner {
     tree: CgroupTree,
@@ -218,6 +221,7 @@ impl Scanner {
             cgroups,
             netns,
             owns_netns: false,
+            link_local: Vec::new(),
         }
     }
 
@@ -266,13 +270,28 @@ impl Scanner {
                 let netns = netns.filter(|_| running.workload.addresses.is_empty());
                 netns.map_or_else(Found::default, |netns| {
                     let whose = format!("workload {}", running.workload.name);
+                    let mut addresses = addresses_in(netns, &whose, &mut notes.problems);
+                    addresses.retain(|address| !namespace::is_link_local(&address.ip));
                     Found {
-                        addresses: addresses_in(netns, &whose, &mut notes.problems),
+                        addresses,
                         in_own: netns.inode == own.inode,
                     }
                 })
             })
             .collect();
+        for running in workloads.iter_mut().filter(|running| running.owns_netns) {
+            let Some(netns) = &running.netns else {
+                continue;
+            };
+            let whose = format!("workload {}", running.workload.name);
+            running.link_local = addresses_in(netns, &whose, &mut notes.problems)
+                .iter()
+                .map(|address| address.ip)
+                .filter(namespace::is_link_local)
+                .take(MAX_LINK_LOCAL)
+                .collect();
+            running.link_local.sort_unstable();
+        }
         let is_elsewhere = found
             .iter()
             .any(|one| !one.in_own && !one.addresses.is_empty());
@@ -464,4 +483,5 @@ fn same(a: &RunningWorkload, b: &RunningWorkload) -> bool {
         && inode(a) == inode(b)
         && a.owns_netns == b.owns_netns
         && a.addresses == b.addresses
+        && a.link_local == b.link_local
 }
