@@ -91,7 +91,7 @@ fn a_network_that_is_cut_breaks_nothing_for_seconds_and_ends_connections_for_lon
         patience: Patience {
             ping: 2,
             ping_answer: 8,
-            user: 10,
+            silent: 10,
             connect: 3,
             request: 3,
             tunnel_idle: 2,

@@ -53,6 +53,7 @@ mod restart;
 mod revocation;
 mod service;
 mod shared_host;
+mod silence;
 mod soak;
 mod sockets;
 mod stalls;

@@ -106,6 +106,30 @@ fn a_daemon_that_stands_still_over_a_proof_costs_no_connection() {
 }
 
 #[test]
+fn a_cut_over_an_expiry_ends_connections_with_their_certificates() {
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    let pair = &proven.pair;
+    pair.server.cut(&pair.network);
+    thread::sleep(LIFETIME + Duration::from_secs(2));
+    for end in [&pair.client, &pair.server] {
+        proven.renew(end);
+    }
+    eventually("the connections have ended", || {
+        beating.iter_mut().all(|beating| beating.ended().is_some())
+    });
+    for daemon in &proven.daemons {
+        let expired = [("reason", "certificate_expired")];
+        daemon.wait_for_metric("reeve_tunnels_closed_total", &expired, 2.0);
+    }
+    pair.server.mend(&pair.network);
+    for end in [&pair.client, &pair.server] {
+        proven.renew(end);
+    }
+    goes_on(&mut proven.beating());
+}
+
+#[test]
 fn a_root_is_replaced_underneath_connections() {
     let mut proven = Proven::start(|reeve| reeve);
     let mut beating = proven.beating();

@@ -354,6 +354,7 @@ fn short(reeve: Reeve<'_>) -> Reeve<'_> {
         "drain",
         "ping",
         "pingAnswer",
+        "silent",
     ]
     .into_iter()
     .fold(reeve, |reeve, name| {

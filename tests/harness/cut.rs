@@ -44,8 +44,8 @@ pub struct Patience {
     pub ping: u64,
     /// `timeouts.pingAnswer`.
     pub ping_answer: u64,
-    /// `timeouts.user`.
-    pub user: u64,
+    /// `timeouts.silent`.
+    pub silent: u64,
     /// `timeouts.connect`.
     pub connect: u64,
     /// `timeouts.request`.
@@ -92,7 +92,7 @@ impl Patience {
     pub const DEFAULT: Self = Self {
         ping: 10,
         ping_answer: 20,
-        user: 30,
+        silent: 900,
         connect: 10,
         request: 15,
         tunnel_idle: 60,
@@ -106,7 +106,7 @@ impl Patience {
         [
             ("ping", self.ping),
             ("pingAnswer", self.ping_answer),
-            ("user", self.user),
+            ("silent", self.silent),
             ("connect", self.connect),
             ("request", self.request),
             ("tunnelIdle", self.tunnel_idle),
@@ -119,7 +119,7 @@ impl Patience {
 
     /// A tunnel whose peer is silent has ended.
     fn of_tunnel(&self) -> Duration {
-        Duration::from_secs((self.ping + self.ping_answer).max(self.user))
+        Duration::from_secs((self.ping + self.ping_answer).max(self.silent))
     }
 
     /// A new connection has failed: its tunnel stands and nobody answers, or none can be opened.

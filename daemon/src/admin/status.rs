@@ -224,6 +224,8 @@ pub struct TunnelStatus {
     pub proofs: u64,
     /// Seconds since they were proven last, or it was opened.
     pub proven_seconds: u64,
+    /// The peer answers nothing at the moment: new streams go elsewhere.
+    pub silent: bool,
     /// Takes no new streams.
     pub retired: bool,
 }

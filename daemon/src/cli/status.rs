@@ -185,7 +185,12 @@ fn tunnels(page: &mut String, status: &Status) -> fmt::Result {
                     "none" => "none".to_owned(),
                     _ => tunnel.proofs.to_string(),
                 },
-                if tunnel.retired { "retired" } else { "" }.to_owned(),
+                match (tunnel.retired, tunnel.silent) {
+                    (_, true) => "silent",
+                    (true, false) => "retired",
+                    (false, false) => "",
+                }
+                .to_owned(),
             ]);
         }
         write!(page, "{table}")?;

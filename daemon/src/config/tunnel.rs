@@ -174,12 +174,13 @@ pub struct Timeouts {
     /// Between PINGs on a tunnel. Default 10 s.
     #[serde(deserialize_with = "positive_duration")]
     pub ping: Duration,
-    /// For the answer to a PING. Default 20 s.
+    /// For the answer to a PING, after which the tunnel takes no new streams. Default 20 s.
     #[serde(deserialize_with = "positive_duration")]
     pub ping_answer: Duration,
-    /// `TCP_USER_TIMEOUT` of tunnels: sent bytes that nobody acknowledges. Default 30 s.
+    /// A tunnel whose peer answers nothing and acknowledges nothing, with the connections in it. New
+    /// ones go elsewhere from the first PING on that is not answered in time. Default 15 min.
     #[serde(deserialize_with = "positive_duration")]
-    pub user: Duration,
+    pub silent: Duration,
 }
 
 impl Default for Timeouts {
@@ -198,7 +199,7 @@ impl Default for Timeouts {
             hand_over: seconds(600),
             ping: seconds(10),
             ping_answer: seconds(20),
-            user: seconds(30),
+            silent: seconds(900),
         }
     }
 }

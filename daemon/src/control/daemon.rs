@@ -340,6 +340,7 @@ impl Daemon {
             proof: if tunnel.provable { "bound" } else { "none" }.to_owned(),
             proofs: tunnel.proofs,
             proven_seconds: tunnel.proven.as_secs(),
+            silent: tunnel.silent,
             retired: tunnel.retired,
         };
         admin::TunnelsStatus {

@@ -148,7 +148,7 @@ async fn connect(worker: &Worker, target: &Target) -> Result<TcpStream, TunnelEr
                 source: source.into(),
             })?;
         }
-        socket::connect(socket, to, Some(worker.timeouts.user))
+        socket::connect(socket, to, Some(worker.timeouts.silent))
             .await
             .map_err(|source| TunnelError::Connect {
                 to,

@@ -30,6 +30,9 @@ pub(super) const MOST_OUTSTANDING: u32 = 64 << 20;
 /// queued already; those would come too late, and not every client asks again elsewhere.
 const NOTICE: Duration = Duration::from_millis(500);
 
+/// What a peer has at least, from when it was found to be silent: this daemon itself may have stood still.
+const LAST_CHANCE: Duration = Duration::from_secs(1);
+
 /// A request that a peer sent.
 pub(super) type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -64,8 +67,8 @@ pub(super) enum End {
     /// The peer sent more than HTTP/2, or we, put up with.
     #[error("the peer floods it: {0}")]
     Flood(String),
-    /// A PING was not answered in time.
-    #[error("the peer did not answer a PING in time")]
+    /// Nothing was heard of the peer for too long.
+    #[error("the peer has answered nothing for too long")]
     Silent,
     /// The kernel has given up on the peer, which acknowledges nothing or cannot be reached.
     #[error("the peer acknowledges nothing any more: {0}")]
@@ -101,6 +104,7 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
             protocol.pings(),
             worker.timeouts.ping,
             worker.timeouts.ping_answer,
+            worker.timeouts.silent,
         );
         Self {
             protocol,
@@ -221,10 +225,10 @@ impl<P: Protocol, F: FnMut(Incoming) + Unpin> Future for Driver<P, F> {
                 "more than `limits.controlFrames` frames that carry nothing".into(),
             ));
         }
-        match this.heartbeat.poll_missed(cx) {
-            Poll::Ready(()) => return Poll::Ready(End::Silent),
-            Poll::Pending => {}
+        if this.heartbeat.poll_stopped(cx).is_ready() {
+            return Poll::Ready(End::Silent);
         }
+        this.link.set_silent(this.heartbeat.silent);
         match this.control.poll_send(cx) {
             Poll::Ready(Err(error)) => Poll::Ready(this.failed_below(&error)),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
@@ -234,42 +238,64 @@ impl<P: Protocol, F: FnMut(Incoming) + Unpin> Future for Driver<P, F> {
 
 // === Heartbeat ===
 
-/// Sends PINGs and waits for their answers.
+/// Sends PINGs and waits for their answers. A peer that does not answer in time is silent: a wire may be
+/// cut, or a host stand still, and what the tunnel carries waits for it as TCP would.
 struct Heartbeat {
     pings: Option<PingPong>,
     timer: Pin<Box<Sleep>>,
     waiting: bool,
+    /// When the peer was heard last.
+    heard: Instant,
+    silent: bool,
     interval: Duration,
     patience: Duration,
+    /// A peer that is silent for so long counts as gone.
+    limit: Duration,
 }
 
 impl Heartbeat {
-    fn new(pings: Option<PingPong>, interval: Duration, patience: Duration) -> Self {
+    fn new(
+        pings: Option<PingPong>,
+        interval: Duration,
+        patience: Duration,
+        limit: Duration,
+    ) -> Self {
         Self {
             pings,
             timer: Box::pin(sleep(interval)),
             waiting: false,
+            heard: Instant::now(),
+            silent: false,
             interval,
             patience,
+            limit,
         }
     }
 
-    /// Ready when an answer did not come in time.
-    fn poll_missed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready when the peer was silent for too long.
+    fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(pings) = &mut self.pings else {
             return Poll::Pending;
         };
         loop {
             if self.waiting && pings.poll_pong(cx).is_ready() {
                 // An error here is the connection's end, which HTTP/2 itself reports.
-                self.waiting = false;
-                self.timer.as_mut().reset(Instant::now() + self.interval);
+                (self.waiting, self.silent) = (false, false);
+                self.heard = Instant::now();
+                self.timer.as_mut().reset(self.heard + self.interval);
             }
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
             if self.waiting {
-                return Poll::Ready(());
+                let gone = self.heard + self.limit;
+                if self.silent && Instant::now() >= gone {
+                    return Poll::Ready(());
+                }
+                self.silent = true;
+                let chance = Instant::now() + LAST_CHANCE;
+                self.timer.as_mut().reset(gone.max(chance));
+                continue;
             }
             self.waiting = pings.send_ping(Ping::opaque()).is_ok();
             let next = if self.waiting {

@@ -83,6 +83,8 @@ pub(super) struct Link {
     /// When the last stream ended, or the tunnel was opened.
     idle_since: Cell<Instant>,
     order: Cell<Order>,
+    /// The peer has not answered the last PING in time.
+    silent: Cell<bool>,
     /// Since its own certificate is not the newest any more.
     outdated_since: Cell<Option<Instant>>,
     /// Streams whose application has not read for a while: each holds up to a stream's window of
@@ -115,6 +117,7 @@ impl Link {
             served: Cell::new(false),
             idle_since: Cell::new(now),
             order: Cell::new(Order::Serve),
+            silent: Cell::new(false),
             outdated_since: Cell::new(None),
             stalled: Cell::new(0),
             judged: RefCell::new(None),
@@ -184,6 +187,22 @@ impl Link {
         if !matches!(self.order.get(), Order::Close(_)) {
             self.give(Order::Close(reason));
         }
+    }
+
+    /// Whether the peer answers nothing at the moment: what it carries waits, and new streams go
+    /// elsewhere.
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent.get()
+    }
+
+    /// Sets [`Self::is_silent`].
+    pub(super) fn set_silent(&self, silent: bool) {
+        self.silent.set(silent);
+    }
+
+    /// Whether it takes new streams.
+    pub(super) fn serves(&self) -> bool {
+        self.order.get() == Order::Serve && !self.silent.get()
     }
 
     // === Proofs ===

@@ -99,6 +99,8 @@ pub struct TunnelStatus {
     /// Time since it was proven last, or opened.
     #[serde(serialize_with = "seconds")]
     pub proven: Duration,
+    /// The peer answers nothing at the moment.
+    pub silent: bool,
     /// Takes no new streams.
     pub retired: bool,
 }

@@ -261,7 +261,7 @@ impl Pool {
             for tunnel in &*entry.tunnels.borrow() {
                 let link = &tunnel.link;
                 // One without streams ends soon, or is proven once it has some.
-                let carries = link.is_provable() && link.streams() > 0;
+                let carries = link.is_provable() && !link.is_silent() && link.streams() > 0;
                 if carries && link.plan.is_due(link.not_after(), now, age) {
                     let (link, request) = (link.clone(), tunnel.request.clone());
                     spawn_local(proof::ask(worker.clone(), link, request));
@@ -327,8 +327,7 @@ impl Entry {
             let for_proofs = usize::from(tunnel.link.is_provable());
             let peers_limit = tunnel.request.current_max_send_streams();
             let most = peers_limit.saturating_sub(for_proofs);
-            let serves = tunnel.link.order() == Order::Serve;
-            serves && tunnel.link.streams() < self.most_streams.min(most)
+            tunnel.link.serves() && tunnel.link.streams() < self.most_streams.min(most)
         };
         let tunnel = tunnels.iter().find(has_room)?;
         tunnel.link.stream_opened();
@@ -361,7 +360,7 @@ impl Entry {
     /// Tunnels that take streams.
     fn serving(&self) -> usize {
         let tunnels = self.tunnels.borrow();
-        let serving = |tunnel: &&Tunnel| tunnel.link.order() == Order::Serve;
+        let serving = |tunnel: &&Tunnel| tunnel.link.serves();
         tunnels.iter().filter(serving).count()
     }
 
@@ -543,15 +542,17 @@ impl Tunnel {
         if let Poll::Ready(Err(_)) = self.request.poll_ready(&mut nobody) {
             self.link.retire();
         }
-        self.link.is_in_time() && self.link.order() == Order::Serve
+        self.link.is_in_time() && self.link.serves()
     }
 
-    /// Whether it takes no streams now, and can be proven again for those that it has.
+    /// Whether it takes no streams now, and is still of use for those that it has: it can be proven
+    /// again, or its peer may be heard again.
     fn is_kept(&mut self) -> bool {
         let mut nobody = Context::from_waker(Waker::noop());
         let stands = !matches!(self.request.poll_ready(&mut nobody), Poll::Ready(Err(_)));
         let open = !matches!(self.link.order(), Order::Close(_));
-        stands && open && self.link.is_provable() && self.link.streams() > 0
+        let waits = self.link.is_provable() || self.link.is_silent();
+        stands && open && waits && self.link.streams() > 0
     }
 }
 
@@ -577,7 +578,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.link.stream_ended();
-        if self.link.order() != Order::Serve {
+        if !self.link.serves() {
             self.entry.forget_retired();
         }
         if !self.entry.waiting.borrow().is_empty() {

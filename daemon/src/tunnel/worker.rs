@@ -104,7 +104,7 @@ impl Worker {
                 outbound::serve(worker.clone(), netns.clone(), tcp, from)
             }));
         }
-        let (worker, user) = (self.clone(), self.timeouts.user);
+        let (worker, user) = (self.clone(), self.timeouts.silent);
         let cookie = netns.cookie;
         for socket in listeners.tunnel {
             let (worker, netns) = (worker.clone(), netns.clone());
@@ -265,6 +265,7 @@ impl Worker {
                     provable: link.is_provable(),
                     proofs,
                     proven,
+                    silent: link.is_silent(),
                     retired: link.order() != Order::Serve,
                 });
             }
