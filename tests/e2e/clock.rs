@@ -1,7 +1,11 @@
 //! A wall clock that is moved under a running daemon, by hours: what is valid is judged by the
 //! clock as it is. The daemon is the real one, whose C library tells it another time.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use harness::{certs::Issued, eventually};
 use serde_json::json;
@@ -47,6 +51,24 @@ fn a_clock_that_jumps_back_believes_nothing_that_is_not_valid_yet_and_heals() {
     eventually("it is counted", || guarded.handshakes("validity") == 1.0);
     moved.to("+0");
     moved.serves();
+}
+
+#[test]
+fn a_daemon_notices_at_once_that_the_clock_was_set() {
+    use nix::time::{ClockId, clock_gettime, clock_settime};
+    let guarded = Guarded::start();
+    let steps = || guarded.daemon.logged(&["the wall clock was set"]).len();
+    let before = steps();
+    // To what it says: a step of less than a microsecond, and a step all the same.
+    let now = clock_gettime(ClockId::CLOCK_REALTIME).unwrap();
+    clock_settime(ClockId::CLOCK_REALTIME, now).unwrap();
+    let set = Instant::now();
+    eventually("the step is noticed", || steps() > before);
+    assert!(
+        set.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        set.elapsed()
+    );
 }
 
 /// A daemon whose clock is moved by a file.

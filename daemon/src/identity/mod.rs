@@ -7,6 +7,7 @@ mod backoff;
 mod bundle;
 pub mod ca;
 mod clock;
+mod clock_steps;
 mod crypto;
 mod crypto_policy;
 mod describe;

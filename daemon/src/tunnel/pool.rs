@@ -171,7 +171,8 @@ impl Pool {
             let svid = worker
                 .shared
                 .identities
-                .current(own)
+                .current_soon(own)
+                .await
                 .ok_or_else(|| TunnelError::NoCertificate(own.clone()))?;
             let target = Target {
                 netns: netns.clone(),

@@ -168,11 +168,13 @@ async fn shake(
 ) -> Result<Shaken, Refused> {
     let local = canonical(tcp.local_addr()?);
     let start = LazyConfigAcceptor::new(Acceptor::default(), tcp).await?;
-    let svid =
-        pick(worker, netns, local, start.client_hello().server_name()).ok_or_else(|| Refused {
-            reason: HandshakeReason::NoOwnCertificate,
-            detail: format!("no workload with a valid certificate is at {local}"),
-        })?;
+    let none = || Refused {
+        reason: HandshakeReason::NoOwnCertificate,
+        detail: format!("no workload with a valid certificate is at {local}"),
+    };
+    let id = pick(worker, netns, local, start.client_hello().server_name()).ok_or_else(none)?;
+    let svid = worker.shared.identities.current_soon(&id).await;
+    let svid = svid.ok_or_else(none)?;
     let config = speaking(worker, &svid);
     let (tcp, tls) = judged(start.into_stream(config)).await?.into_inner();
     // A client that offers no protocol at all passes the TLS library.
@@ -222,14 +224,14 @@ async fn shake(
     })
 }
 
-/// The certificate to present: of the workload here that the client's server name asks for, else
+/// The identity to prove: of the workload here that the client's server name asks for, else
 /// of the one that was declared first with the address.
 fn pick(
     worker: &Worker,
     netns: &Netns,
     local: SocketAddr,
     server_name: Option<&str>,
-) -> Option<Arc<Svid>> {
+) -> Option<SpiffeId> {
     let snapshot = worker.shared.snapshot.load();
     let id = |running: &Arc<RunningWorkload>| running.workload.attributes.spiffe_id.clone();
     let here = || {
@@ -242,13 +244,11 @@ fn pick(
     };
     let named =
         server_name.and_then(|name| here().map(id).find(|id| server_name_matches(name, id)));
-    let id: SpiffeId = match named {
-        Some(id) => id,
-        None => here()
+    named.or_else(|| {
+        here()
             .find(|running| running.addresses.contains(&local.ip()))
-            .map(id)?,
-    };
-    worker.shared.identities.current(&id)
+            .map(id)
+    })
 }
 
 /// What the workload's certificate is presented with, without the protocol of tunnels that are proven

@@ -11,7 +11,7 @@ mod slot;
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -19,7 +19,7 @@ use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use self::{
     configured::{Configured, by_domain},
-    renew::{Shared, keep_fresh},
+    renew::{Shared, follow_clock, keep_fresh},
     slot::Slot,
 };
 use super::{
@@ -45,7 +45,15 @@ pub struct IdentityStore {
     /// One for each identity, which renews its certificate. Also taken to add and remove them.
     tasks: Mutex<BTreeMap<SpiffeId, JoinHandle<()>>>,
     holders: Holders,
+    /// Follows the steps of the wall clock.
+    clock: Mutex<Option<JoinHandle<()>>>,
 }
+
+/// For a renewal that is under way, of a certificate that has expired: connections wait for it. Well below the
+/// time-out of a handshake.
+const RENEWAL: Duration = Duration::from_secs(3);
+/// How often is looked whether it has ended without a new certificate.
+const RENEWAL_LOOK: Duration = Duration::from_millis(50);
 
 // === impl IdentityStore ===
 
@@ -71,11 +79,13 @@ impl IdentityStore {
                 configured: Mutex::new(Configured::new(policy)),
                 slots: ArcSwap::default(),
                 changes: watch::Sender::new(0),
+                steps: watch::Sender::default(),
                 generation: AtomicU64::new(0),
                 announced: Mutex::default(),
             }),
             tasks: Mutex::default(),
             holders: Holders::default(),
+            clock: Mutex::default(),
         }
     }
 
@@ -97,6 +107,8 @@ impl IdentityStore {
     /// source has given something. Comes back at once; [`Self::changes`] tells when certificates
     /// have arrived. Needs a tokio runtime, on which the renewing goes on.
     pub fn ensure(&self, wanted: &BTreeMap<SpiffeId, String>) {
+        let follow = || tokio::spawn(follow_clock(self.shared.clone()));
+        lock(&self.clock).get_or_insert_with(follow);
         let mut tasks = lock(&self.tasks);
         let before = self.shared.slots.load_full();
         let mut slots = BTreeMap::new();
@@ -141,6 +153,26 @@ impl IdentityStore {
     pub fn current(&self, id: &SpiffeId) -> Option<Arc<Svid>> {
         let svid = self.shared.slots.load().get(id)?.svid.load_full()?;
         svid.is_valid_at(SystemTime::now()).then_some(svid)
+    }
+
+    /// The same, once a renewal that is under way has ended. After a step of the clock, or when the
+    /// machine wakes up, every certificate may have expired at once.
+    pub async fn current_soon(&self, id: &SpiffeId) -> Option<Arc<Svid>> {
+        let deadline = Instant::now() + RENEWAL;
+        let mut changes = self.changes();
+        loop {
+            let current = self.current(id);
+            if current.is_some() || !self.is_renewing(id) || Instant::now() >= deadline {
+                return current;
+            }
+            // Whether it was this identity's is seen above.
+            let _ = timeout(RENEWAL_LOOK, changes.changed()).await;
+        }
+    }
+
+    fn is_renewing(&self, id: &SpiffeId) -> bool {
+        let slots = self.shared.slots.load();
+        slots.get(id).is_some_and(|slot| slot.is_renewing())
     }
 
     /// The bundles by which `id` judges its peers now. The same value, by its address, for as long
@@ -270,6 +302,9 @@ impl Drop for IdentityStore {
     fn drop(&mut self) {
         for task in lock(&self.tasks).values() {
             task.abort();
+        }
+        if let Some(clock) = &*lock(&self.clock) {
+            clock.abort();
         }
     }
 }

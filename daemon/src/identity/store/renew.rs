@@ -16,7 +16,7 @@ use tokio::{sync::watch, time::timeout};
 use super::{Sources, configured::Configured, lock, slot::Slot};
 use crate::identity::{
     CertificateSource, Material, ReloadCounts, ReloadError, ReloadResult, SourceError, SpiffeId,
-    Svid, renewal::Renewal,
+    Svid, clock_steps, renewal::Renewal,
 };
 
 /// How long a source may take to answer. A source that issues over the network needs seconds.
@@ -33,6 +33,8 @@ pub(super) struct Shared {
     pub(super) counts: Mutex<BTreeMap<String, ReloadCounts>>,
     pub(super) slots: ArcSwap<BTreeMap<SpiffeId, Arc<Slot>>>,
     pub(super) changes: watch::Sender<u64>,
+    /// Of the wall clock.
+    pub(super) steps: watch::Sender<()>,
     /// Of the newest certificate.
     pub(super) generation: AtomicU64,
     /// Ends of signers that were announced in the log, and when: identities mostly have the same.
@@ -41,16 +43,31 @@ pub(super) struct Shared {
 
 // === impl Shared ===
 
+/// Has every identity look at the clock when it was set.
+pub(super) async fn follow_clock(shared: Arc<Shared>) {
+    let result = clock_steps::follow(|| {
+        tracing::info!("the wall clock was set: certificates are looked at again");
+        shared.steps.send_replace(());
+        shared.changed();
+    });
+    if let Err(error) = result.await {
+        tracing::warn!(%error, "steps of the wall clock are noticed within ten seconds only");
+    }
+}
+
 /// Fetches one identity's certificate and renews it, until the identity is removed.
 pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
     let source = shared.sources.get(&slot.source).cloned();
     let mut news = source.as_ref().map(|source| source.changes(&slot.id));
     let mut asked = slot.asked.subscribe();
+    let mut steps = shared.steps.subscribe();
     let mut renewal = Renewal::new();
     let mut looked = SystemTime::now();
     loop {
         // The wall clock at every turn: it may jump.
         let now = SystemTime::now();
+        // Before what has expired is gone: who asks for it waits.
+        slot.set_renewing(renewal.is_due(now));
         shared.drop_expired(&slot, now);
         shared.let_time_pass(&slot, looked, now);
         shared.announce(&slot, now);
@@ -62,6 +79,7 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
             renewal.attempted(in_force.as_deref(), SystemTime::now());
             shared.record(&slot, result, now, renewal.next());
             slot.answered.send_replace(number);
+            slot.set_renewing(false);
         }
         let now = SystemTime::now();
         let sleep = slot.until_turn(now).min(renewal.sleep(now));
@@ -69,6 +87,7 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
             () = tokio::time::sleep(sleep) => {}
             () = changed(&mut news) => renewal.hurry(),
             Ok(()) = asked.changed() => renewal.hurry(),
+            Ok(()) = steps.changed() => {}
         }
     }
 }

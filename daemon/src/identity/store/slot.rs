@@ -1,7 +1,10 @@
 //! One identity of a store.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -33,6 +36,7 @@ pub(super) struct Slot {
     /// followed by one.
     pub(super) asked: watch::Sender<u64>,
     pub(super) answered: watch::Sender<u64>,
+    renewing: AtomicBool,
 }
 
 /// How fetching goes.
@@ -58,6 +62,7 @@ impl Slot {
             progress: Mutex::default(),
             asked: watch::Sender::default(),
             answered: watch::Sender::default(),
+            renewing: AtomicBool::new(false),
         }
     }
 
@@ -73,7 +78,21 @@ impl Slot {
             progress: Mutex::new(lock(&self.progress).clone()),
             asked: watch::Sender::default(),
             answered: watch::Sender::default(),
+            renewing: AtomicBool::new(false),
         }
+    }
+
+    /// Whether its source is being asked for a certificate, or will be at once, since that in force has
+    /// expired this moment.
+    pub(super) fn is_renewing(&self) -> bool {
+        let svid = self.svid.load();
+        let expired = |svid: &Arc<Svid>| svid.not_after < SystemTime::now();
+        self.renewing.load(Ordering::Relaxed) || svid.as_ref().is_some_and(expired)
+    }
+
+    /// The source is being asked, or not any more.
+    pub(super) fn set_renewing(&self, renewing: bool) {
+        self.renewing.store(renewing, Ordering::Relaxed);
     }
 
     /// Time until its certificate expires, or its bundles begin to say something else by themselves.

@@ -1,21 +1,29 @@
 //! The life of tunnels: certificates that change, peers that fail, and the daemon's own end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
+use futures_util::{FutureExt, future::BoxFuture};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::watch,
     task::spawn_local,
     time::{Instant, sleep, timeout},
 };
 
 use super::{
     node::{ALLOW, Node, is_reset},
-    rig::{authority, authority_for, id, run},
+    rig::{Authority, authority, authority_for, id, run},
 };
 use crate::{
     config::{Limits, Timeouts},
-    identity::{TrustBundle, TrustDomain},
+    identity::{CertificateSource, Material, SourceError, SpiffeId, TrustBundle, TrustDomain},
 };
 
 /// Accepts and keeps.
@@ -293,6 +301,65 @@ fn no_connection_outlives_the_certificates_that_it_was_opened_with() {
         node.counts(&["connections_closed", "certificate_expired"])
             .await;
     });
+}
+
+#[test]
+fn a_connection_waits_for_a_renewal_that_is_under_way_and_for_no_other() {
+    run(async {
+        let source = Arc::new(Late {
+            authority: authority_for(Duration::from_secs(4)),
+            // Begun at half of the time, it ends after the certificate.
+            delay: Duration::from_millis(2500),
+            asked: AtomicUsize::new(0),
+        });
+        let (limits, timeouts) = (Limits::default(), Timeouts::default());
+        let node = Node::with_source(ALLOW, limits, timeouts, source.clone()).await;
+        let _accepted = accept(node.listen("10.0.0.2:80"));
+        let id = id("cart");
+        until("the certificate does not expire", async || {
+            node.identities.current(&id).is_none()
+        })
+        .await;
+        let mut stream = node.connect("10.0.0.2:80").await;
+        stands(&mut stream).await;
+        // Where the source gives nothing, nothing is waited for.
+        source.authority.withdraw();
+        until("the identity is not withdrawn", async || {
+            node.identities.current_soon(&id).await.is_none()
+        })
+        .await;
+        let refused = Instant::now();
+        is_reset(node.try_connect("10.0.0.2:80").await).await;
+        assert!(refused.elapsed() < Duration::from_secs(1));
+    });
+}
+
+/// An authority that takes its time, but for the first certificate of each of three identities.
+#[derive(Debug)]
+struct Late {
+    authority: Arc<Authority>,
+    delay: Duration,
+    asked: AtomicUsize,
+}
+
+impl CertificateSource for Late {
+    fn name(&self) -> &'static str {
+        "late"
+    }
+
+    fn fetch<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Material, SourceError>> {
+        async move {
+            if self.asked.fetch_add(1, Ordering::Relaxed) >= 3 {
+                sleep(self.delay).await;
+            }
+            self.authority.fetch(id).await
+        }
+        .boxed()
+    }
+
+    fn changes(&self, id: &SpiffeId) -> watch::Receiver<u64> {
+        self.authority.changes(id)
+    }
 }
 
 #[test]
