@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use time::OffsetDateTime;
 
-use crate::arrange::{PORT, Pair, serve};
+use crate::arrange::{PORT, Pair, send, serve};
 
 /// Of the certificates of both ends.
 const LIFETIME: Duration = Duration::from_secs(10);
@@ -126,7 +126,25 @@ fn a_cut_over_an_expiry_ends_connections_with_their_certificates() {
     for end in [&pair.client, &pair.server] {
         proven.renew(end);
     }
-    goes_on(&mut proven.beating());
+    let to = pair.server.addresses().port4(PORT);
+    eventually("a new connection works", || {
+        let words = ["--text", "again", "--patience", "3"];
+        send(&pair.client, to, &words).status.success()
+    });
+}
+
+#[test]
+fn connections_of_daemons_that_were_taken_over_live_through_renewals() {
+    let mut proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    let old: Vec<_> = proven.daemons.iter_mut().map(Daemon::take_over).collect();
+    for _ in 0..5 {
+        proven.wait_and_renew(&[&proven.pair.client, &proven.pair.server]);
+        // New ones go through the new daemons, and do not end the old tunnels.
+        proven.beat(false);
+    }
+    goes_on(&mut beating);
+    drop(old);
 }
 
 #[test]
@@ -141,7 +159,6 @@ fn a_root_is_replaced_underneath_connections() {
     proven.renew(&proven.pair.client);
     thread::sleep(Duration::from_secs(2));
     proven.renew(&proven.pair.server);
-    thread::sleep(RENEWED_AFTER);
     proven.wait_and_renew(&[&proven.pair.client, &proven.pair.server]);
     thread::sleep(Duration::from_secs(2));
     proven.trust(&[&proven.root]);

@@ -285,17 +285,23 @@ async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     let _place = shaken.place;
     let link = worker.links.insert(Link::new(shaken.ends, shaken.proven));
     judge(&worker, &link, SystemTime::now());
-    if worker.draining.get() || worker.leaving.get() {
+    if worker.draining.get() || (worker.leaving.get() && !link.is_provable()) {
         link.retire();
     }
     let on_stream = {
         let (worker, link) = (worker.clone(), link.value().clone());
-        move |stream: Incoming| {
+        move |mut stream: Incoming| {
             if !link.is_in_time() {
                 return;
             }
             if proof::is_asked(&link, &stream.0) {
                 spawn_local(proof::answer(worker.clone(), link.clone(), stream));
+                return;
+            }
+            // A GOAWAY would rule out proofs as well: so each stream is refused, and asked for again
+            // in a tunnel to the other daemon.
+            if worker.leaving.get() && link.is_provable() {
+                stream.1.send_reset(h2::Reason::REFUSED_STREAM);
                 return;
             }
             spawn_local(inbound::serve(

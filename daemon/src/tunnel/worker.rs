@@ -205,12 +205,14 @@ impl Worker {
     pub(super) async fn hand_over(&self, deadline: Instant) {
         self.leaving.set(true);
         self.stop_accepting();
-        self.links.for_each(|link| {
-            if link.ends.role == Role::Server {
-                link.retire();
-            }
-        });
         loop {
+            self.links.for_each(|link| {
+                // One that can be proven again is, for as long as it carries something.
+                let proven = link.is_provable() && link.streams() > 0;
+                if link.ends.role == Role::Server && !proven {
+                    link.retire();
+                }
+            });
             // First: what was accepted a moment ago has a task that has not run yet.
             sleep(DRAIN_LOOK).await;
             self.pool.retire_idle();
