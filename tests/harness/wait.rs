@@ -10,7 +10,7 @@ pub const SOON: Duration = Duration::from_secs(20);
 
 /// How long a daemon's start may take: in a virtual machine without hardware for it, the kernel's
 /// verifier alone needs most of a minute beside other work.
-pub const START: Duration = Duration::from_secs(90);
+pub(crate) const START: Duration = Duration::from_secs(90);
 
 pub(crate) const PAUSE: Duration = Duration::from_millis(5);
 
