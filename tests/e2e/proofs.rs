@@ -8,7 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{Daemon, FileIssuer, Process, Reeve, Workload, certs::Authority, eventually};
+use harness::{
+    Daemon, FileIssuer, Process, Reeve, Workload,
+    certs::{self, Authority, Issued},
+    eventually,
+};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use time::OffsetDateTime;
@@ -94,10 +98,10 @@ fn a_daemon_that_stands_still_over_a_proof_costs_no_connection() {
     let mut beating = proven.beating();
     for daemon in &proven.daemons {
         let ends = [&proven.pair.client, &proven.pair.server];
-        ends.iter().for_each(|end| proven.renew(end));
+        let _ = ends.map(|end| proven.renew(end));
         thread::sleep(RENEWED_AFTER - Duration::from_secs(1));
         daemon.signal(Signal::SIGSTOP);
-        ends.iter().for_each(|end| proven.renew(end));
+        let _ = ends.map(|end| proven.renew(end));
         thread::sleep(RENEWED_AFTER);
         daemon.signal(Signal::SIGCONT);
         thread::sleep(Duration::from_secs(2));
@@ -169,6 +173,33 @@ fn a_root_is_replaced_underneath_connections() {
 }
 
 #[test]
+fn a_certificate_that_is_revoked_closes_the_tunnel_that_it_has_once_proven() {
+    let proven = Proven::revocable();
+    // Proves nothing before connections do.
+    let first = proven.renew(&proven.pair.client);
+    thread::sleep(Duration::from_secs(1));
+    let mut beating = proven.beating();
+    proven.renew(&proven.pair.client);
+    // In the tunnel of each family.
+    let proofs = [("role", "server"), ("result", "ok")];
+    proven.daemons[1].wait_for_metric("reeve_tunnel_proofs_total", &proofs, 2.0);
+    goes_on(&mut beating);
+    proven.revoke(&[&first]);
+    eventually("the connections have ended", || {
+        beating.iter_mut().all(|beating| beating.ended().is_some())
+    });
+    let revoked = [("reason", "peer_revoked")];
+    proven.daemons[1].wait_for_metric("reeve_tunnels_closed_total", &revoked, 1.0);
+    // The certificate that it has now opens tunnels.
+    proven.renew(&proven.pair.server);
+    let to = proven.pair.server.addresses().port4(PORT);
+    eventually("a new connection works", || {
+        let words = ["--text", "again", "--patience", "3"];
+        send(&proven.pair.client, to, &words).status.success()
+    });
+}
+
+#[test]
 fn many_tunnels_are_proven_at_the_same_moment() {
     const TUNNELS: usize = 60;
     let proven = Proven::start(|reeve| {
@@ -199,10 +230,24 @@ struct Proven {
 
 impl Proven {
     fn start(configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>) -> Self {
+        Self::made(false, configure)
+    }
+
+    /// With revocation lists, which revoke nobody yet.
+    fn revocable() -> Self {
+        Self::made(true, |reeve| reeve)
+    }
+
+    fn made(revocable: bool, configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>) -> Self {
         let pair = Pair::new();
         let root = Authority::root(TRUST_DOMAIN);
         let folder = pair.one.folder().join("certificates");
         trust(&folder, &[&root]);
+        let mut lists = json!({});
+        if revocable {
+            revoke(&folder, &root, &[]);
+            lists[TRUST_DOMAIN] = json!([folder.join("crl.pem")]);
+        }
         let mut source = FileIssuer::source(&folder);
         source["files"]["key"] = json!("svid.pem");
         source["files"]["bundle"] = json!(null);
@@ -214,6 +259,7 @@ impl Proven {
             configure(reeve)
                 .set("/certificates/sources", json!([source]))
                 .set("/certificates/trustBundles", bundles)
+                .set("/certificates/revocationLists", lists.clone())
                 .start()
         };
         let daemons = [with(pair.allowing_at_one()), with(pair.allowing_at_two())];
@@ -230,13 +276,20 @@ impl Proven {
         }
     }
 
-    fn renew(&self, workload: &Workload) {
-        issue(&self.folder, &self.root, workload);
+    fn renew(&self, workload: &Workload) -> Issued {
+        issue(&self.folder, &self.root, workload)
+    }
+
+    /// Publishes that these are revoked.
+    fn revoke(&self, revoked: &[&Issued]) {
+        revoke(&self.folder, &self.root, revoked);
     }
 
     fn wait_and_renew(&self, workloads: &[&Workload]) {
         thread::sleep(RENEWED_AFTER);
-        workloads.iter().for_each(|workload| self.renew(workload));
+        for workload in workloads {
+            self.renew(workload);
+        }
     }
 
     fn trust(&self, roots: &[&Authority]) {
@@ -290,12 +343,20 @@ fn trust(folder: &Path, roots: &[&Authority]) {
 }
 
 /// Writes a certificate and its key, which lie in one file and change at once.
-fn issue(folder: &Path, root: &Authority, workload: &Workload) {
+fn issue(folder: &Path, root: &Authority, workload: &Workload) -> Issued {
     let issued = root.leaf_with(&workload.spiffe_id(TRUST_DOMAIN), |params| {
         params.not_after = OffsetDateTime::now_utc() + LIFETIME;
     });
     let text = issued.chain_pem() + &issued.key_pem();
     put(&folder.join(workload.name()).join("svid.pem"), &text);
+    issued
+}
+
+fn revoke(folder: &Path, root: &Authority, revoked: &[&Issued]) {
+    let serials: Vec<_> = revoked.iter().map(|issued| issued.serial()).collect();
+    let serials: Vec<&[u8]> = serials.iter().map(Vec::as_slice).collect();
+    let list = root.revocation_list(&serials, time::Duration::hours(1));
+    put(&folder.join("crl.pem"), &certs::crl_pem(&list));
 }
 
 fn put(file: &Path, text: &str) {
