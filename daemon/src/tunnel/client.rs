@@ -16,7 +16,7 @@ use h2::{
     RecvStream, SendStream,
     client::{Builder, Connection, SendRequest},
 };
-use http::{Method, Request, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri};
 use rustls::ClientConfig;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
@@ -319,7 +319,7 @@ pub(super) async fn request(
     peer: SocketAddr,
     destination: SocketAddr,
     first: &mut FirstBytes<'_>,
-) -> Result<(SendStream<Bytes>, RecvStream), NoStream> {
+) -> Result<(SendStream<Bytes>, Response<RecvStream>), NoStream> {
     poll_fn(|cx| request.poll_ready(cx))
         .await
         .map_err(|_| NoStream::Unprocessed)?;
@@ -352,7 +352,7 @@ pub(super) async fn request(
     match response.status() {
         StatusCode::OK => {
             first.answered(&mut stream);
-            Ok((stream, response.into_body()))
+            Ok((stream, response))
         }
         status => Err(NoStream::Failed(TunnelError::Answer {
             to: peer,

@@ -18,7 +18,7 @@ use super::{
     copy::copy,
     driver::Incoming,
     link::Link,
-    socket,
+    proof, socket,
     worker::Worker,
 };
 
@@ -56,7 +56,7 @@ pub(super) async fn serve(
         None => Err(TunnelError::BadRequest),
     };
     let refused = match connected {
-        Ok((app, place)) => match begin(&mut respond) {
+        Ok((app, place)) => match begin(&link, &mut respond) {
             Ok(send) => {
                 let live = call.open(&worker, &link, place);
                 carry(&worker, live, app, send, request.into_body()).await;
@@ -178,9 +178,9 @@ fn admit(worker: &Worker, link: &Link, call: &mut Call) -> Result<WorkloadId, Tu
 }
 
 /// Tells the client that the connection stands.
-fn begin(respond: &mut SendResponse<Bytes>) -> Result<SendStream<Bytes>, TunnelError> {
+fn begin(link: &Link, respond: &mut SendResponse<Bytes>) -> Result<SendStream<Bytes>, TunnelError> {
     respond
-        .send_response(Response::new(()), false)
+        .send_response(proof::accepting(link), false)
         .map_err(|_| TunnelError::ClientGone)
 }
 

@@ -140,11 +140,14 @@ impl Pool {
         for _ in 0..ATTEMPTS {
             let ready = self.ready(worker, wanted).await?;
             match client::request(worker, ready.request, peer, destination, first).await {
-                Ok((send, recv)) => {
+                Ok((send, response)) => {
+                    if proof::is_wanted(&response) {
+                        ready.slot.prove(worker);
+                    }
                     return Ok(Stream {
                         slot: ready.slot,
                         send,
-                        recv,
+                        recv: response.into_body(),
                     });
                 }
                 Err(NoStream::Failed(error)) => return Err(ready.slot.explain(error)),
@@ -560,6 +563,16 @@ impl Tunnel {
 // === impl Slot ===
 
 impl Slot {
+    /// Has the tunnel proven again at once.
+    fn prove(&self, worker: &Rc<Worker>) {
+        let tunnels = self.entry.tunnels.borrow();
+        let is_it = |tunnel: &&Tunnel| Rc::ptr_eq(&tunnel.link, &self.link);
+        if let Some(tunnel) = tunnels.iter().find(is_it) {
+            let (link, request) = (tunnel.link.clone(), tunnel.request.clone());
+            spawn_local(proof::ask(worker.clone(), link, request));
+        }
+    }
+
     /// The tunnel.
     pub(super) fn link(&self) -> &Rc<Link> {
         &self.link

@@ -22,7 +22,10 @@ use std::{
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::SendRequest, server::SendResponse};
-use http::{Method, Request, Response, StatusCode};
+use http::{
+    Method, Request, Response, StatusCode,
+    header::{HeaderName, HeaderValue},
+};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -52,6 +55,9 @@ pub(super) use stream::ProofStream;
 
 /// The authority that asks for a proof: a name, which no workload has.
 const AUTHORITY: &str = "proof.reeve.internal:15008";
+/// Field of a server's answer to any request: its certificate has been replaced since the tunnel was
+/// proven last. Without it the client would learn of it at half of what is left of the old one.
+const WANTED: HeaderName = HeaderName::from_static("reeve-proof");
 /// The longest that a proof may take, on a slow or crowded wire. Never longer than a quarter of what is
 /// left, nor shorter than a handshake.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -106,7 +112,7 @@ struct Shown {
 
 /// Has a tunnel proven again, unless that is under way.
 pub(super) async fn ask(worker: Rc<Worker>, link: Rc<Link>, request: SendRequest<Bytes>) {
-    if !link.begin_proof(ASK_PAUSE) {
+    if !link.is_provable() || !link.begin_proof(ASK_PAUSE) {
         return;
     }
     let result = ask_in_time(&worker, &link, request).await;
@@ -180,6 +186,21 @@ async fn show_as_client(
 }
 
 // === The server ===
+
+/// The answer to a client whose connection stands.
+pub(super) fn accepting(link: &Link) -> Response<()> {
+    let mut response = Response::new(());
+    if link.is_provable() && link.outdated(std::time::Instant::now()).is_some() {
+        let wanted = HeaderValue::from_static("wanted");
+        response.headers_mut().insert(WANTED, wanted);
+    }
+    response
+}
+
+/// Whether a server wants to be asked for a proof.
+pub(super) fn is_wanted<T>(response: &Response<T>) -> bool {
+    response.headers().contains_key(WANTED)
+}
 
 /// Whether a request asks for a proof of its tunnel.
 pub(super) fn is_asked(link: &Link, request: &Request<RecvStream>) -> bool {
