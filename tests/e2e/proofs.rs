@@ -59,6 +59,24 @@ fn a_server_that_renews_late_is_asked_again() {
 }
 
 #[test]
+fn a_server_that_has_renewed_says_so_long_before_it_would_be_asked() {
+    let proven = Proven::made(false, Duration::from_secs(300), |reeve| reeve);
+    let mut beating = proven.beating();
+    proven.renew(&proven.pair.server);
+    let proofs = || {
+        let labels = [("role", "client"), ("result", "ok")];
+        let metrics = proven.daemons[0].metrics();
+        metrics.sum("reeve_tunnel_proofs_total", &labels)
+    };
+    // The answer to the next connection has it.
+    eventually("a proof", || {
+        let _next = proven.beat(false);
+        proofs() >= 1.0
+    });
+    goes_on(&mut beating);
+}
+
+#[test]
 fn a_source_that_is_away_for_longer_than_one_proof_costs_no_connection() {
     let proven = Proven::start(|reeve| reeve);
     let mut beating = proven.beating();
@@ -219,26 +237,31 @@ fn many_tunnels_are_proven_at_the_same_moment() {
     proven.daemons[1].wait_for_metric("reeve_tunnel_proofs_total", &labels, proofs);
 }
 
-/// Two nodes whose workloads have certificates of [`LIFETIME`].
+/// Two nodes whose workloads have certificates of a lifetime.
 struct Proven {
     pair: Pair,
     daemons: [Daemon; 2],
     root: Authority,
     folder: PathBuf,
+    lifetime: Duration,
     _server: Process,
 }
 
 impl Proven {
     fn start(configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>) -> Self {
-        Self::made(false, configure)
+        Self::made(false, LIFETIME, configure)
     }
 
     /// With revocation lists, which revoke nobody yet.
     fn revocable() -> Self {
-        Self::made(true, |reeve| reeve)
+        Self::made(true, LIFETIME, |reeve| reeve)
     }
 
-    fn made(revocable: bool, configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>) -> Self {
+    fn made(
+        revocable: bool,
+        lifetime: Duration,
+        configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>,
+    ) -> Self {
         let pair = Pair::new();
         let root = Authority::root(TRUST_DOMAIN);
         let folder = pair.one.folder().join("certificates");
@@ -252,7 +275,7 @@ impl Proven {
         source["files"]["key"] = json!("svid.pem");
         source["files"]["bundle"] = json!(null);
         for workload in [&pair.client, &pair.server] {
-            issue(&folder, &root, workload);
+            issue(&folder, &root, workload, lifetime);
         }
         let with = |reeve| {
             let bundles = json!({TRUST_DOMAIN: folder.join("roots.pem")});
@@ -265,19 +288,20 @@ impl Proven {
         let daemons = [with(pair.allowing_at_one()), with(pair.allowing_at_two())];
         let server = serve(&pair.server, PORT, &["--mode", "echo"]);
         for workload in [&pair.client, &pair.server] {
-            issue(&folder, &root, workload);
+            issue(&folder, &root, workload, lifetime);
         }
         Self {
             daemons,
             root,
             folder,
+            lifetime,
             _server: server,
             pair,
         }
     }
 
     fn renew(&self, workload: &Workload) -> Issued {
-        issue(&self.folder, &self.root, workload)
+        issue(&self.folder, &self.root, workload, self.lifetime)
     }
 
     /// Publishes that these are revoked.
@@ -343,9 +367,9 @@ fn trust(folder: &Path, roots: &[&Authority]) {
 }
 
 /// Writes a certificate and its key, which lie in one file and change at once.
-fn issue(folder: &Path, root: &Authority, workload: &Workload) -> Issued {
+fn issue(folder: &Path, root: &Authority, workload: &Workload, lifetime: Duration) -> Issued {
     let issued = root.leaf_with(&workload.spiffe_id(TRUST_DOMAIN), |params| {
-        params.not_after = OffsetDateTime::now_utc() + LIFETIME;
+        params.not_after = OffsetDateTime::now_utc() + lifetime;
     });
     let text = issued.chain_pem() + &issued.key_pem();
     put(&folder.join(workload.name()).join("svid.pem"), &text);
