@@ -40,6 +40,13 @@ impl Listener for UnixListener {
     }
 }
 
+/// The listener, if there is one; told where there is none.
+fn usable<L>(what: &str, listener: io::Result<L>) -> Option<L> {
+    listener
+        .inspect_err(|error| tracing::error!(%error, "{what} cannot be served"))
+        .ok()
+}
+
 /// Accepts until `stopped`, `most` connections at the same time, and lets those that it has accepted
 /// be served to their end. `what` it is goes into the log.
 pub(crate) async fn serve<L: Listener, F>(
@@ -51,12 +58,8 @@ pub(crate) async fn serve<L: Listener, F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let listener = match listener {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%error, "{what} cannot be served");
-            return;
-        }
+    let Some(listener) = usable(what, listener) else {
+        return;
     };
     let places = Arc::new(Semaphore::new(most as usize));
     loop {
@@ -100,12 +103,8 @@ pub(crate) async fn serve_newest<L: Listener, F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let listener = match listener {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%error, "{what} cannot be served");
-            return;
-        }
+    let Some(listener) = usable(what, listener) else {
+        return;
     };
     let mut served = JoinSet::new();
     let mut by_age: VecDeque<AbortHandle> = VecDeque::new();

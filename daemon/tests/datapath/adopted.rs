@@ -7,23 +7,14 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
-use crate::world::{MOMENT, PATIENCE, Scope, World};
+use crate::{
+    handed::sharing,
+    world::{MOMENT, PATIENCE, Scope, World},
+};
 use reeve_common::{
-    Direction, Hook, NamespaceEntry, Reason,
+    Direction, Hook, Reason,
     protocol::{TCP, UDP},
 };
-
-/// A workload that shares its namespace with strangers, as on a host.
-fn sharing() -> World {
-    let mut world = World::new();
-    let (id, depth) = (world.workload.id(), world.workload.depth());
-    world.add_workload(id, depth, 1);
-    let shared = NamespaceEntry::default();
-    let namespace = (world.here.netns.cookie, shared);
-    world.state.namespaces.push(namespace);
-    world.apply();
-    world
-}
 
 /// `accept()` that asks for no address.
 fn accept(listener: &TcpListener) -> TcpStream {

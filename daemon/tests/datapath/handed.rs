@@ -19,7 +19,7 @@ use crate::world::{MOMENT, PATIENCE, Scope, World};
 
 /// A workload that shares its namespace with strangers, as on a host, so that nothing but its
 /// cgroup tells its sockets from theirs.
-fn sharing() -> World {
+pub(crate) fn sharing() -> World {
     let mut world = World::new();
     share(&mut world);
     world
