@@ -13,8 +13,8 @@ use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor
 use x509_parser::{certificate::X509Certificate, extensions::ParsedExtension, x509::X509Version};
 
 use super::{
-    CryptoPolicy, KeyKind, RejectReason, RevocationList, TrustDomain, UsedCertificate, clock,
-    revocation, svid_rules,
+    CryptoPolicy, KeyKind, RejectReason, RevocationList, TrustDomain, UsedCertificate, Validity,
+    clock, revocation, svid_rules,
 };
 
 /// The certificates that sign for one trust domain, and the revocation lists that go with them.
@@ -180,11 +180,28 @@ impl TrustBundle {
         facts.iter().map(|about| about.not_after).min()
     }
 
+    /// Validity of the certificate that expires last; none for an empty bundle.
+    #[must_use]
+    pub fn newest(&self) -> Option<Validity> {
+        let facts = self.authorities.facts.iter();
+        let newest = facts.max_by_key(|about| about.not_after)?;
+        Some(Validity {
+            not_before: newest.not_before,
+            not_after: newest.not_after,
+        })
+    }
+
     /// When the first of its revocation lists expires for which there is no newer one; none where
     /// revocation is not checked.
     #[must_use]
     pub fn next_update(&self) -> Option<SystemTime> {
-        revocation::next_update(&self.lists)
+        revocation::first_to_expire(&self.lists).map(RevocationList::next_update)
+    }
+
+    /// When the list of [`Self::next_update`] was issued.
+    #[must_use]
+    pub fn this_update(&self) -> Option<SystemTime> {
+        revocation::first_to_expire(&self.lists).map(RevocationList::this_update)
     }
 
     /// The times at which it begins to say something else by itself.

@@ -8,6 +8,7 @@ mod bundle;
 pub mod ca;
 mod clock;
 mod clock_steps;
+mod clocks;
 mod crypto;
 mod crypto_policy;
 mod describe;
@@ -36,6 +37,7 @@ mod verify;
 pub use agent::{Broker, BrokerPeers, DelegatedIdentity, Holder, Holders, Selector, WorkloadApi};
 pub use bundle::{BundleError, TrustBundle, TrustBundles, TrustStore};
 pub use ca::{CaError, EmbeddedCa};
+pub use clocks::{least_skew, skew_by_alert};
 pub use crypto::{ALPN, PROVABLE_ALPN, provider};
 pub use crypto_policy::{
     CipherSuite, CryptoPolicy, CryptoProfile, CryptoRules, KeyExchangeGroup, KeyType,

@@ -5,6 +5,7 @@ use std::io;
 use reeve_common::Reason;
 use rustls::{AlertDescription, CertificateError, Error, OtherError};
 
+use super::clocks::refusal_in;
 use crate::telemetry::HandshakeReason;
 
 macro_rules! reject_reasons {
@@ -106,12 +107,7 @@ impl RejectReason {
     /// The reason inside the error of a failed handshake, if the certificate was why it failed.
     #[must_use]
     pub fn of(error: &Error) -> Option<Self> {
-        match error {
-            Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-                inner.downcast_ref().copied()
-            }
-            _ => None,
-        }
+        refusal_in(error).map(|refusal| refusal.reason)
     }
 
     /// Why a tunnel is closed whose peer's certificate would be refused for this reason now.
@@ -125,11 +121,11 @@ impl RejectReason {
     }
 
     /// What to tell an operator of a failed handshake: where the certificate was why, the rule
-    /// that it breaks, by its name too.
+    /// that it breaks, by its name too, and what its dates tell of the clocks.
     #[must_use]
     pub fn explain(error: &io::Error) -> String {
-        match Self::of_io(error) {
-            Some(reason) => format!("{reason} ({})", reason.as_str()),
+        match tls_error(error).and_then(refusal_in) {
+            Some(refusal) => refusal.to_string(),
             None => error.to_string(),
         }
     }

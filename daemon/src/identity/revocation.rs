@@ -109,6 +109,12 @@ impl RevocationList {
         self.next_update
     }
 
+    /// When it was issued.
+    #[must_use]
+    pub fn this_update(&self) -> SystemTime {
+        self.this_update
+    }
+
     /// The list itself.
     #[must_use]
     pub fn der(&self) -> &CertificateRevocationListDer<'static> {
@@ -167,8 +173,8 @@ impl fmt::Debug for RevocationList {
     }
 }
 
-/// When the first of these lists expires for which there is no newer one; none without lists.
-pub(super) fn next_update(lists: &[Arc<RevocationList>]) -> Option<SystemTime> {
+/// The list that expires first, of those for which there is no newer one; none without lists.
+pub(super) fn first_to_expire(lists: &[Arc<RevocationList>]) -> Option<&RevocationList> {
     let mut newest: HashMap<&Series, &RevocationList> = HashMap::new();
     for list in lists {
         let known = newest.entry(&list.series).or_insert(list);
@@ -176,7 +182,7 @@ pub(super) fn next_update(lists: &[Arc<RevocationList>]) -> Option<SystemTime> {
             *known = list;
         }
     }
-    newest.values().map(|list| list.next_update).min()
+    newest.into_values().min_by_key(|list| list.next_update)
 }
 
 /// Whether a certificate is revoked by any of these lists. With none, nothing is checked; with at

@@ -25,6 +25,11 @@ pub trait CertificateSource: Send + Sync + fmt::Debug {
     /// meaning but to differ.
     fn changes(&self, id: &SpiffeId) -> watch::Receiver<u64>;
 
+    /// Whether it issues a new certificate at each call, so that reeve alone decides when to renew.
+    fn issues(&self) -> bool {
+        false
+    }
+
     /// What an operator should know of where `id`'s certificate comes from, though nothing fails.
     fn remarks(&self, _id: &SpiffeId) -> Vec<Remark> {
         Vec::new()

@@ -16,6 +16,11 @@ pub struct IdentityStatus {
     pub source: String,
     /// The certificate in force; none until there is one, or when it has expired.
     pub certificate: Option<CertificateStatus>,
+    /// The newest certificate that there has been, also when it has expired or was withdrawn.
+    pub newest: Option<CertificateStatus>,
+    /// Share of its lifetime that a certificate has left when its successor usually arrives: as it was
+    /// the last time, and before that what is usual for the kind of source.
+    pub renewal_left: f64,
     /// When the source is asked next.
     #[serde(serialize_with = "rfc3339")]
     pub next_attempt: Option<SystemTime>,
@@ -88,11 +93,16 @@ pub struct BundleStatus {
     /// When the first of them expires.
     #[serde(serialize_with = "rfc3339")]
     pub earliest_not_after: Option<SystemTime>,
+    /// Validity of the one that expires last: a successor has a later end.
+    pub newest: Option<Validity>,
     /// Whether revocation is checked: there is at least one revocation list.
     pub revocation_checked: bool,
     /// When the first revocation list expires.
     #[serde(serialize_with = "rfc3339")]
     pub next_update: Option<SystemTime>,
+    /// When that list was issued.
+    #[serde(serialize_with = "rfc3339")]
+    pub this_update: Option<SystemTime>,
 }
 
 impl From<&TrustBundle> for BundleStatus {
@@ -101,8 +111,10 @@ impl From<&TrustBundle> for BundleStatus {
             trust_domain: bundle.trust_domain().clone(),
             certificates: bundle.certificates().len(),
             earliest_not_after: bundle.earliest_not_after(),
+            newest: bundle.newest(),
             revocation_checked: bundle.revocation_lists() > 0,
             next_update: bundle.next_update(),
+            this_update: bundle.this_update(),
         }
     }
 }

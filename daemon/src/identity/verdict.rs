@@ -8,11 +8,11 @@ use std::{cell::Cell, future::Future, io};
 
 use rustls::{CertificateError, Error};
 
-use super::RejectReason;
+use super::{RejectReason, clocks::Refusal};
 
 tokio::task_local! {
     /// What the verifier has found in the handshake that this task is at.
-    static FOUND: Cell<Option<RejectReason>>;
+    static FOUND: Cell<Option<Refusal>>;
 }
 
 /// Shakes hands. Where our verifier refuses the peer, the error holds the [`RejectReason`].
@@ -24,7 +24,7 @@ pub async fn judged<T>(handshake: impl Future<Output = io::Result<T>>) -> io::Re
         let result = handshake.await;
         let found = FOUND.with(Cell::take);
         result.map_err(|error| match found {
-            Some(reason) => io::Error::new(error.kind(), Error::from(reason)),
+            Some(refusal) => io::Error::new(error.kind(), Error::from(refusal)),
             None => error,
         })
     };
@@ -33,10 +33,11 @@ pub async fn judged<T>(handshake: impl Future<Output = io::Result<T>>) -> io::Re
 
 /// The error for a verifier to give. Outside of [`judged`] it holds the reason itself, and the peer is
 /// told `certificate_unknown`.
-pub(super) fn refusal(reason: RejectReason) -> Error {
-    match FOUND.try_with(|found| found.set(Some(reason))) {
-        Ok(()) => Error::InvalidCertificate(alert(reason)),
-        Err(_) => reason.into(),
+pub(super) fn refusal(why: impl Into<Refusal>) -> Error {
+    let why = why.into();
+    match FOUND.try_with(|found| found.set(Some(why))) {
+        Ok(()) => Error::InvalidCertificate(alert(why.reason)),
+        Err(_) => why.into(),
     }
 }
 

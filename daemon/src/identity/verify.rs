@@ -24,7 +24,9 @@ use x509_parser::certificate::X509Certificate;
 use super::{
     CryptoPolicy, KeyKind, RejectReason, SpiffeId, TrustBundle, TrustBundles, TrustStore,
     bundle::key_id,
-    clock, crypto,
+    clock,
+    clocks::Refusal,
+    crypto,
     describe::rfc3339,
     revocation::{self, Issuer},
     svid_rules,
@@ -324,12 +326,14 @@ impl SvidVerifier {
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-    ) -> Result<(), RejectReason> {
+    ) -> Result<(), Error> {
         // The TLS library gives the time in whole seconds, in which what has just expired has not.
         let now = SystemTime::now();
-        let verified = verify_chain(&self.trust.current(), leaf, intermediates, now)?;
+        let bundles = self.trust.current();
+        let verified = verify_chain(&bundles, leaf, intermediates, now)
+            .map_err(|reason| refusal(Refusal::of(reason, &bundles, leaf, intermediates)))?;
         match &self.expected {
-            Some(expected) if *expected != verified.id => Err(RejectReason::WrongIdentity),
+            Some(expected) if *expected != verified.id => Err(refusal(RejectReason::WrongIdentity)),
             _ => Ok(()),
         }
     }
@@ -363,7 +367,7 @@ impl ServerCertVerifier for SvidVerifier {
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.verify(end_entity, intermediates).map_err(refusal)?;
+        self.verify(end_entity, intermediates)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -403,7 +407,7 @@ impl ClientCertVerifier for SvidVerifier {
         intermediates: &[CertificateDer<'_>],
         _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.verify(end_entity, intermediates).map_err(refusal)?;
+        self.verify(end_entity, intermediates)?;
         Ok(ClientCertVerified::assertion())
     }
 

@@ -8,8 +8,10 @@ use super::readings::Readings;
 
 /// The families of one scrape.
 pub(super) struct CertificateFamilies {
+    valid: IntGaugeVec,
     not_before: GaugeVec,
     not_after: GaugeVec,
+    renewal_left: GaugeVec,
     renewal_due: GaugeVec,
     last_success: GaugeVec,
     remarks: IntGaugeVec,
@@ -19,7 +21,10 @@ pub(super) struct CertificateFamilies {
     signer_not_before: GaugeVec,
     signer_not_after: GaugeVec,
     bundle: GaugeVec,
+    newest_not_before: GaugeVec,
+    newest_not_after: GaugeVec,
     revocation_checked: IntGaugeVec,
+    this_update: GaugeVec,
     next_update: GaugeVec,
     endpoint_up: IntGaugeVec,
     endpoint_success: GaugeVec,
@@ -39,6 +44,11 @@ impl CertificateFamilies {
             IntCounterVec::new(Opts::new(name, help), labels)
         };
         Ok(Self {
+            valid: gauges(
+                "reeve_certificate_valid",
+                "1 when an identity has a certificate that is valid now, else 0.",
+                &["identity"],
+            )?,
             not_before: times(
                 "reeve_certificate_not_before_timestamp_seconds",
                 "Start of the validity of an identity's newest certificate.",
@@ -46,7 +56,12 @@ impl CertificateFamilies {
             )?,
             not_after: times(
                 "reeve_certificate_not_after_timestamp_seconds",
-                "When an identity's certificate, or one above it up to the authority, expires first.",
+                "Expiry of an identity's newest certificate, or of the CA above it that expires earlier; stays when it has expired.",
+                "identity",
+            )?,
+            renewal_left: times(
+                "reeve_certificate_renewal_left_ratio",
+                "Share of its lifetime that a certificate has left when its successor usually arrives: at the last renewal; before one was seen, 0.4 of a CA that reeve runs and 0.1 of other sources.",
                 "identity",
             )?,
             renewal_due: times(
@@ -94,6 +109,16 @@ impl CertificateFamilies {
                 "End of the validity of the authority in a trust bundle that expires first.",
                 "trust_domain",
             )?,
+            newest_not_before: times(
+                "reeve_trust_bundle_newest_not_before_timestamp_seconds",
+                "Start of the validity of the authority in a trust bundle that expires last.",
+                "trust_domain",
+            )?,
+            newest_not_after: times(
+                "reeve_trust_bundle_newest_not_after_timestamp_seconds",
+                "End of the validity of the authority in a trust bundle that expires last: its successor, once there is one.",
+                "trust_domain",
+            )?,
             revocation_checked: gauges(
                 "reeve_revocation_checked",
                 "1 when there are revocation lists for a trust domain, 0 when nothing is checked.",
@@ -101,7 +126,12 @@ impl CertificateFamilies {
             )?,
             next_update: times(
                 "reeve_revocation_list_next_update_timestamp_seconds",
-                "When the revocation list of a trust domain expires that expires first.",
+                "Earliest expiry of any revocation list of a trust domain.",
+                "trust_domain",
+            )?,
+            this_update: times(
+                "reeve_revocation_list_this_update_timestamp_seconds",
+                "When that revocation list was issued.",
                 "trust_domain",
             )?,
             endpoint_up: gauges(
@@ -137,7 +167,12 @@ impl CertificateFamilies {
     fn set_identities(&self, readings: &Readings) {
         for status in &readings.identities {
             let identity = status.spiffe_id.as_str();
-            let certificate = status.certificate.as_ref();
+            let valid = i64::from(status.certificate.is_some());
+            self.valid.with_label_values(&[identity]).set(valid);
+            let left = self.renewal_left.with_label_values(&[identity]);
+            left.set(status.renewal_left);
+            // The newest that there has been: an alert about its end stays when it has expired.
+            let certificate = status.newest.as_ref();
             for (family, time) in [
                 (&self.not_before, certificate.map(|found| found.not_before)),
                 (&self.not_after, certificate.map(|found| found.not_after)),
@@ -191,15 +226,21 @@ impl CertificateFamilies {
                 let all = readings.bundles.iter();
                 all.filter(|other| other.trust_domain == bundle.trust_domain)
             };
+            let newest = same().filter_map(|other| other.newest);
+            let newest = newest.min_by_key(|newest| newest.not_after);
+            let list = same().min_by_key(|other| {
+                let end = other.next_update;
+                (end.is_none(), end)
+            });
             for (family, time) in [
                 (
                     &self.bundle,
                     same().filter_map(|other| other.earliest_not_after).min(),
                 ),
-                (
-                    &self.next_update,
-                    same().filter_map(|other| other.next_update).min(),
-                ),
+                (&self.newest_not_before, newest.map(|it| it.not_before)),
+                (&self.newest_not_after, newest.map(|it| it.not_after)),
+                (&self.next_update, list.and_then(|it| it.next_update)),
+                (&self.this_update, list.and_then(|it| it.this_update)),
             ] {
                 if let Some(time) = time {
                     family.with_label_values(&domain).set(unix_seconds(time));
@@ -235,10 +276,12 @@ impl CertificateFamilies {
         }
     }
 
-    pub(super) fn collectors(&self) -> [&dyn Collector; 17] {
+    pub(super) fn collectors(&self) -> [&dyn Collector; 22] {
         [
+            &self.valid,
             &self.not_before,
             &self.not_after,
+            &self.renewal_left,
             &self.renewal_due,
             &self.last_success,
             &self.remarks,
@@ -248,8 +291,11 @@ impl CertificateFamilies {
             &self.signer_not_before,
             &self.signer_not_after,
             &self.bundle,
+            &self.newest_not_before,
+            &self.newest_not_after,
             &self.revocation_checked,
             &self.next_update,
+            &self.this_update,
             &self.endpoint_up,
             &self.endpoint_success,
             &self.endpoint_refreshes,

@@ -1,6 +1,10 @@
 //! The metrics, one method for each thing that is counted.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
@@ -179,6 +183,11 @@ impl Metrics {
             .handshake_seconds
             .with_label_values(&[role])
             .observe(handshake.duration.as_secs_f64());
+    }
+
+    /// A failed handshake shows that this node's clock and a peer's differ by at least this.
+    pub fn clock_skew(&self, least: Duration) {
+        self.inner.readings.clock_skew(least, Instant::now());
     }
 
     /// Tunnels open now: adds `change`.

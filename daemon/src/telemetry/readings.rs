@@ -4,14 +4,15 @@ use std::{
     collections::BTreeMap,
     fs,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use nix::sys::resource::{Resource, getrlimit};
 use prometheus::{
-    IntCounterVec, IntGaugeVec, Opts,
+    GaugeVec, IntCounterVec, IntGaugeVec, Opts,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
@@ -23,6 +24,9 @@ use crate::{
     handover::Draining,
     identity::{BundleStatus, EndpointStatus, IdentityStatus, ReloadCounts},
 };
+
+/// For how long a difference of clocks is told after it was last seen.
+const SKEW_COUNTS: Duration = Duration::from_secs(15 * 60);
 
 /// What the rest of the daemon knows at the moment of a scrape.
 #[derive(Clone, Debug, Default)]
@@ -60,6 +64,8 @@ pub(super) struct ReadingsCollector {
     source: OnceLock<Source>,
     /// The tunnel's verdicts, in the slots of the kernel's counters.
     verdicts: Box<[AtomicU64]>,
+    /// The largest that was seen lately, and when.
+    skew: Mutex<Option<(Duration, Instant)>>,
     descriptions: Vec<Desc>,
 }
 
@@ -79,6 +85,7 @@ struct Families {
     draining: IntGaugeVec,
     predecessors: IntGaugeVec,
     predecessor_connections: IntGaugeVec,
+    clock_skew: GaugeVec,
     open_files: IntGaugeVec,
     most_files: IntGaugeVec,
     resident: IntGaugeVec,
@@ -96,6 +103,7 @@ impl ReadingsCollector {
         Ok(Arc::new(Self {
             source: OnceLock::new(),
             verdicts: (0..COUNTER_SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            skew: Mutex::default(),
             descriptions,
         }))
     }
@@ -104,6 +112,13 @@ impl ReadingsCollector {
     pub(super) fn read_from(&self, source: impl Fn() -> Readings + Send + Sync + 'static) {
         if self.source.set(Box::new(source)).is_err() {
             tracing::warn!("metrics were given a second source of readings; it is not used");
+        }
+    }
+
+    pub(super) fn clock_skew(&self, least: Duration, now: Instant) {
+        let mut skew = self.skew.lock().unwrap_or_else(PoisonError::into_inner);
+        if latest(*skew, now).is_none_or(|known| known <= least) {
+            *skew = Some((least, now));
         }
     }
 
@@ -230,6 +245,12 @@ impl ReadingsCollector {
             let value = saturating(value as u64);
             family.with_label_values::<&str>(&[]).set(value);
         }
+        let skew = *self.skew.lock().unwrap_or_else(PoisonError::into_inner);
+        let skew = latest(skew, Instant::now()).unwrap_or_default();
+        families
+            .clock_skew
+            .with_label_values::<&str>(&[])
+            .set(skew.as_secs_f64());
         let process = process();
         for (family, value) in [
             (&families.open_files, process.open_files),
@@ -350,6 +371,14 @@ impl Families {
                 ),
                 &[],
             )?,
+            clock_skew: GaugeVec::new(
+                Opts::new(
+                    "reeve_clock_skew_seconds",
+                    "Least difference between this node's clock and a peer's or an issuer's, by the largest \
+                     that certificates' dates have shown at failed handshakes of the last 15 minutes; else 0.",
+                ),
+                &[],
+            )?,
             open_files: IntGaugeVec::new(
                 Opts::new("process_open_fds", "File descriptors that are open."),
                 &[],
@@ -380,6 +409,7 @@ impl Families {
             &self.draining,
             &self.predecessors,
             &self.predecessor_connections,
+            &self.clock_skew,
             &self.open_files,
             &self.most_files,
             &self.resident,
@@ -387,6 +417,12 @@ impl Families {
         collectors.extend(self.certificates.collectors());
         collectors
     }
+}
+
+/// What was seen within the time for which it counts.
+fn latest(skew: Option<(Duration, Instant)>, now: Instant) -> Option<Duration> {
+    let (least, seen) = skew?;
+    (now.saturating_duration_since(seen) < SKEW_COUNTS).then_some(least)
 }
 
 /// What the process has of what may run out. What the system does not tell has no series.

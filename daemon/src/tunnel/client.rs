@@ -23,7 +23,10 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     datapath::{netns::Netns, speak_from},
-    identity::{ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, server_name_for},
+    identity::{
+        ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, least_skew, server_name_for,
+        skew_by_alert,
+    },
     telemetry::{Handshake, HandshakeReason, Limit, Role},
 };
 
@@ -171,10 +174,15 @@ async fn shake(
     tcp: TcpStream,
 ) -> Result<Unanswered, TunnelError> {
     let to = target.peer;
-    let failed = |error: io::Error| TunnelError::Handshake {
-        to,
-        reason: HandshakeReason::from(&error),
-        detail: RejectReason::explain(&error).into(),
+    let failed = |error: io::Error| {
+        if let Some(least) = least_skew(&error) {
+            worker.shared.metrics.clock_skew(least);
+        }
+        TunnelError::Handshake {
+            to,
+            reason: HandshakeReason::from(&error),
+            detail: RejectReason::explain(&error).into(),
+        }
     };
     let local = tcp.local_addr().map_err(failed)?;
     let config = speaking(worker, target.svid.client(&target.expected));
@@ -217,7 +225,7 @@ async fn shake(
         ends,
         proven,
     };
-    unanswered.answered().await?;
+    unanswered.answered(worker, &target.svid).await?;
     Ok(unanswered)
 }
 
@@ -248,7 +256,7 @@ pub(super) fn builder(worker: &Worker) -> Builder {
 
 impl Unanswered {
     /// Waits for the peer's settings.
-    async fn answered(&mut self) -> Result<(), TunnelError> {
+    async fn answered(&mut self, worker: &Worker, own: &Svid) -> Result<(), TunnelError> {
         let result = poll_fn(|cx| {
             if let Poll::Ready(end) = self.connection.poll_next(cx) {
                 if self.is_retired(cx) {
@@ -273,7 +281,14 @@ impl Unanswered {
             Some(fault) => TunnelError::Handshake {
                 to: self.ends.remote,
                 reason: HandshakeReason::from(&fault),
-                detail: fault.to_string().into(),
+                detail: match skew_by_alert(&fault, own, SystemTime::now()) {
+                    Some((least, said)) => {
+                        // The server has proven who it is before it refuses us.
+                        worker.shared.metrics.clock_skew(least);
+                        said.into()
+                    }
+                    None => fault.to_string().into(),
+                },
             },
             None => TunnelError::Handshake {
                 to: self.ends.remote,

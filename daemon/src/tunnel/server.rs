@@ -23,7 +23,8 @@ use tokio_rustls::LazyConfigAcceptor;
 use crate::{
     datapath::netns::Netns,
     identity::{
-        ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, peer_id, server_name_matches,
+        ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, least_skew, peer_id,
+        server_name_matches, skew_by_alert,
     },
     telemetry::{Handshake, HandshakeReason, Limit, Role},
     workload::RunningWorkload,
@@ -149,6 +150,19 @@ impl Refused {
     }
 }
 
+impl Refused {
+    /// A failed handshake of ours with this certificate.
+    fn by_peer(error: io::Error, own: &Svid) -> Self {
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+        let said = tls.and_then(|tls| skew_by_alert(tls, own, SystemTime::now()));
+        let refused = Self::from(error);
+        match said {
+            Some((_, detail)) => Self { detail, ..refused },
+            None => refused,
+        }
+    }
+}
+
 impl From<io::Error> for Refused {
     fn from(error: io::Error) -> Self {
         Self {
@@ -176,7 +190,13 @@ async fn shake(
     let svid = worker.shared.identities.current_soon(&id).await;
     let svid = svid.ok_or_else(none)?;
     let config = speaking(worker, &svid);
-    let (tcp, tls) = judged(start.into_stream(config)).await?.into_inner();
+    let shaken = judged(start.into_stream(config)).await.map_err(|error| {
+        if let Some(least) = least_skew(&error) {
+            worker.shared.metrics.clock_skew(least);
+        }
+        Refused::by_peer(error, &svid)
+    })?;
+    let (tcp, tls) = shaken.into_inner();
     // A client that offers no protocol at all passes the TLS library.
     if !matches!(tls.alpn_protocol(), Some(ALPN | PROVABLE_ALPN)) {
         return Err(Refused {

@@ -136,6 +136,10 @@ impl CertificateSource for EmbeddedCa {
         std::future::ready(self.issue(id)).boxed()
     }
 
+    fn issues(&self) -> bool {
+        true
+    }
+
     fn changes(&self, _id: &SpiffeId) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }

@@ -158,7 +158,7 @@ impl Shared {
             not_after = %humantime::format_rfc3339_seconds(svid.not_after),
             "certificate in force"
         );
-        slot.svid.store(Some(Arc::new(svid)));
+        slot.replace(svid, now);
         self.changed();
         Ok(ReloadResult::Accepted)
     }
@@ -201,7 +201,7 @@ impl Shared {
                     "no new certificate, the old one stays in force until it expires: {error}"
                 );
                 if error == ReloadError::Source(SourceError::Withdrawn) {
-                    slot.svid.store(None);
+                    slot.retire();
                     self.changed();
                 }
                 progress.last_error = Some(error);
@@ -279,7 +279,7 @@ impl Shared {
                 spiffe_id = %slot.id,
                 "{what} has expired and there is no new one: connections are refused"
             );
-            slot.svid.store(None);
+            slot.retire();
             self.changed();
         }
     }

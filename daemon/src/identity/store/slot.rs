@@ -27,6 +27,8 @@ pub(super) struct Slot {
     /// Name of its source.
     pub(super) source: String,
     pub(super) svid: ArcSwapOption<Svid>,
+    /// The last one, once it has expired or was withdrawn.
+    former: Mutex<Option<CertificateStatus>>,
     /// What its verifiers read.
     pub(super) trust: Arc<TrustStore>,
     /// The bundles that came with the newest certificate.
@@ -47,6 +49,8 @@ pub(super) struct Progress {
     pub(super) last_success: Option<SystemTime>,
     pub(super) last_result: Option<ReloadResult>,
     pub(super) last_error: Option<ReloadError>,
+    /// Share of its lifetime that the certificate before had left when it was replaced.
+    pub(super) renewal_left: Option<f64>,
 }
 
 // === impl Slot ===
@@ -57,6 +61,7 @@ impl Slot {
             id,
             source,
             svid: ArcSwapOption::empty(),
+            former: Mutex::default(),
             trust: Arc::new(TrustStore::with_policy(policy, [])),
             own: Mutex::default(),
             progress: Mutex::default(),
@@ -72,6 +77,7 @@ impl Slot {
             id: self.id.clone(),
             source: source.to_owned(),
             svid: ArcSwapOption::new(self.svid.load_full()),
+            former: Mutex::new(lock(&self.former).clone()),
             // The material's verifiers read this very store.
             trust: self.trust.clone(),
             own: Mutex::new(lock(&self.own).clone()),
@@ -122,23 +128,38 @@ impl Slot {
             .is_some_and(|before| Arc::ptr_eq(before, &svid))
     }
 
-    pub(super) fn status(&self) -> IdentityStatus {
+    /// Forgets the key of a certificate that counts no more, and keeps what was known of it.
+    pub(super) fn retire(&self) {
+        if let Some(svid) = self.svid.swap(None) {
+            *lock(&self.former) = Some(described(&svid));
+        }
+    }
+
+    /// Takes this certificate in the place of the one before.
+    pub(super) fn replace(&self, svid: Svid, now: SystemTime) {
+        if let Some(before) = self.svid.swap(Some(Arc::new(svid))) {
+            let lifetime = before.not_after.duration_since(before.not_before);
+            let left = before.not_after.duration_since(now).unwrap_or_default();
+            let lifetime = lifetime.unwrap_or_default().as_secs_f64();
+            if !left.is_zero() && lifetime > 0.0 {
+                lock(&self.progress).renewal_left = Some(left.as_secs_f64() / lifetime);
+            }
+        }
+    }
+
+    /// `usual` is the share of a certificate's lifetime that is left at its renewal, where none was seen.
+    pub(super) fn status(&self, usual: f64) -> IdentityStatus {
         let progress = lock(&self.progress).clone();
-        let svid = self.svid.load();
-        let svid = svid
-            .as_ref()
-            .filter(|svid| svid.is_valid_at(SystemTime::now()));
+        let newest = self.svid.load_full();
+        let valid = |svid: &&Arc<Svid>| svid.is_valid_at(SystemTime::now());
+        let certificate = newest.as_ref().filter(valid).map(|svid| described(svid));
+        let newest = newest.map(|svid| described(&svid));
         IdentityStatus {
             spiffe_id: self.id.clone(),
             source: self.source.clone(),
-            certificate: svid.map(|svid| CertificateStatus {
-                serial: svid.serial.clone(),
-                issuer: svid.issuer.clone(),
-                not_before: svid.not_before,
-                not_after: svid.not_after,
-                signer: svid.signer,
-                generation: svid.generation,
-            }),
+            certificate,
+            newest: newest.or_else(|| lock(&self.former).clone()),
+            renewal_left: progress.renewal_left.unwrap_or(usual),
             next_attempt: progress.next_attempt,
             last_attempt: progress.last_attempt,
             last_success: progress.last_success,
@@ -146,5 +167,16 @@ impl Slot {
             last_error: progress.last_error,
             remarks: Vec::new(),
         }
+    }
+}
+
+fn described(svid: &Svid) -> CertificateStatus {
+    CertificateStatus {
+        serial: svid.serial.clone(),
+        issuer: svid.issuer.clone(),
+        not_before: svid.not_before,
+        not_after: svid.not_after,
+        signer: svid.signer,
+        generation: svid.generation,
     }
 }

@@ -1,6 +1,10 @@
 //! What a peer is told, by the alert, of why we refuse its certificate.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::{AlertDescription, Error};
 use tokio::io::{AsyncReadExt, duplex};
@@ -46,6 +50,58 @@ async fn told(world: &World, issued: &Issued) -> [(AlertDescription, RejectReaso
     let (ours, theirs) = tokio::join!(ours, theirs);
     let as_client = (alert(theirs.unwrap_err()), reason(ours.unwrap_err()));
     [as_server, as_client]
+}
+
+/// What a server says, and what is proven of the clocks, where a client's certificate is refused.
+async fn refused(world: &World, issued: &Issued) -> (String, Option<Duration>) {
+    let (near, far) = duplex(1 << 16);
+    let trust = Arc::new(TrustStore::new([bundle("example.org", &[&world.root])]));
+    let client = crypto::client_config(unchecked(issued), SvidVerifier::any(trust)).unwrap();
+    let ours = judged(TlsAcceptor::from(world.ours.server.clone()).accept(near));
+    let name = world.ours.server_name.clone();
+    let theirs = TlsConnector::from(Arc::new(client)).connect(name, far);
+    let (ours, _theirs) = tokio::join!(ours, theirs);
+    let error = ours.unwrap_err();
+    (RejectReason::explain(&error), least_skew(&error))
+}
+
+#[tokio::test]
+async fn a_refused_certificates_dates_tell_how_far_the_clocks_are_apart() {
+    let world = World::new();
+    let half_an_hour = Duration::from_secs(29 * 60)..=Duration::from_secs(30 * 60);
+    let (said, skew) = refused(&world, &Flaw::NotYetValid.issue(&world.root, PEERS)).await;
+    assert!(said.contains("from now by this node's clock"), "{said}");
+    assert!(
+        skew.is_some_and(|skew| half_an_hour.contains(&skew)),
+        "{skew:?}"
+    );
+    // Whom nobody vouches for proves nothing.
+    let (_, skew) = refused(
+        &world,
+        &Flaw::NotYetValid.issue(&Authority::root("example.org"), PEERS),
+    )
+    .await;
+    assert_eq!(skew, None);
+    let (said, skew) = refused(&world, &Flaw::Expired.issue(&world.root, PEERS)).await;
+    assert!(said.contains("ago by this node's clock"), "{said}");
+    assert_eq!(skew, None, "it may not have been renewed");
+}
+
+#[test]
+fn a_peer_that_takes_a_valid_certificate_for_an_expired_one_has_another_clock() {
+    let world = World::new();
+    let now = SystemTime::now();
+    let alert = |alert| rustls::Error::AlertReceived(alert);
+    let (least, said) = skew_by_alert(
+        &alert(AlertDescription::CertificateExpired),
+        &world.ours,
+        now,
+    )
+    .unwrap();
+    assert!(least > Duration::from_secs(59 * 60), "{least:?}");
+    assert!(said.contains("the clocks differ by at least"), "{said}");
+    let other = alert(AlertDescription::UnknownCA);
+    assert_eq!(skew_by_alert(&other, &world.ours, now), None);
 }
 
 #[tokio::test]

@@ -208,6 +208,29 @@ async fn expired_material_is_not_given_out_and_is_dropped() {
     }
     assert!(store.status()[0].certificate.is_none());
     changed(&store, |_| last.upgrade().is_none().then_some(())).await;
+    // What an alert about its end looks at stays.
+    let known = store.status()[0].newest.clone().unwrap();
+    assert!(known.not_after < SystemTime::now());
+}
+
+#[tokio::test]
+async fn what_a_certificate_had_left_at_its_renewal_is_remembered() {
+    let root = Authority::root("example.org");
+    let a_quarter_left = root.leaf_with(OURS, |params| {
+        params.not_before = OffsetDateTime::now_utc() - time::Duration::minutes(45);
+        params.not_after = OffsetDateTime::now_utc() + time::Duration::minutes(15);
+    });
+    let (store, source) = store_with(&root, a_quarter_left).await;
+    assert_eq!(store.status()[0].renewal_left, 0.1, "none was seen");
+    let old = store.current(&ours()).unwrap().generation;
+    let next = root.leaf(OURS);
+    source.now(move || Ok(material(&next)));
+    changed(&store, |store| {
+        (store.current(&ours())?.generation > old).then_some(())
+    })
+    .await;
+    let left = store.status()[0].renewal_left;
+    assert!((0.24..=0.25).contains(&left), "{left}");
 }
 
 #[tokio::test]

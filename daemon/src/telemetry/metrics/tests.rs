@@ -89,20 +89,23 @@ fn ends_of_connections_have_series_of_their_own_within_a_bound() {
 }
 
 fn identity(at: impl Fn(u64) -> SystemTime) -> IdentityStatus {
+    let certificate = CertificateStatus {
+        serial: "1".into(),
+        issuer: String::new(),
+        not_before: at(1000),
+        not_after: at(4600),
+        signer: crate::identity::Validity {
+            not_before: SystemTime::UNIX_EPOCH,
+            not_after: SystemTime::UNIX_EPOCH,
+        },
+        generation: 1,
+    };
     IdentityStatus {
         spiffe_id: SpiffeId::parse("spiffe://example.org/ns/shop/sa/cart").unwrap(),
         source: "files".into(),
-        certificate: Some(CertificateStatus {
-            serial: "1".into(),
-            issuer: String::new(),
-            not_before: at(1000),
-            not_after: at(4600),
-            signer: crate::identity::Validity {
-                not_before: SystemTime::UNIX_EPOCH,
-                not_after: SystemTime::UNIX_EPOCH,
-            },
-            generation: 1,
-        }),
+        certificate: Some(certificate.clone()),
+        newest: Some(certificate),
+        renewal_left: 0.25,
         next_attempt: Some(at(2800)),
         last_attempt: Some(at(1002)),
         last_success: Some(at(1001)),
@@ -119,8 +122,55 @@ fn bundle(not_after: u64, next_update: Option<u64>) -> BundleStatus {
         certificates: 1,
         earliest_not_after: Some(at(not_after)),
         revocation_checked: next_update.is_some(),
+        newest: Some(crate::identity::Validity {
+            not_before: at(500),
+            not_after: at(not_after + 1000),
+        }),
         next_update: next_update.map(at),
+        this_update: next_update.map(|_| at(1500)),
     }
+}
+
+#[test]
+fn an_expired_certificate_keeps_its_series() {
+    let metrics = Metrics::default();
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    metrics.read_from(move || Readings {
+        identities: vec![IdentityStatus {
+            certificate: None,
+            ..identity(at)
+        }],
+        ..Readings::default()
+    });
+    let text = metrics.render().unwrap();
+    for line in [
+        r#"reeve_certificate_valid{identity="spiffe://example.org/ns/shop/sa/cart"} 0"#,
+        r#"reeve_certificate_not_after_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 4600"#,
+    ] {
+        assert!(text.contains(line), "{line}\nis not in\n{text}");
+    }
+}
+
+#[test]
+fn the_largest_difference_of_clocks_counts_for_a_while() {
+    let metrics = Metrics::default();
+    let told = || {
+        let text = metrics.render().unwrap();
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("reeve_clock_skew_seconds "));
+        line.unwrap().parse::<f64>().unwrap()
+    };
+    assert_eq!(told(), 0.0);
+    metrics.clock_skew(Duration::from_secs(300));
+    metrics.clock_skew(Duration::from_secs(20));
+    assert_eq!(told(), 300.0);
+    let readings = &metrics.inner.readings;
+    let long_ago = Instant::now().checked_sub(Duration::from_secs(16 * 60));
+    readings.clock_skew(Duration::from_secs(400), long_ago.unwrap());
+    assert_eq!(told(), 0.0);
+    metrics.clock_skew(Duration::from_secs(20));
+    assert_eq!(told(), 20.0);
 }
 
 #[test]
@@ -157,6 +207,11 @@ fn what_is_kept_elsewhere_is_read_at_each_scrape() {
         r#"reeve_packet_namespace_source{source="kernel_memory"} 1"#,
         r#"reeve_certificate_not_before_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1000"#,
         r#"reeve_certificate_not_after_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 4600"#,
+        r#"reeve_certificate_valid{identity="spiffe://example.org/ns/shop/sa/cart"} 1"#,
+        r#"reeve_certificate_renewal_left_ratio{identity="spiffe://example.org/ns/shop/sa/cart"} 0.25"#,
+        r#"reeve_trust_bundle_newest_not_before_timestamp_seconds{trust_domain="example.org"} 500"#,
+        r#"reeve_trust_bundle_newest_not_after_timestamp_seconds{trust_domain="example.org"} 3000"#,
+        r#"reeve_revocation_list_this_update_timestamp_seconds{trust_domain="example.org"} 1500"#,
         r#"reeve_certificate_renewal_due_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 2800"#,
         r#"reeve_certificate_last_success_timestamp_seconds{identity="spiffe://example.org/ns/shop/sa/cart"} 1001"#,
         r#"reeve_certificate_remark{identity="spiffe://example.org/ns/shop/sa/cart",remark="polled"} 1"#,
