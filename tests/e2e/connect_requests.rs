@@ -46,10 +46,10 @@ fn an_authority_that_is_not_the_workloads_is_refused() {
         // Its own other address: the tunnel was opened to this one.
         to.port6(APP).to_string(),
     ] {
-        assert_eq!(answer(&tunnel, &authority), "400", "{authority}");
+        assert_eq!(answer(&tunnel, &authority), "421", "{authority}");
         failed(&guarded, "wrong_authority", &authority);
     }
-    assert_eq!(answer(&tunnel, &format!("0.0.0.0:{APP}")), "400");
+    assert_eq!(answer(&tunnel, &format!("0.0.0.0:{APP}")), "421");
     // The tunnel has suffered nothing.
     assert_eq!(answer(&tunnel, &guarded.authority()), "200");
 }
@@ -293,8 +293,8 @@ fn the_server_name_chooses_among_the_workloads_of_an_address() {
     let (at_first, at_second) = (to.port4(APP).to_string(), to.port4(NOBODY).to_string());
     assert_eq!(answer(&of_first, &at_first), "200");
     assert_eq!(answer(&of_second, &at_second), "200");
-    assert_eq!(answer(&of_first, &at_second), "400");
-    assert_eq!(answer(&of_second, &at_first), "400");
+    assert_eq!(answer(&of_first, &at_second), "421");
+    assert_eq!(answer(&of_second, &at_first), "421");
     daemon.wait_for_log(&["wrong_authority", CLIENT, &at_first]);
 }
 

@@ -23,6 +23,7 @@ mod container;
 mod crypto_policy;
 mod deploy;
 mod documents;
+mod endings;
 mod expiry;
 mod explain;
 mod fail_closed;

@@ -139,6 +139,12 @@ impl Network {
         self.inner.place.ip(&[&format!("link set {port} {state}")]);
     }
 
+    /// Whether a member's interface is there: it goes with the member's namespace.
+    pub(crate) fn has_port(&self, port: &str) -> bool {
+        let show = ["ip", "-o", "link", "show", port];
+        self.inner.place.exec(show).status.success()
+    }
+
     /// Captures what passes the network's port of one member.
     pub(crate) fn capture(&self, port: &str) -> Capture {
         Capture::start(self.inner.place.clone(), port)

@@ -56,6 +56,14 @@ impl Workload {
         network.leave(&self.joined);
     }
 
+    /// Ends its processes and lets go of its cgroup and its namespace, as far as it is up to a node. The
+    /// answer says whether the namespace is still there.
+    pub fn let_go(self, network: &Network) -> impl Fn() -> bool {
+        let (network, port) = (network.clone(), self.joined.port.clone());
+        drop(self);
+        move || network.has_port(&port)
+    }
+
     /// Cuts its cable.
     pub fn cut(&self, network: &Network) {
         network.set_port(&self.joined.port, "down");

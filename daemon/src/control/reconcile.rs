@@ -102,13 +102,14 @@ impl Control {
             Some(old) if old.is(&policies, &around) => old.snapshot.clone(),
             _ => Arc::new(around.compile(&policies)),
         };
+        let namespaces = running_namespaces(&discovery);
         if self.succession.frozen {
             // The rest is another daemon's; what this one carries is judged all the same.
             self.snapshot.store(snapshot);
             self.daemon.tunnels.judge_again();
+            self.daemon.tunnels.leave_all_but(&namespaces);
             return;
         }
-        let namespaces = running_namespaces(&discovery);
         let datapath = self.daemon.datapath.clone();
         let ready = self
             .namespaces
@@ -168,6 +169,7 @@ impl Control {
             .filter(|netns| !listening.contains(&netns.cookie));
         self.clear_ports(new, &state);
         let flagged = listening;
+        self.daemon.tunnels.leave_all_but(&namespaces);
         let results = block_in_place(|| self.daemon.tunnels.serve(&ready));
         let mut listening = HashSet::new();
         for (cookie, result) in results {

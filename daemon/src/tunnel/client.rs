@@ -78,6 +78,9 @@ pub(super) struct Tunnel {
 pub(super) enum NoStream {
     /// The peer has not looked at it: another tunnel may be tried.
     Unprocessed,
+    /// The tunnel's server does not have the address, or not any more: one that is opened now may reach
+    /// who has it.
+    Disowned(TunnelError),
     /// It failed for good.
     Failed(TunnelError),
 }
@@ -205,6 +208,7 @@ async fn shake(
         peer: target.expected.clone(),
         remote: to,
         local,
+        netns: target.netns.cookie,
         secret,
     };
     let proven = Proven {
@@ -369,10 +373,16 @@ pub(super) async fn request(
             first.answered(&mut stream);
             Ok((stream, response))
         }
-        status => Err(NoStream::Failed(TunnelError::Answer {
-            to: peer,
-            status: status.as_u16(),
-        })),
+        status => {
+            let error = TunnelError::Answer {
+                to: peer,
+                status: status.as_u16(),
+            };
+            Err(match status {
+                StatusCode::MISDIRECTED_REQUEST => NoStream::Disowned(error),
+                _ => NoStream::Failed(error),
+            })
+        }
     }
 }
 

@@ -12,10 +12,11 @@ use std::{
 use reeve_common::{Direction, DryRun, NO_WORKLOAD, Reason, WorkloadId, protocol};
 
 use crate::{
+    datapath::netns::Netns,
     identity::SpiffeId,
     policy::{Decision, Snapshot},
     telemetry::{self, ConnectionLabels, Role, Transport, UNKNOWN},
-    workload::{Peer, Workload},
+    workload::{Peer, RunningWorkload, Workload},
 };
 
 use super::{TunnelError, bounds::Place, link::Link, registry::Registered, worker::Worker};
@@ -80,6 +81,8 @@ pub(super) struct Connection {
     blocked: Cell<bool>,
     /// The peer takes no more, and the application's bytes wait.
     held: Cell<bool>,
+    /// The workload that it is of has ended.
+    forsaken: Cell<bool>,
     stop: Cell<Option<Reason>>,
     task: RefCell<Option<Waker>>,
 }
@@ -130,10 +133,16 @@ impl Call {
                 }
                 snapshot.judge_egress(workload.id, self.destination, protocol::TCP)
             }
-            Parties::Inbound { own, client, .. } => {
+            Parties::Inbound {
+                own,
+                client,
+                workload,
+            } => {
                 let (ip, port) = (self.destination.ip(), self.destination.port());
-                let running = snapshot
-                    .workload_at(self.netns, ip, port)
+                let admitted = workload.as_ref();
+                let running = admitted
+                    .and_then(|workload| self.ended(snapshot, workload))
+                    .or_else(|| snapshot.workload_at(self.netns, ip, port))
                     .filter(|running| running.workload.attributes.spiffe_id == *own)
                     .ok_or(TunnelError::WrongAuthority)?;
                 let source = self.source.ip();
@@ -145,6 +154,18 @@ impl Call {
             reeve_common::Action::Deny => Err(TunnelError::Denied(decision)),
             _ => Ok(decision),
         }
+    }
+
+    /// A workload of this connection, where it has ended, or runs elsewhere now: what it said before is
+    /// still the peer's.
+    fn ended<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+        workload: &Workload,
+    ) -> Option<&'a Arc<RunningWorkload>> {
+        let running = snapshot.workload(workload.id)?;
+        let is_here = |netns: &Arc<Netns>| netns.cookie == self.netns;
+        (!running.netns.as_ref().is_some_and(is_here)).then_some(running)
     }
 
     fn labels<'a>(&'a self, snapshot: &'a Snapshot) -> ConnectionLabels<'a> {
@@ -262,6 +283,7 @@ impl Call {
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
             held: Cell::new(false),
+            forsaken: Cell::new(false),
             stop: Cell::new(None),
             task: RefCell::new(None),
         });
@@ -312,6 +334,23 @@ impl Connection {
     pub(super) fn moved_in(&self, bytes: usize) {
         self.received.set(self.received.get() + bytes as u64);
         self.active.set(true);
+    }
+
+    /// Bytes moved so far.
+    pub(super) fn moved(&self) -> u64 {
+        self.sent.get() + self.received.get()
+    }
+
+    /// The workload has ended: what it said still goes to the peer, and then the connection ends.
+    pub(super) fn forsake(&self) {
+        if !self.forsaken.replace(true) {
+            self.wake();
+        }
+    }
+
+    /// Whether the workload has ended.
+    pub(super) fn is_forsaken(&self) -> bool {
+        self.forsaken.get()
     }
 
     /// One direction has ended.
@@ -367,6 +406,10 @@ impl Connection {
     pub(super) fn judge_again(&self, worker: &Worker, snapshot: &Snapshot) {
         match self.call.judge(snapshot) {
             Ok(decision) => {
+                let workload = self.call.workload();
+                if workload.is_some_and(|one| self.call.ended(snapshot, one).is_some()) {
+                    self.forsake();
+                }
                 let would = (decision.dry_run, decision.dry_run_rule);
                 if self.would.replace(would) != would {
                     self.call.tell_dry_run(worker, &decision);
@@ -389,10 +432,10 @@ impl Connection {
             self.tell_bytes(worker);
             return false;
         }
-        let limit = if self.half_closed.get() {
-            worker.timeouts.half_closed
-        } else {
-            worker.timeouts.idle
+        let limit = match (self.forsaken.get(), self.half_closed.get()) {
+            (true, _) => worker.timeouts.drain,
+            (false, true) => worker.timeouts.half_closed,
+            (false, false) => worker.timeouts.idle,
         };
         if limit != Duration::ZERO && now.duration_since(self.quiet_since.get()) >= limit {
             self.stop(Reason::Timeout);

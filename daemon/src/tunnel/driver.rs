@@ -33,6 +33,10 @@ const NOTICE: Duration = Duration::from_millis(500);
 /// What a peer has at least, from when it was found to be silent: this daemon itself may have stood still.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
 
+/// Where the workload has ended, its addresses may have gone as well, and nothing answers: a tunnel that
+/// still has something to send keeps the namespace for so long.
+const ABANDONED: Duration = Duration::from_secs(10);
+
 /// A request that a peer sent.
 pub(super) type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -89,6 +93,7 @@ pub(super) struct Driver<P, F> {
     /// Since the peer was told to open no more streams.
     notice: Option<Pin<Box<Sleep>>>,
     retired: bool,
+    abandoned: bool,
 }
 
 impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
@@ -117,6 +122,7 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
             widened: 0,
             notice: None,
             retired: false,
+            abandoned: false,
         }
     }
 
@@ -134,6 +140,10 @@ impl<P: Protocol, F: FnMut(Incoming)> Driver<P, F> {
                 self.control.close(cx);
                 return Some(End::Told(reason));
             }
+        }
+        if self.link.is_abandoned() && !self.abandoned {
+            self.abandoned = true;
+            self.control.set_patience(ABANDONED);
         }
         if self.link.take_key_renewal() {
             self.control.renew_keys();

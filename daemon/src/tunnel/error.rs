@@ -226,6 +226,7 @@ impl TunnelError {
             Self::Broken { .. } | Self::ClientGone => Reason::Reset,
             Self::Answer { status: 401, .. } => Reason::PeerDenied,
             Self::Answer { status: 400, .. } | Self::BadRequest => Reason::BadRequest,
+            Self::Answer { status: 421, .. } => Reason::WrongAuthority,
             Self::Answer { .. } => Reason::PeerFailed,
             Self::WrongAuthority => Reason::WrongAuthority,
             Self::ReservedPort => Reason::ReservedPort,

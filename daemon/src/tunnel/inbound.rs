@@ -186,7 +186,8 @@ fn begin(link: &Link, respond: &mut SendResponse<Bytes>) -> Result<SendStream<By
 
 fn status_for(error: &TunnelError) -> StatusCode {
     match error {
-        TunnelError::BadRequest | TunnelError::WrongAuthority => StatusCode::BAD_REQUEST,
+        TunnelError::BadRequest => StatusCode::BAD_REQUEST,
+        TunnelError::WrongAuthority => StatusCode::MISDIRECTED_REQUEST,
         TunnelError::Denied(_) => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }

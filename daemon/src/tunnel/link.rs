@@ -31,6 +31,8 @@ pub(super) struct Ends {
     pub(super) remote: SocketAddr,
     /// The own address.
     pub(super) local: SocketAddr,
+    /// Cookie of the own network namespace.
+    pub(super) netns: u64,
     /// What both ends of the tunnel know, where its handshake has settled that it can be proven again.
     pub(super) secret: Option<Secret>,
 }
@@ -83,6 +85,8 @@ pub(super) struct Link {
     /// When the last stream ended, or the tunnel was opened.
     idle_since: Cell<Instant>,
     order: Cell<Order>,
+    /// No workload runs in its namespace any more.
+    abandoned: Cell<bool>,
     /// The peer has not answered the last PING in time.
     silent: Cell<bool>,
     /// Since its own certificate is not the newest any more.
@@ -117,6 +121,7 @@ impl Link {
             served: Cell::new(false),
             idle_since: Cell::new(now),
             order: Cell::new(Order::Serve),
+            abandoned: Cell::new(false),
             silent: Cell::new(false),
             outdated_since: Cell::new(None),
             stalled: Cell::new(0),
@@ -155,6 +160,19 @@ impl Link {
         if matches!(self.order.get(), Order::Serve | Order::Pause) {
             self.give(Order::Retire);
         }
+    }
+
+    /// No workload runs in its namespace any more: takes no new streams, and ends soon.
+    pub(super) fn abandon(&self) {
+        if !self.abandoned.replace(true) {
+            self.retire();
+            self.wake();
+        }
+    }
+
+    /// Whether no workload runs in its namespace any more.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.get()
     }
 
     /// Takes no new streams until it is proven again.

@@ -7,7 +7,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     mem,
     net::{IpAddr, SocketAddr},
     rc::Rc,
@@ -47,6 +47,9 @@ const STILLBORN: usize = 3;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(50);
 /// Each failure doubles the wait up to this, short enough for a peer that comes back.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(1);
+/// Tunnels whose server disowns the address are replaced once in this time at most: where each of them
+/// does, the peer is declared wrongly.
+const DISOWNED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Which tunnel is wanted: from where and as whom, and to whom.
 #[derive(Clone, Copy)]
@@ -93,6 +96,8 @@ struct Entry {
     /// The identity has no certificate any more, or the daemon ends: tunnels that still open serve
     /// those who wait for them and nobody else.
     retired: Cell<bool>,
+    /// When a server said last that it does not have the address.
+    disowned: Cell<Option<Instant>>,
 }
 
 struct Tunnel {
@@ -137,6 +142,7 @@ impl Pool {
         first: &mut FirstBytes<'_>,
     ) -> Result<Stream, TunnelError> {
         let Wanted { peer, .. } = wanted;
+        let asked = Instant::now();
         for _ in 0..ATTEMPTS {
             let ready = self.ready(worker, wanted).await?;
             match client::request(worker, ready.request, peer, destination, first).await {
@@ -152,6 +158,11 @@ impl Pool {
                 }
                 Err(NoStream::Failed(error)) => return Err(ready.slot.explain(error)),
                 Err(NoStream::Unprocessed) => ready.slot.link.retire(),
+                Err(NoStream::Disowned(error)) => {
+                    if !ready.slot.disown(asked) {
+                        return Err(error);
+                    }
+                }
             }
         }
         Err(takes_no_more(peer))
@@ -170,6 +181,9 @@ impl Pool {
         loop {
             if worker.draining.get() {
                 return Err(TunnelError::Shutdown);
+            }
+            if !worker.is_home(netns.cookie) {
+                return Err(TunnelError::Stale("the workload"));
             }
             let svid = worker
                 .shared
@@ -289,6 +303,11 @@ impl Pool {
         }
     }
 
+    /// Retires the tunnels of namespaces that are not among these.
+    pub(super) fn leave(&self, namespaces: &HashSet<u64>) {
+        self.retire(|key| !namespaces.contains(&key.netns));
+    }
+
     /// Retires every tunnel.
     pub(super) fn retire_all(&self) {
         self.retire(|_| true);
@@ -320,6 +339,7 @@ impl Entry {
             failure: RefCell::default(),
             stillborn: Cell::new(0),
             retired: Cell::new(false),
+            disowned: Cell::new(None),
         }
     }
 
@@ -524,6 +544,9 @@ async fn run(worker: Rc<Worker>, entry: Rc<Entry>) {
         }
     };
     let (link, request, driver, last) = tunnel.into_parts();
+    if !worker.is_home(target.netns.cookie) {
+        link.value().abandon();
+    }
     entry.opened(link.value().clone(), request);
     entry.open_as_needed(&worker);
     worker.shared.metrics.tunnels_open(Role::Client, 1);
@@ -571,6 +594,25 @@ impl Slot {
             let (link, request) = (tunnel.link.clone(), tunnel.request.clone());
             spawn_local(proof::ask(worker.clone(), link, request));
         }
+    }
+
+    /// Retires the tunnels from before `asked`, since their server does not have the address any more:
+    /// whoever had it has ended, or moved. False where that would change nothing.
+    fn disown(&self, asked: Instant) -> bool {
+        let last = self.entry.disowned.get();
+        let just_now = last.is_some_and(|last| {
+            self.link.opened >= last && asked.saturating_duration_since(last) < DISOWNED_PAUSE
+        });
+        if self.link.opened >= asked || just_now {
+            return false;
+        }
+        self.entry.disowned.set(Some(Instant::now()));
+        for tunnel in &*self.entry.tunnels.borrow() {
+            if tunnel.link.opened < asked {
+                tunnel.link.retire();
+            }
+        }
+        true
     }
 
     /// The tunnel.

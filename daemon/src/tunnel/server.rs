@@ -220,6 +220,7 @@ async fn shake(
         peer,
         remote,
         local,
+        netns: netns.cookie,
         secret,
     };
     let proven = Proven {
@@ -307,6 +308,9 @@ async fn run(worker: Rc<Worker>, netns: Arc<Netns>, shaken: Shaken) {
     judge(&worker, &link, SystemTime::now());
     if worker.draining.get() || (worker.leaving.get() && !link.is_provable()) {
         link.retire();
+    }
+    if !worker.is_home(netns.cookie) {
+        link.abandon();
     }
     let on_stream = {
         let (worker, link) = (worker.clone(), link.value().clone());

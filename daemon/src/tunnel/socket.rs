@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{Shutdown, SocketAddr},
+    os::fd::AsRawFd,
     time::Duration,
 };
 
@@ -63,6 +64,18 @@ pub(super) fn is_broken(stream: &TcpStream) -> bool {
     !matches!(stream.take_error(), Ok(None))
 }
 
+/// Bytes that the far end's kernel has not acknowledged.
+pub(super) fn unsent(stream: &TcpStream) -> u32 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one `int` to the local that the pointer is to.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    // A connection that is over has nothing that could still be sent.
+    if result < 0 || is_broken(stream) {
+        return 0;
+    }
+    u32::try_from(bytes).unwrap_or_default()
+}
+
 /// Ends the direction towards the far end.
 pub(super) fn end_writing(stream: &TcpStream) -> io::Result<()> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
@@ -72,7 +85,8 @@ pub(super) fn end_writing(stream: &TcpStream) -> io::Result<()> {
     }
 }
 
-fn set_user_timeout(socket: &Socket, timeout: Duration) -> io::Result<()> {
+/// Sets `TCP_USER_TIMEOUT`.
+pub(super) fn set_user_timeout(socket: &Socket, timeout: Duration) -> io::Result<()> {
     let milliseconds = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
     Ok(setsockopt(socket, TcpUserTimeout, &milliseconds)?)
 }

@@ -150,6 +150,13 @@ impl WireControl {
         }
     }
 
+    /// For how long the peer's kernel may acknowledge nothing of what was sent.
+    pub(super) fn set_patience(&self, patience: Duration) {
+        let session = self.0.borrow();
+        // Where the kernel refuses, it stays as long as it was.
+        let _ = socket::set_user_timeout(&socket2::SockRef::from(&session.tcp), patience);
+    }
+
     /// Says goodbye as far as the socket takes it without waiting.
     pub(super) fn close(&self, cx: &mut Context<'_>) {
         let mut session = self.0.borrow_mut();

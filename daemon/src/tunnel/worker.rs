@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -56,6 +56,8 @@ pub(super) struct Worker {
     pub(super) leaving: Cell<bool>,
     /// Tasks that accept, by the cookie of their namespace.
     listening: RefCell<HashMap<u64, Vec<AbortHandle>>>,
+    /// Cookies of the namespaces in which workloads run; none before that is said first.
+    homes: RefCell<Option<Arc<HashSet<u64>>>>,
 }
 
 /// Open listeners of one namespace.
@@ -90,6 +92,7 @@ impl Worker {
             draining: Cell::new(false),
             leaving: Cell::new(false),
             listening: RefCell::default(),
+            homes: RefCell::default(),
         })
     }
 
@@ -135,6 +138,24 @@ impl Worker {
         let tasks = self.listening.borrow_mut().remove(&cookie);
         self.stash.forget(cookie);
         tasks.into_iter().flatten().for_each(|task| task.abort());
+    }
+
+    /// Workloads run in these namespaces, and in no others: lets go of what it has there. What a workload
+    /// had said when it ended still goes to its peers.
+    pub(super) fn leave_all_but(&self, homes: Arc<HashSet<u64>>) {
+        self.pool.leave(&homes);
+        self.links.for_each(|link| {
+            if !homes.contains(&link.ends.netns) {
+                link.abandon();
+            }
+        });
+        self.homes.replace(Some(homes));
+    }
+
+    /// Whether a workload runs in a namespace.
+    pub(super) fn is_home(&self, cookie: u64) -> bool {
+        let homes = self.homes.borrow();
+        homes.as_ref().is_none_or(|homes| homes.contains(&cookie))
     }
 
     /// A tunnel has ended.

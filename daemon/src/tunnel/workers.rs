@@ -5,7 +5,7 @@
 //! a tunnel carries what many streams have written. Connections are spread by `SO_REUSEPORT`.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     fmt,
     os::fd::OwnedFd,
     rc::Rc,
@@ -69,6 +69,7 @@ struct Serving {
 enum Command {
     Listen(Listeners),
     Unlisten(u64),
+    LeaveAllBut(Arc<HashSet<u64>>),
     JudgeAgain,
     Status(oneshot::Sender<(usize, Vec<TunnelStatus>)>),
     /// Say that the event loop turns.
@@ -210,6 +211,14 @@ impl Tunnels {
             results.push((netns.cookie, result));
         }
         results
+    }
+
+    /// Says in which namespaces workloads run. Of the others nothing is kept: their idle tunnels end, and
+    /// their connections as soon as peers have what the workloads had said.
+    pub fn leave_all_but(&self, namespaces: &[Arc<Netns>]) {
+        let homes: Arc<HashSet<u64>> =
+            Arc::new(namespaces.iter().map(|netns| netns.cookie).collect());
+        self.tell_all(|| Command::LeaveAllBut(homes.clone()));
     }
 
     /// Opens the listeners of all workers, or none. Those of a daemon before come first, however
@@ -438,6 +447,7 @@ async fn work(worker: Rc<Worker>, mut inbox: mpsc::UnboundedReceiver<Command>) {
         match command {
             Command::Listen(listeners) => worker.listen(listeners),
             Command::Unlisten(cookie) => worker.unlisten(cookie),
+            Command::LeaveAllBut(homes) => worker.leave_all_but(homes),
             Command::JudgeAgain => worker.judge_again(),
             Command::Answer(answer) => {
                 // Whoever asked may have given up.

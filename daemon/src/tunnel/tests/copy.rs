@@ -189,6 +189,93 @@ fn what_the_peer_has_said_before_it_cancels_is_the_applications() {
 }
 
 #[test]
+fn what_one_side_says_before_it_resets_reaches_the_other() {
+    run(async {
+        let pair = pair().await;
+        for near_resets in [true, false] {
+            let pipe = pair.pipe().await;
+            let (mut resets, mut sees) = match near_resets {
+                true => (pipe.near, pipe.far),
+                false => (pipe.far, pipe.near),
+            };
+            // Of the other direction nothing is read, and its writer goes on.
+            let (mut seen, mut writes) = sees.split();
+            let said = vec![7; 60_000];
+            let mut received = Vec::new();
+            let (_, error, ()) = tokio::join!(
+                async { while writes.write_all(&[0; 9_000]).await.is_ok() {} },
+                async { seen.read_to_end(&mut received).await },
+                async {
+                    sleep(Duration::from_millis(100)).await;
+                    resets.write_all(&said).await.unwrap();
+                    // With something unread, this is a reset.
+                    drop(resets);
+                }
+            );
+            assert!(received == said, "{} bytes", received.len());
+            if let Err(error) = error {
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            }
+            for end in pipe.ends {
+                assert_eq!(end.await, Ok(Reason::Reset));
+            }
+        }
+    });
+}
+
+#[test]
+fn what_a_tunnel_has_brought_before_it_breaks_reaches_the_application() {
+    run(async {
+        let said = vec![7; 200 << 10];
+        let pair = pair().await;
+        let (mut send, _recv, mut app) = pair.half_pipe().await;
+        send.send_data(said.clone().into(), false).unwrap();
+        // More than the kernel takes: some of it waits for the application.
+        sleep(Duration::from_millis(300)).await;
+        send.send_reset(h2::Reason::CONNECT_ERROR);
+        sleep(Duration::from_millis(300)).await;
+        let mut received = Vec::new();
+        let error = app.read_to_end(&mut received).await.unwrap_err();
+        assert!(received == said, "{} bytes", received.len());
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    });
+}
+
+#[test]
+fn of_a_workload_that_has_ended_what_it_said_arrives_and_the_connection_ends() {
+    run(async {
+        let pair = pair().await;
+        for near_ends in [true, false] {
+            let pipe = pair.pipe().await;
+            let (mut ends, mut sees, which) = match near_ends {
+                true => (pipe.near, pipe.far, 0),
+                false => (pipe.far, pipe.near, 1),
+            };
+            let said = vec![7; 3 << 20];
+            let (written, received) = tokio::join!(
+                async {
+                    let written = ends.write_all(&said).await;
+                    drop(ends);
+                    pipe.connections[which].forsake();
+                    written
+                },
+                async {
+                    sleep(Duration::from_millis(200)).await;
+                    let mut received = Vec::new();
+                    sees.read_to_end(&mut received).await.map(|_| received)
+                }
+            );
+            written.unwrap();
+            assert!(received.unwrap() == said);
+            // Though the other side says nothing, and does not end.
+            let [near, far] = pipe.ends;
+            let end = if near_ends { near } else { far };
+            assert_eq!(end.await, Ok(Reason::Closed));
+        }
+    });
+}
+
+#[test]
 fn a_stopped_connection_is_reset_with_its_reason() {
     run(async {
         let pair = pair().await;

@@ -82,6 +82,11 @@ fn accept(mut respond: SendResponse<Bytes>) -> h2::SendStream<Bytes> {
     respond.send_response(Response::new(()), false).unwrap()
 }
 
+fn disown(mut respond: SendResponse<Bytes>) {
+    let answer = Response::builder().status(421).body(()).unwrap();
+    respond.send_response(answer, true).unwrap();
+}
+
 #[test]
 fn it_comes_before_the_answer_and_once() {
     run(async {
@@ -151,6 +156,34 @@ fn a_request_that_was_not_looked_at_is_made_again_with_it() {
         let _answer = accept(respond);
         app.write_all(b" again").await.unwrap();
         assert_eq!(receive(&mut stream, 11).await, b"hello again");
+    });
+}
+
+#[test]
+fn a_tunnel_whose_server_disowns_the_address_is_replaced_and_the_request_made_again_with_it() {
+    run(async {
+        let node = Node::new(ALLOW).await;
+        let mut requests = requests(&node, Arc::new(Semaphore::new(9)));
+        let _first = node.connect("10.0.0.3:80").await;
+        let (_stream, respond) = next(&mut requests).await;
+        let _answer = accept(respond);
+        let mut app = node.connect("10.0.0.3:80").await;
+        app.write_all(b"hello").await.unwrap();
+        let (_, respond) = next(&mut requests).await;
+        disown(respond);
+        // In another tunnel.
+        let (mut stream, respond) = next(&mut requests).await;
+        let _answer = accept(respond);
+        assert_eq!(receive(&mut stream, 5).await, b"hello");
+        assert_eq!(node.client_tunnels().await, 2);
+        // A tunnel that was just opened for that reason is not replaced again.
+        let third = node.connect("10.0.0.3:80").await;
+        let (_, respond) = next(&mut requests).await;
+        disown(respond);
+        is_reset(Ok(third)).await;
+        node.counts(&["connections_failed", "egress", "wrong_authority"])
+            .await;
+        assert_eq!(node.client_tunnels().await, 2);
     });
 }
 

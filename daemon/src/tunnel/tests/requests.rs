@@ -50,10 +50,10 @@ fn only_connect_to_an_address_of_the_tunnels_workload_is_served() {
         let ports = Ports::default();
         for (authority, expected) in [
             ("10.0.0.2:80", StatusCode::OK),
-            ("10.0.0.1:80", StatusCode::BAD_REQUEST),
-            ("10.0.0.3:80", StatusCode::BAD_REQUEST),
-            ("127.0.0.1:80", StatusCode::BAD_REQUEST),
-            ("192.0.2.1:80", StatusCode::BAD_REQUEST),
+            ("10.0.0.1:80", StatusCode::MISDIRECTED_REQUEST),
+            ("10.0.0.3:80", StatusCode::MISDIRECTED_REQUEST),
+            ("127.0.0.1:80", StatusCode::MISDIRECTED_REQUEST),
+            ("192.0.2.1:80", StatusCode::MISDIRECTED_REQUEST),
             ("stock.shop:80", StatusCode::BAD_REQUEST),
             ("10.0.0.2:0", StatusCode::BAD_REQUEST),
             ("10.0.0.2:81", StatusCode::UNAUTHORIZED),
@@ -92,7 +92,7 @@ fn a_tunnel_serves_only_the_identity_that_it_presented() {
         // Cart's certificate is asked for at stock's address.
         let tunnel = tunnel_to(&node, "10.0.0.2", "other", "cart").await;
         let answer = status(&tunnel, connect("10.0.0.2:80")).await;
-        assert_eq!(answer, StatusCode::BAD_REQUEST);
+        assert_eq!(answer, StatusCode::MISDIRECTED_REQUEST);
     });
 }
 

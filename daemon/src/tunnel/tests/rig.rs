@@ -274,6 +274,7 @@ fn link(role: Role, own: &Svid, peer: &Svid) -> Link {
         peer: peer.id.clone(),
         remote: "127.0.0.1:1".parse().unwrap(),
         local: "127.0.0.1:2".parse().unwrap(),
+        netns: 0,
         secret: None,
     };
     let proven = Proven {

@@ -47,6 +47,15 @@ pub(crate) struct Options {
     /// End with a reset as soon as everything is sent, and read nothing
     #[arg(long)]
     reset: bool,
+    /// Exit as soon as everything is sent, and read nothing
+    #[arg(long)]
+    leave: bool,
+    /// Take a reset by the other side for the end, and tell what came before it
+    #[arg(long)]
+    until_reset: bool,
+    /// Pause before the first read, in milliseconds
+    #[arg(long, default_value_t = 0)]
+    read_later: u64,
     /// Seconds without a byte after which to give up
     #[arg(long, default_value_t = 30)]
     patience: u64,
@@ -91,6 +100,11 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
         Duration::from_millis(options.trickle),
     );
     let close = !options.keep_open && !options.reset;
+    if options.leave {
+        // What is sent is the kernel's then.
+        let room = usize::try_from(bytes)?;
+        socket2::SockRef::from(&*stream).set_send_buffer_size(room)?;
+    }
     let send = move || {
         (&sending).write_all(text.as_bytes())?;
         let mut sent = Digest::default();
@@ -101,9 +115,11 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
         }
         io::Result::Ok(sent)
     };
-    if options.reset {
+    if options.reset || options.leave {
         let sent = send().context("sending")?;
-        socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO))?;
+        if options.reset {
+            socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO))?;
+        }
         return Ok(json!({"sent": {"bytes": sent.length, "sha256": sent.hex()}}));
     }
     let (mut sender, mut later) = (None, None);
@@ -113,11 +129,19 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
         sender = Some(thread::spawn(send));
     }
 
+    thread::sleep(Duration::from_millis(options.read_later));
     let mut received = Digest::default();
     let mut head = Vec::new();
     let mut buffer = vec![0; BUFFER];
+    let mut is_reset = false;
     loop {
-        let length = stream.read(&mut buffer).context("receiving")?;
+        let length = match stream.read(&mut buffer) {
+            Err(error) if options.until_reset && error.kind() == io::ErrorKind::ConnectionReset => {
+                is_reset = true;
+                break;
+            }
+            read => read.context("receiving")?,
+        };
         let read = buffer.get(..length).unwrap_or_default();
         if read.is_empty() {
             break;
@@ -134,12 +158,20 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
     let sent = sender
         .context("there is a sender")?
         .join()
-        .map_err(|_| anyhow::anyhow!("the sender broke"))?
-        .context("sending")?;
+        .map_err(|_| anyhow::anyhow!("the sender broke"))?;
+    let sent = match sent {
+        // Whichever call comes first is told of a reset, and only that one.
+        Err(_) if options.until_reset => {
+            is_reset = true;
+            Digest::default()
+        }
+        sent => sent.context("sending")?,
+    };
     head.truncate(256);
     Ok(json!({
         "local": local.to_string(),
         "remote": remote.to_string(),
+        "reset": is_reset,
         "sent": {"bytes": sent.length, "sha256": sent.hex()},
         "received": {
             "bytes": received.length,

@@ -31,7 +31,7 @@ pub(crate) struct Options {
     /// What to do with a connection
     #[arg(long, value_enum, default_value = "echo")]
     mode: Mode,
-    /// Bytes that `source` sends
+    /// Bytes that `source`, `refuse` and `once` send
     #[arg(long, default_value_t = 0)]
     bytes: u64,
     /// Pause after each read, in milliseconds
@@ -52,6 +52,11 @@ enum Mode {
     Source,
     /// Read what comes first, then reset
     Reset,
+    /// Read what comes first, answer with bytes, and close: what the client says meanwhile makes that a
+    /// reset
+    Refuse,
+    /// Read what comes first, answer with bytes and exit
+    Once,
     /// Accept and do nothing at all
     Hold,
     /// Close at once
@@ -87,7 +92,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         match mode {
             Mode::Close => continue,
             Mode::Hold => held.push(stream),
-            Mode::Echo | Mode::Hash | Mode::Source | Mode::Answer | Mode::Reset => {
+            Mode::Once => {
+                answer_once(stream, bytes)?;
+                return Ok(());
+            }
+            Mode::Echo | Mode::Hash | Mode::Source | Mode::Answer | Mode::Reset | Mode::Refuse => {
                 thread::Builder::new().stack_size(STACK).spawn(move || {
                     // A client that goes away is not this server's failure.
                     if let Err(error) = serve(stream, mode, bytes, slow) {
@@ -119,6 +128,14 @@ fn answer(listener: &TcpListener) -> Result<()> {
     Ok(())
 }
 
+/// The kernel has the answer by the time this returns.
+fn answer_once(mut stream: TcpStream, bytes: u64) -> io::Result<()> {
+    let room = usize::try_from(bytes).unwrap_or(usize::MAX);
+    SockRef::from(&stream).set_send_buffer_size(room)?;
+    stream.read_exact(&mut [0])?;
+    source(&stream, bytes, Duration::ZERO, &mut Digest::default())
+}
+
 fn serve(mut stream: TcpStream, mode: Mode, bytes: u64, slow: Duration) -> io::Result<()> {
     // Not to be had any more once both ends have closed.
     let client = stream.peer_addr()?;
@@ -129,7 +146,9 @@ fn serve(mut stream: TcpStream, mode: Mode, bytes: u64, slow: Duration) -> io::R
     let mut digest = Digest::default();
     let mut buffer = vec![0; BUFFER];
     loop {
-        let length = stream.read(&mut buffer)?;
+        let length = stream.read(&mut buffer).inspect_err(|_| {
+            println!("broken {client} {} {}", digest.length, digest.hex());
+        })?;
         let read = buffer.get(..length).unwrap_or_default();
         if read.is_empty() {
             break;
@@ -137,6 +156,9 @@ fn serve(mut stream: TcpStream, mode: Mode, bytes: u64, slow: Duration) -> io::R
         digest.add(read);
         match mode {
             Mode::Echo => stream.write_all(read)?,
+            Mode::Refuse => {
+                return source(&stream, bytes, Duration::ZERO, &mut Digest::default());
+            }
             Mode::Reset => return SockRef::from(&stream).set_linger(Some(Duration::ZERO)),
             _ => {}
         }
