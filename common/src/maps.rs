@@ -120,6 +120,12 @@ pub struct NamespaceEntry {
 /// tunnelled destinations are refused ([`crate::Reason::NoListener`]).
 pub const NAMESPACE_LISTENING: u32 = 1 << 0;
 
+/// No route leads out of this namespace in a family: nothing of it is redirected, so that the kernel
+/// says to the application what it would say without reeve.
+pub const NAMESPACE_WITHOUT_V4: u32 = 1 << 1;
+/// The same for IPv6.
+pub const NAMESPACE_WITHOUT_V6: u32 = 1 << 2;
+
 /// How the packet programs find the network namespace of a packet's socket: the global
 /// `NAMESPACE_SOURCE`, set at load. The later, the more exact.
 #[repr(u8)]

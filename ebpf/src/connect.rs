@@ -9,8 +9,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use reeve_common::{
-    Address, Direction, Hook, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, ONWARD_MARK,
-    Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED,
+    Address, Direction, Hook, NAMESPACE_LISTENING, NAMESPACE_WITHOUT_V4, NAMESPACE_WITHOUT_V6,
+    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED,
     UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 
@@ -32,6 +32,9 @@ const LOCALHOST_MAPPED: Address = ipv4_mapped(LOCALHOST_V4);
 
 /// `SOCK_STREAM`.
 pub const STREAM: u32 = 1;
+/// `SOCK_DGRAM` and `SOCK_RAW`.
+const DATAGRAM: u32 = 2;
+const RAW: u32 = 3;
 
 #[cgroup_sock_addr(connect4)]
 pub fn reeve_connect4(ctx: SockAddrContext) -> i32 {
@@ -113,6 +116,15 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
 
     // What the socket remembered was said of another far end.
     forget(socket);
+    if sends_nothing(ctx) {
+        // Whoever looks up names asks so which source address the kernel would choose. What the socket
+        // sends is judged when it does.
+        if !adopt(socket, &caller, connection.protocol) {
+            report(&connection, Outcome::deny(Reason::MapFailure));
+            return REFUSE;
+        }
+        return PROCEED;
+    }
     let source = bound_address(socket);
     // Under a stranger's address the kernel would answer the stranger.
     let from_here = judge::is_from_here(&source, caller.workload, || namespace_owner(ctx));
@@ -141,9 +153,24 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         flags: TAG_ALLOWED | TAG_DIRECTION,
     };
     if outcome.through_tunnel() {
-        if !is_listening(ctx) {
+        let flags = namespace(ctx).map_or(0, |entry| entry.flags);
+        if flags & NAMESPACE_LISTENING == 0 {
             report(&connection, Outcome::deny(Reason::NoListener));
             return REFUSE;
+        }
+        let without = if is_mapped(&connection.remote) {
+            NAMESPACE_WITHOUT_V4
+        } else {
+            NAMESPACE_WITHOUT_V6
+        };
+        if flags & without != 0 {
+            // The kernel finds no route, and says so. Were there one all the same, the packet would be
+            // judged, and refused without a tunnel.
+            if !adopt(socket, &caller, connection.protocol) {
+                report(&connection, Outcome::deny(Reason::MapFailure));
+                return REFUSE;
+            }
+            return PROCEED;
         }
         remembered.flags |= TAG_REDIRECTED;
     }
@@ -156,6 +183,14 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         redirect(ctx, inet6, &connection.remote, settings.outbound_port);
     }
     PROCEED
+}
+
+/// Whether `connect()` only notes an address: it sends nothing on a socket of datagrams, or a raw one.
+#[inline(always)]
+fn sends_nothing(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: a field of the context, which is not null.
+    let kind = field(unsafe { &raw const (*ctx).type_ });
+    kind == DATAGRAM || kind == RAW
 }
 
 /// A process outside of all workloads may connect to anything but reeve's outbound listener.

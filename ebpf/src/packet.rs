@@ -385,8 +385,8 @@ fn judge_packet(
             )
         }
         _ => {
-            // What was asked for is remembered as well: answers come from there. `connect()` told of
-            // it; who may send nothing is told so below.
+            // What was asked for is remembered as well: answers come from there. What is told of is
+            // where the packet goes, below.
             if translated
                 && !is_unknown(&subject.entry)
                 && !judge::is_own(&connection.remote, connection.workload)
@@ -503,7 +503,7 @@ pub fn flow(settings: &Settings, subject: &Subject, connection: &mut Connection)
         report(connection, Outcome::deny(Reason::UnknownWorkload));
         return false;
     }
-    // `connect()` told of the verdict before the socket had a port.
+    // Where it opens a connection, as of SCTP, `connect()` told of the verdict before the socket had a port.
     let told = !subject.raw
         && tag(subject.socket).is_some_and(|tag| {
             tag.generation == settings.generation

@@ -60,6 +60,7 @@ mod sockets;
 mod stalls;
 mod storage;
 mod storm;
+mod surroundings;
 mod systemd;
 mod tcp;
 mod transfer;

@@ -20,16 +20,17 @@ use crate::{
 /// The maps' contents for what runs here now.
 ///
 /// `own` are the daemon's own cgroups, `listening` the cookies of the namespaces in which the
-/// tunnel's listeners stand.
+/// tunnel's listeners stand, and `without` has flags for those out of which a family does not lead.
 pub(super) fn kernel_state(
     own: &[(u64, u32)],
     discovery: &Discovery,
     listening: &HashSet<u64>,
+    without: &HashMap<u64, u32>,
     tables: KernelTables,
 ) -> KernelState {
     KernelState {
         workloads: workloads(own, discovery),
-        namespaces: namespaces(discovery, listening),
+        namespaces: namespaces(discovery, listening, without),
         local_addresses: local_addresses(discovery),
         tables,
     }
@@ -76,7 +77,11 @@ fn workloads(own: &[(u64, u32)], discovery: &Discovery) -> Vec<(u64, u32, Worklo
         .collect()
 }
 
-fn namespaces(discovery: &Discovery, listening: &HashSet<u64>) -> Vec<(u64, NamespaceEntry)> {
+fn namespaces(
+    discovery: &Discovery,
+    listening: &HashSet<u64>,
+    without: &HashMap<u64, u32>,
+) -> Vec<(u64, NamespaceEntry)> {
     running_namespaces(discovery)
         .into_iter()
         .map(|netns| {
@@ -89,11 +94,12 @@ fn namespaces(discovery: &Discovery, listening: &HashSet<u64>) -> Vec<(u64, Name
             });
             let entry = NamespaceEntry {
                 workload: owner.map_or(NO_WORKLOAD, |running| running.workload.id),
-                flags: if listening.contains(&netns.cookie) {
-                    NAMESPACE_LISTENING
-                } else {
-                    0
-                },
+                flags: without.get(&netns.cookie).copied().unwrap_or_default()
+                    | if listening.contains(&netns.cookie) {
+                        NAMESPACE_LISTENING
+                    } else {
+                        0
+                    },
             };
             (netns.cookie, entry)
         })
@@ -130,6 +136,8 @@ fn map_address(ip: IpAddr) -> Address {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+
+    use reeve_common::NAMESPACE_WITHOUT_V6;
 
     use super::*;
     use crate::{
@@ -192,7 +200,10 @@ mod tests {
             workloads: vec![running(7, 10, Some(netns.clone()))],
             ..Discovery::default()
         };
-        let before = kernel_state(&[], &discovery, &HashSet::new(), KernelTables::default());
+        let state = |listening: &HashSet<u64>, without: &HashMap<u64, u32>| {
+            kernel_state(&[], &discovery, listening, without, KernelTables::default())
+        };
+        let before = state(&HashSet::new(), &HashMap::new());
         assert_eq!(before.namespaces[0].1.flags, 0);
         assert_eq!(before.namespaces[0].1.workload, 7);
         // On its links it is found by the workload as well: others may have the same address there.
@@ -206,7 +217,11 @@ mod tests {
             ]
         );
         let listening = HashSet::from([netns.cookie]);
-        let after = kernel_state(&[], &discovery, &listening, KernelTables::default());
+        let after = state(&listening, &HashMap::new());
         assert_eq!(after.namespaces[0].1.flags, NAMESPACE_LISTENING);
+        let without = HashMap::from([(netns.cookie, NAMESPACE_WITHOUT_V6)]);
+        let after = state(&listening, &without);
+        let both = NAMESPACE_LISTENING | NAMESPACE_WITHOUT_V6;
+        assert_eq!(after.namespaces[0].1.flags, both);
     }
 }

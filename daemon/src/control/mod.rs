@@ -171,6 +171,8 @@ enum Change {
     Bundles,
     Certificates,
     HostAddresses,
+    /// Something in a namespace of workloads.
+    Namespaces,
     Retry,
     /// Readiness may have changed.
     Look,
@@ -331,6 +333,7 @@ impl Control {
             Some(answer) = next_reload(&mut self.reloads) => Change::Reload(answer),
             Ok(()) = waits.certificates.changed() => Change::Certificates,
             () = self.host_addresses.changed() => Change::HostAddresses,
+            () = self.namespaces.changed() => Change::Namespaces,
             signal = waits.signals.next() => Change::Signal(signal),
             news = self.succession.predecessor.news() => Change::Predecessor(news),
             Some(request) = self.succession.requests.recv() => Change::Request(request),
@@ -351,6 +354,7 @@ impl Control {
                 self.reconcile().await;
             }
             Change::Workloads | Change::HostAddresses => self.reconcile().await,
+            Change::Namespaces => self.mend_namespaces(false).await,
             Change::Policies => {
                 let _ = self.reload_policies();
                 self.reconcile().await;
@@ -364,6 +368,7 @@ impl Control {
             Change::Asked(answer) => {
                 self.keep_pinned();
                 self.keep_house();
+                self.mend_namespaces(true).await;
                 // Whoever asked may have given up.
                 let _ = answer.send(());
             }

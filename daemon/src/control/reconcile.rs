@@ -1,12 +1,13 @@
 //! One step: from what is declared and what runs to what is enforced.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
 
-use tokio::task::block_in_place;
+use reeve_common::{NAMESPACE_WITHOUT_V4, NAMESPACE_WITHOUT_V6};
+use tokio::{sync::Notify, task::block_in_place};
 
 use super::{
     Control, certificates,
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    datapath::{Datapath, KernelState, Order, netns::Netns},
+    datapath::{Datapath, Families, KernelState, NamespaceWatch, Order, netns::Netns},
     policy::{Inputs, PolicySet, Snapshot},
     telemetry::direction_name,
     workload::{Discovery, Roster},
@@ -65,11 +66,17 @@ struct Around {
 #[derive(Debug, Default)]
 pub(super) struct Namespaces {
     known: BTreeMap<u64, Known>,
+    /// Something has changed in one of them.
+    word: Arc<Notify>,
 }
 
 #[derive(Debug)]
 struct Known {
     inode: u64,
+    /// Tells of changes, from before it was prepared.
+    watch: Option<NamespaceWatch>,
+    /// Families in which a route leads out.
+    families: Families,
     /// Replies of local applications are routed back to the daemon.
     prepared: bool,
     /// Arriving connections are judged before a listener is looked up.
@@ -201,6 +208,24 @@ impl Control {
         }));
     }
 
+    /// Puts back what others have changed in the workloads' namespaces: in those of which there is word,
+    /// and the settings in all where `settings` says so, of which there is none. What cannot be put back
+    /// keeps the daemon from being ready.
+    pub(super) async fn mend_namespaces(&mut self, settings: bool) {
+        if self.succession.frozen {
+            return;
+        }
+        let view = self.daemon.view.load_full();
+        let datapath = self.daemon.datapath.clone();
+        let mut different = false;
+        for netns in running_namespaces(&view.discovery) {
+            different |= self.namespaces.mend(&datapath, &netns, settings).await;
+        }
+        if different {
+            self.reconcile().await;
+        }
+    }
+
     /// Tells the kernel that nobody listens any more: what needs a tunnel is refused at once. Where
     /// `redirect` is set, connections go on to the listeners, which the next daemon gets.
     pub(super) fn stop_serving(&mut self, redirect: bool) {
@@ -228,7 +253,8 @@ impl Control {
         let tables = snapshot.kernel_tables().clone();
         let mut own = self.own_cgroups.clone();
         own.extend(&self.succession.predecessors);
-        let state = kernel_state(&own, discovery, listening, tables);
+        let without = self.namespaces.without();
+        let state = kernel_state(&own, discovery, listening, &without, tables);
         match block_in_place(|| self.daemon.datapath.apply_in(&state, order)) {
             Ok(()) => self.is_enforced = true,
             Err(error) => {
@@ -311,15 +337,77 @@ impl Namespaces {
             });
             let known = self.known.entry(netns.cookie).or_insert(Known {
                 inode: netns.inode,
+                watch: None,
+                families: Families { v4: true, v6: true },
                 prepared: false,
                 attached: false,
             });
-            match known.prepare(datapath, netns, owned).await {
+            match known.prepare(datapath, netns, owned, &self.word).await {
                 Ok(()) => ready.push(netns.clone()),
                 Err(error) => problems.push(describe(&error)),
             }
         }
         ready
+    }
+
+    /// Ready when something may have changed in one of them.
+    pub(super) async fn changed(&self) {
+        self.word.notified().await;
+    }
+
+    /// By cookie, the flags of the families in which no route leads out.
+    fn without(&self) -> HashMap<u64, u32> {
+        let flags = |known: &Known| {
+            let v4 = if known.families.v4 {
+                0
+            } else {
+                NAMESPACE_WITHOUT_V4
+            };
+            let v6 = if known.families.v6 {
+                0
+            } else {
+                NAMESPACE_WITHOUT_V6
+            };
+            v4 | v6
+        };
+        let known = self.known.iter();
+        known
+            .map(|(cookie, known)| (*cookie, flags(known)))
+            .collect()
+    }
+
+    /// Looks again at one that was prepared. True where that has changed more than what it puts back.
+    async fn mend(&mut self, datapath: &Datapath, netns: &Netns, settings: bool) -> bool {
+        let Some(known) = self.known.get_mut(&netns.cookie) else {
+            return false;
+        };
+        let changed = known
+            .watch
+            .as_ref()
+            .is_some_and(NamespaceWatch::take_change);
+        let unset = || settings && !block_in_place(|| datapath.is_namespace_set(netns));
+        if !known.prepared || !(changed || unset()) {
+            return false;
+        }
+        let before = known.families;
+        match known.look(datapath, netns).await {
+            Ok(mended) => {
+                if !mended.is_empty() {
+                    tracing::warn!(
+                        namespace = netns.inode,
+                        what = mended.join(", "),
+                        "another program has removed or changed what connections to workloads need in \
+                         their network namespace; it is put back"
+                    );
+                }
+                known.families != before
+            }
+            // The next attempt says what is wrong.
+            Err(_) => {
+                known.prepared = false;
+                true
+            }
+        }
     }
 
     /// Lets go of the namespaces that are not among `namespaces`.
@@ -350,9 +438,13 @@ impl Known {
         datapath: &Datapath,
         netns: &Netns,
         owned: bool,
+        word: &Arc<Notify>,
     ) -> Result<(), crate::datapath::Error> {
+        if self.watch.is_none() {
+            self.watch = Some(datapath.watch_namespace(netns, word.clone())?);
+        }
         if !self.prepared {
-            datapath.prepare_namespace(netns).await?;
+            self.look(datapath, netns).await?;
             self.prepared = true;
         }
         if owned && !self.attached {
@@ -363,6 +455,19 @@ impl Known {
             self.attached = false;
         }
         Ok(())
+    }
+}
+
+impl Known {
+    /// Makes it as it has to be, and gives what was not.
+    async fn look(
+        &mut self,
+        datapath: &Datapath,
+        netns: &Netns,
+    ) -> Result<Vec<String>, crate::datapath::Error> {
+        let mended = datapath.prepare_namespace(netns).await?;
+        self.families = block_in_place(|| datapath.families(netns))?;
+        Ok(mended)
     }
 }
 

@@ -12,6 +12,7 @@ mod diag;
 mod ending;
 mod error;
 mod events;
+mod families;
 mod ids;
 mod interfaces;
 mod kernel_sockets;
@@ -19,6 +20,7 @@ mod kernel_types;
 mod links;
 mod load;
 mod namespace_source;
+mod namespace_watch;
 mod nat;
 mod netlink;
 pub mod netns;
@@ -40,7 +42,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use aya::{
@@ -52,13 +54,16 @@ use reeve_common::{
     NamespaceEntry, NamespaceSource, Origin, SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER,
     ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
+use tokio::sync::Notify;
 
 pub use self::{
     diag::{Listener, LiveSocket, Remembered},
     error::Error,
     events::Events,
+    families::Families,
     interfaces::InterfaceAddress,
     namespace_source::{PacketNamespaces, gap_of_running_kernel},
+    namespace_watch::NamespaceWatch,
     refusal::{Refusal, untested_kernel},
     socket::{control_congestion, speak_as, speak_from},
     sockets::{SocketStorage, Sockets},
@@ -488,13 +493,49 @@ impl Datapath {
 
     /// Has a namespace route the replies of local applications to [`Netns::onward_sockets`] back
     /// to the daemon: a firewall mark that replies inherit, a rule for the mark, and a table
-    /// behind it that sends everything to the loopback device. What is there already stays.
+    /// behind it that sends everything to the loopback device. What is there already stays; gives what
+    /// was not.
     ///
     /// # Errors
     ///
     /// From the kernel. A namespace without IPv6 is none.
-    pub async fn prepare_namespace(&self, netns: &Netns) -> Result<(), Error> {
+    pub async fn prepare_namespace(&self, netns: &Netns) -> Result<Vec<String>, Error> {
         route::prepare(netns, &self.settings.proc).await
+    }
+
+    /// Whether the settings of a namespace are as [`Datapath::prepare_namespace`] makes them. Unlike the
+    /// rest, they change without word to a [`NamespaceWatch`].
+    #[must_use]
+    pub fn is_namespace_set(&self, netns: &Netns) -> bool {
+        // What cannot be read is prepared again, which says what is wrong.
+        route::is_set(netns, &self.settings.proc).unwrap_or(false)
+    }
+
+    /// Gives `word` whenever something has changed in a namespace that
+    /// [`Datapath::prepare_namespace`] looks after, or that [`Netns::families`] depends on. Needs a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn watch_namespace(
+        &self,
+        netns: &Netns,
+        word: Arc<Notify>,
+    ) -> Result<NamespaceWatch, Error> {
+        NamespaceWatch::start(netns, word)
+            .map_err(Error::in_namespace(netns, "watch its routes and rules"))
+    }
+
+    /// See [`Netns::families`].
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn families(&self, netns: &Netns) -> Result<Families, Error> {
+        netns
+            .families()
+            .map_err(Error::in_namespace(netns, "read its routes"))
     }
 }
 

@@ -58,19 +58,21 @@ impl Netns {
     /// # Errors
     /// From the kernel.
     pub fn outbound_listeners(&self, port: u16) -> io::Result<Vec<Socket>> {
-        let local = |ip: IpAddr| {
-            let socket = listen((ip, port).into())?;
-            socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
-            Ok(socket)
-        };
-        self.run(|| {
-            let v4 = local(Ipv4Addr::LOCALHOST.into())?;
-            match local(Ipv6Addr::LOCALHOST.into()) {
-                Ok(v6) => Ok(vec![v4, v6]),
-                Err(error) if has_no_inet6(&error) => Ok(vec![v4]),
-                Err(error) => Err(error),
-            }
-        })
+        let v4 = self.run(|| listen_for_redirected((Ipv4Addr::LOCALHOST, port).into()))?;
+        let v6 = self.outbound_listener_v6(port)?;
+        Ok([v4].into_iter().chain(v6).collect())
+    }
+
+    /// The one of [`Netns::outbound_listeners`] at `::1`; none where the namespace has no IPv6 now.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn outbound_listener_v6(&self, port: u16) -> io::Result<Option<Socket>> {
+        match self.run(|| listen_for_redirected((Ipv6Addr::LOCALHOST, port).into())) {
+            Ok(v6) => Ok(Some(v6)),
+            Err(error) if has_no_inet6(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Listening, non-blocking socket for tunnels on every address: IPv4 clients appear with
@@ -135,6 +137,12 @@ pub fn control_congestion(socket: &Socket, congestion_control: CongestionControl
 fn tcp(domain: Domain) -> io::Result<Socket> {
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+fn listen_for_redirected(address: SocketAddr) -> io::Result<Socket> {
+    let socket = listen(address)?;
+    socket.set_tcp_congestion(&LOCAL_CONGESTION_CONTROL)?;
     Ok(socket)
 }
 

@@ -115,7 +115,8 @@ impl Worker {
                 server::serve(worker.clone(), netns.clone(), tcp, from)
             }));
         }
-        self.listening.borrow_mut().insert(cookie, tasks);
+        let mut listening = self.listening.borrow_mut();
+        listening.entry(cookie).or_default().extend(tasks);
     }
 
     fn accept<F: Future<Output = ()> + 'static>(

@@ -7,6 +7,7 @@
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
     fmt,
+    net::{Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     rc::Rc,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -200,7 +201,7 @@ impl Tunnels {
         let mut results = Vec::new();
         for netns in namespaces {
             let result = match serving.entry(netns.cookie) {
-                Entry::Occupied(_) => Ok(()),
+                Entry::Occupied(mut serving) => self.complete(netns, serving.get_mut()),
                 Entry::Vacant(vacant) => self.listen_in(netns).map(|sockets| {
                     vacant.insert(Serving {
                         _netns: netns.clone(),
@@ -219,6 +220,39 @@ impl Tunnels {
         let homes: Arc<HashSet<u64>> =
             Arc::new(namespaces.iter().map(|netns| netns.cookie).collect());
         self.tell_all(|| Command::LeaveAllBut(homes.clone()));
+    }
+
+    /// Opens the listeners that a namespace had no addresses for: it may have got IPv6 since.
+    fn complete(&self, netns: &Arc<Netns>, serving: &mut Serving) -> Result<(), ServeError> {
+        let redirected = SocketAddr::from((Ipv6Addr::LOCALHOST, self.ports.outbound));
+        let has_v6 = |socket: &Socket| {
+            let local = socket.local_addr();
+            local.is_ok_and(|local| local.as_socket() == Some(redirected))
+        };
+        if serving.sockets.iter().any(has_v6) {
+            return Ok(());
+        }
+        for number in 0..self.workers.len() {
+            let opened = netns.outbound_listener_v6(self.ports.outbound);
+            let opened = opened.map_err(|source| ServeError::Outbound {
+                port: self.ports.outbound,
+                inode: netns.inode,
+                source,
+            })?;
+            let Some(socket) = opened else {
+                return Ok(());
+            };
+            serving.sockets.extend(socket.try_clone());
+            self.hand_out(
+                number,
+                Listeners {
+                    netns: netns.clone(),
+                    outbound: vec![socket],
+                    tunnel: Vec::new(),
+                },
+            );
+        }
+        Ok(())
     }
 
     /// Opens the listeners of all workers, or none. Those of a daemon before come first, however
@@ -260,14 +294,18 @@ impl Tunnels {
             // One that cannot be doubled cannot be handed over, and serves all the same.
             .filter_map(|socket| socket.try_clone().ok())
             .collect();
-        let mut held = lock(&self.held);
         for (number, listeners) in opened.into_iter().enumerate() {
-            match &mut *held {
-                Some(held) => held.push((number, listeners)),
-                None => self.send_listeners(number, listeners),
-            }
+            self.hand_out(number, listeners);
         }
         Ok(sockets)
+    }
+
+    /// Gives listeners to a worker, or keeps them back for as long as nothing is accepted.
+    fn hand_out(&self, number: usize, listeners: Listeners) {
+        match &mut *lock(&self.held) {
+            Some(held) => held.push((number, listeners)),
+            None => self.send_listeners(number, listeners),
+        }
     }
 
     fn send_listeners(&self, number: usize, listeners: Listeners) {

@@ -1,15 +1,17 @@
 //! `connect()` of a workload.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
 };
 
 use reeve::datapath::SocketStorage as _;
-use reeve_common::{Action, Direction, EventKind, Hook, PEER_TUNNEL, Reason, protocol::TCP};
+use reeve_common::{
+    Action, Direction, EventKind, Hook, NAMESPACE_WITHOUT_V6, PEER_TUNNEL, Reason, protocol::TCP,
+};
 
-use crate::world::{CLASS, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
+use crate::world::{CLASS, MOMENT, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
 
 #[test]
 fn who_is_not_enrolled_may_do_everything() {
@@ -41,9 +43,60 @@ fn a_workload_without_a_policy_is_refused() {
         assert_eq!(event.direction, Direction::Egress as u8);
     }
     assert_eq!(world.count(Direction::Egress, false, Reason::NoPolicy), 2);
-    let to = world.there.port4(53);
-    let socket = world.as_workload(|| UdpSocket::bind("0.0.0.0:0").unwrap());
-    assert_refused(world.as_workload(|| socket.connect(to)));
+}
+
+#[test]
+fn a_socket_of_datagrams_asks_where_it_would_send_from_and_connects_to_nobody() {
+    let mut world = World::enrolled();
+    let there = world.as_far_end(|| UdpSocket::bind("[::]:53").unwrap());
+    there.set_read_timeout(Some(MOMENT)).unwrap();
+    for (to, from) in [
+        (world.there.port4(53), world.here.v4),
+        (world.there.port6(53), world.here.v6),
+    ] {
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = world.as_workload(|| {
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.connect(to).unwrap();
+            socket
+        });
+        assert_eq!(socket.local_addr().unwrap().ip(), from);
+        assert_eq!(world.other_events(), [], "nothing was judged");
+        // What it sends is, whoever holds it by then.
+        assert_refused(world.as_workload(|| socket.send(b"x")));
+        world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+        let of_stranger = world.here.run(&world.stranger, || socket.send(b"x"));
+        assert_refused(of_stranger);
+        world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+        // Nor does it hear anything.
+        let here = socket.local_addr().unwrap();
+        world.as_far_end(|| there.send_to(b"y", here)).unwrap();
+        socket.set_read_timeout(Some(MOMENT)).unwrap();
+        socket.recv(&mut [0]).unwrap_err();
+        world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
+    }
+    there.recv(&mut [0]).unwrap_err();
+}
+
+#[test]
+fn nothing_is_redirected_in_a_family_that_does_not_lead_out_and_nothing_leaves() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.listening();
+    for (_, entry) in &mut world.state.namespaces {
+        entry.flags |= NAMESPACE_WITHOUT_V6;
+    }
+    world.apply();
+    let _listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    let v4 = world.there.port4(80);
+    world.as_workload(|| TcpStream::connect(v4).unwrap());
+    world.verdict_event(Hook::Connect, true, Reason::Policy);
+    // There is a route all the same.
+    let v6 = world.there.port6(80);
+    let connected = world.as_workload(|| TcpStream::connect_timeout(&v6, MOMENT));
+    assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
+    world.verdict_event(Hook::PacketEgress, false, Reason::TunnelBypassed);
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn a_connected_socket_is_told_of_once() {
         let from = arrives(&there).expect("the question arrives");
         world.as_far_end(|| there.send_to(b"y", from)).unwrap();
         assert_eq!(arrives(&here), Some(to));
-        world.verdict_event(Hook::Connect, true, Reason::NotTunnelled);
+        world.verdict_event(Hook::PacketEgress, true, Reason::NotTunnelled);
     }
     assert_eq!(world.other_events(), []);
 

@@ -187,8 +187,12 @@ fn a_datagram_under_a_strangers_address_goes_nowhere_in_the_workload() {
             assert_refused(world.as_workload(|| socket.send_to(SECRET, &to.into())));
             let event = world.verdict_event(Hook::Sendmsg, false, Reason::NoPolicy);
             assert_eq!(event.remote, address(to.ip()));
-            assert_refused(world.as_workload(|| socket.connect(&to.into())));
-            world.verdict_event(Hook::Connect, false, Reason::NoPolicy);
+            let sent = world.as_workload(|| {
+                socket.connect(&to.into()).unwrap();
+                socket.send(SECRET)
+            });
+            assert_refused(sent);
+            world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
             // No hook sees a caller who is not enrolled: the packet tells.
             let sent = world
                 .here

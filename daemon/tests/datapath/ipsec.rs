@@ -86,7 +86,8 @@ fn what_a_connected_socket_sends_encrypted_is_judged_as_what_it_is() {
         let _client = world.as_workload(|| TcpStream::connect_timeout(&web, PATIENCE).unwrap());
         listener.accept().unwrap();
         let other = SocketAddr::new(to.ip(), 54);
-        assert_refused(world.as_workload(|| socket.connect(other)));
+        world.as_workload(|| socket.connect(other)).unwrap();
+        assert_refused(socket.send(b"x"));
     }
     world.state.tables.verdicts.clear();
     world.apply();

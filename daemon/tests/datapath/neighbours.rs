@@ -2,7 +2,11 @@
 //! unit makes it: the kernel's sockets for neighbours and resets are then of that cgroup, and speak for
 //! the kernel all the same.
 
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::{
+    io::ErrorKind,
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    time::Instant,
+};
 
 use reeve::datapath::address;
 use reeve_common::{
@@ -13,7 +17,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     place::{Place, wire},
-    world::{CLASS, PATIENCE, PEER, Scope, World, assert_refused, reset_at_once},
+    world::{CLASS, MOMENT, PATIENCE, PEER, Scope, World, assert_refused},
 };
 
 /// A workload, a namespace that it has made, and a far end of that namespace.
@@ -60,7 +64,12 @@ fn ipv6_finds_its_neighbours_in_a_namespace_that_the_workload_made() {
         listener.accept().unwrap();
         // And whoever finds no listener is told at once.
         let closed = SocketAddr::new(own.ip(), 81);
-        outer.run(&world.stranger, || reset_at_once(closed));
+        let start = Instant::now();
+        let refused = outer.run(&world.stranger, || {
+            TcpStream::connect_timeout(&closed, PATIENCE).unwrap_err()
+        });
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{closed}");
+        assert!(start.elapsed() < MOMENT);
     }
     let of_kernel = |event: &reeve_common::Event| event.hook == Hook::PacketEgress as u8;
     assert!(!world.other_events().iter().any(of_kernel));

@@ -29,9 +29,9 @@ pub(crate) fn with(capacities: impl FnOnce(&mut Maps)) -> World {
     world
 }
 
-fn connect(world: &World, to: SocketAddr) -> io::Result<()> {
+fn send(world: &World, to: SocketAddr) -> io::Result<usize> {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    world.as_workload(|| UdpSocket::bind(any)?.connect(to))
+    world.as_workload(|| UdpSocket::bind(any)?.send_to(b"x", to))
 }
 
 #[test]
@@ -59,12 +59,12 @@ fn a_cgroup_without_room_is_left_to_an_enforced_parent() {
     assert_eq!(missing(&world, "WORKLOADS"), 1);
     // Who was enrolled is, and who is not is refused.
     let to = world.there.port4(80);
-    connect(&world, to).unwrap();
+    send(&world, to).unwrap();
     let refused = world
         .here
-        .run(&child, || UdpSocket::bind("0.0.0.0:0")?.connect(to));
+        .run(&child, || UdpSocket::bind("0.0.0.0:0")?.send_to(b"x", to));
     assert_refused(refused);
-    world.verdict_event(Hook::Connect, false, Reason::UnknownWorkload);
+    world.verdict_event(Hook::Sendmsg, false, Reason::UnknownWorkload);
     // reeve's own is not among those who are left out.
     world
         .as_reeve(|netns| netns.tunnel_listener(15008).map(drop))
@@ -104,15 +104,15 @@ fn a_new_refusal_without_room_leaves_no_wider_allowance() {
         Action::Allow,
     );
     world.apply();
-    connect(&world, denied).unwrap();
+    send(&world, denied).unwrap();
 
     let before = world.state.tables.verdicts.clone();
     world.verdict(Direction::Egress, CLASS, Scope::Port(UDP, 81), Action::Deny);
     assert_eq!(full_map(&world), "VERDICTS");
-    assert_refused(connect(&world, denied));
-    world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+    assert_refused(send(&world, denied));
+    world.verdict_event(Hook::Sendmsg, false, Reason::MapFailure);
     // The whole direction is closed, and the other is not.
-    assert_refused(connect(&world, world.there.port6(80)));
+    assert_refused(send(&world, world.there.port6(80)));
     assert_eq!(world.datapath().closed(), [(WORKLOAD, Direction::Egress)]);
     let ingress = world
         .datapath()
@@ -126,7 +126,7 @@ fn a_new_refusal_without_room_leaves_no_wider_allowance() {
 
     world.state.tables.verdicts = before;
     world.apply();
-    connect(&world, denied).unwrap();
+    send(&world, denied).unwrap();
     assert_eq!(world.datapath().closed(), []);
     assert_eq!(missing(&world, "VERDICTS"), 0);
 }
@@ -149,9 +149,9 @@ fn room_is_made_before_it_is_missed() {
         );
     }
     world.apply();
-    connect(&world, world.there.port4(80)).unwrap();
+    send(&world, world.there.port4(80)).unwrap();
     for port in [90, 91] {
-        assert_refused(connect(&world, world.there.port4(port)));
+        assert_refused(send(&world, world.there.port4(port)));
     }
 }
 
@@ -163,15 +163,15 @@ fn an_address_without_room_is_not_taken_for_its_neighbours() {
     world.verdict(Direction::Egress, CLASS, Scope::Anything, Action::Deny);
     assert_eq!(full_map(&world), "PEERS");
     for ip in [world.there.v4, world.there.v6].iter().chain(&stranger) {
-        assert_refused(connect(&world, SocketAddr::new(*ip, 80)));
+        assert_refused(send(&world, SocketAddr::new(*ip, 80)));
     }
-    world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+    world.verdict_event(Hook::Sendmsg, false, Reason::MapFailure);
     assert!(missing(&world, "PEERS") > 0);
     // What is left has room.
     world.state.tables.peers.truncate(1);
     world.apply();
-    assert_refused(connect(&world, world.there.port4(80)));
-    connect(&world, SocketAddr::new(stranger[0], 80)).unwrap();
+    assert_refused(send(&world, world.there.port4(80)));
+    send(&world, SocketAddr::new(stranger[0], 80)).unwrap();
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn a_workload_whose_addresses_find_no_room_is_refused_everything() {
     let fits = world.state.local_addresses.clone();
     let remotes = [world.there.port4(80), world.there.port6(80)];
     for to in remotes {
-        connect(&world, to).unwrap();
+        send(&world, to).unwrap();
     }
     world
         .state
@@ -200,16 +200,16 @@ fn a_workload_whose_addresses_find_no_room_is_refused_everything() {
     let both = [Direction::Egress, Direction::Ingress].map(|direction| (WORKLOAD, direction));
     assert_eq!(world.datapath().closed(), both);
     for to in remotes {
-        assert_refused(connect(&world, to));
-        world.verdict_event(Hook::Connect, false, Reason::MapFailure);
+        assert_refused(send(&world, to));
+        world.verdict_event(Hook::Sendmsg, false, Reason::MapFailure);
     }
     // The other one has room.
-    let as_other = || UdpSocket::bind("0.0.0.0:0")?.connect(remotes[0]);
+    let as_other = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"x", remotes[0]);
     world.here.run(&other, as_other).unwrap();
     world.state.local_addresses = fits;
     world.apply();
     for to in remotes {
-        connect(&world, to).unwrap();
+        send(&world, to).unwrap();
     }
     drop(other);
 }
@@ -237,10 +237,10 @@ fn a_port_without_room_is_not_taken_for_the_rest_of_its_address() {
     }
     assert_eq!(full_map(&world), "PEER_PORTS");
     for port in [80, 81, 82] {
-        assert_refused(connect(&world, world.there.port4(port)));
+        assert_refused(send(&world, world.there.port4(port)));
     }
-    world.verdict_event(Hook::Connect, false, Reason::MapFailure);
-    connect(&world, world.there.port6(80)).unwrap();
+    world.verdict_event(Hook::Sendmsg, false, Reason::MapFailure);
+    send(&world, world.there.port6(80)).unwrap();
 }
 
 #[test]
@@ -254,11 +254,11 @@ fn a_workload_that_floods_the_ring_buffer_leaves_room_for_the_events_of_another(
     world.here.run(&world.stranger, || {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         for _ in 0..1000 {
-            assert_refused(socket.connect(to));
+            assert_refused(socket.send_to(b"x", to));
         }
     });
     assert!(world.datapath().lost_events().unwrap() > 0);
-    assert_refused(connect(&world, to));
+    assert_refused(send(&world, to));
     world.event("the workload is refused", |event| {
         event.workload == WORKLOAD
     });

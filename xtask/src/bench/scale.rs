@@ -1,5 +1,5 @@
 //! A large node: 250 workloads, 10,000 identities at 100,000 addresses, 10,000 rules. How long it
-//! takes to load and to change, what it takes of memory, and what a `connect()` costs there and on
+//! takes to load and to change, what it takes of memory, and what a `sendmsg()` costs there and on
 //! a node with 10 rules.
 
 use std::{
@@ -41,7 +41,7 @@ const SMALL: Size = Size {
 
 /// Changes of one policy file that are timed.
 const CHANGES: usize = 11;
-/// Calls of `connect()` in one sample, and samples of each node and family.
+/// Calls of `sendmsg()` in one sample, and samples of each node and family.
 const CALLS: u32 = 100_000;
 const SAMPLES: u32 = 7;
 /// For a daemon to load everything.
@@ -108,7 +108,7 @@ impl Loaded {
             write(&folder, workload, &size.policy(workload, PORT));
         }
         let first = &workloads[0];
-        // No packet is sent there; without a route there is no `connect()`.
+        // Without a route there is no `sendmsg()`.
         for family in ["-4", "-6"] {
             first
                 .exec(["ip", family, "route", "add", "default", "dev", "eth0"])
@@ -161,10 +161,10 @@ impl Loaded {
         ]
     }
 
-    /// Nanoseconds of one `connect()`.
+    /// Nanoseconds of one `sendmsg()`.
     fn connect(&self, to: &str) -> f64 {
         let calls = CALLS.to_string();
-        let asked = self.workloads[0].peer(["connect-calls", to, "--calls", &calls]);
+        let asked = self.workloads[0].peer(["send-calls", to, "--calls", &calls]);
         number(&asked.json()["nanoseconds"])
     }
 
@@ -280,7 +280,7 @@ fn write(folder: &Path, workload: u32, text: &str) {
 /// Asks for a connection until its verdict turns.
 fn turn(workload: &Workload, to: &str, until_allowed: bool) -> Process {
     let wanted = until_allowed.to_string();
-    let mut process = workload.spawn_peer(["connect-calls", to, "--until-allowed", &wanted]);
+    let mut process = workload.spawn_peer(["send-calls", to, "--until-allowed", &wanted]);
     process.wait_for("asking");
     process
 }

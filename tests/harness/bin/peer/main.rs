@@ -1,7 +1,6 @@
 //! What the tests run inside of workloads: the launcher of every program, clients and servers that
 //! tell exactly what they saw, and programs that misbehave.
 
-mod connect_calls;
 mod connect_rate;
 mod enter;
 mod flood;
@@ -12,6 +11,7 @@ mod ping;
 mod probe;
 mod raw;
 mod send;
+mod send_calls;
 mod serve;
 mod udp;
 
@@ -43,8 +43,8 @@ enum Command {
     Flood(flood::Options),
     /// Open, use and close TCP connections as fast as can be, and tell how fast that was
     ConnectRate(connect_rate::Options),
-    /// Call `connect()` without sending anything, and tell what a call costs or when it turns
-    ConnectCalls(connect_calls::Options),
+    /// Send datagrams that nothing answers, and tell what a call costs or when its verdict turns
+    SendCalls(send_calls::Options),
     /// Answer UDP datagrams
     UdpServe(udp::ServeOptions),
     /// Send a UDP datagram and print the answer
@@ -71,7 +71,7 @@ fn main() -> anyhow::Result<()> {
         Command::Send(options) => send::run(&options),
         Command::Flood(options) => flood::run(&options),
         Command::ConnectRate(options) => connect_rate::run(&options),
-        Command::ConnectCalls(options) => connect_calls::run(&options),
+        Command::SendCalls(options) => send_calls::run(&options),
         Command::UdpServe(options) => udp::serve(&options),
         Command::UdpSend(options) => udp::send(&options),
         Command::Raw(options) => raw::run(&options),

@@ -1,5 +1,5 @@
-//! `peer connect-calls`: `connect()` alone, without a packet: what a call costs, or when its verdict
-//! turns.
+//! `peer send-calls`: `sendmsg()` of a datagram socket, to which nothing answers: what a call costs, or
+//! when its verdict turns.
 
 use std::{
     io,
@@ -34,8 +34,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let started = Instant::now();
         for _ in 0..calls {
             socket
-                .connect(to)
-                .with_context(|| format!("connecting to {to}"))?;
+                .send_to(b"x", to)
+                .with_context(|| format!("sending to {to}"))?;
         }
         let each = started.elapsed().as_secs_f64() * 1e9 / f64::from(calls);
         println!("{}", json!({"nanoseconds": each}));
@@ -44,10 +44,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let wanted = options.until_allowed.unwrap_or(true);
     println!("asking");
     loop {
-        let allowed = match socket.connect(to) {
-            Ok(()) => true,
+        let allowed = match socket.send_to(b"x", to) {
+            Ok(_) => true,
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => false,
-            Err(error) => bail!("connecting to {to}: {error}"),
+            Err(error) => bail!("sending to {to}: {error}"),
         };
         if allowed == wanted {
             let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
