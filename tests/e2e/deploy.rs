@@ -82,6 +82,38 @@ fn the_manifests_are_what_kubernetes_takes() {
 }
 
 #[test]
+fn the_kubelet_is_as_patient_with_a_busy_node_as_systemd_is() {
+    let manifest = fs::read_to_string(deploy().join("kubernetes/reeve.yaml")).unwrap();
+    let unit = fs::read_to_string(deploy().join("reeve.service")).unwrap();
+    let number = |line: &str, name: &str| {
+        let value = line.trim().strip_prefix(name)?;
+        value.trim_end_matches('s').trim().parse::<u32>().ok()
+    };
+    let watchdog = unit
+        .lines()
+        .find_map(|line| number(line, "WatchdogSec="))
+        .unwrap();
+    for probe in ["startupProbe:", "livenessProbe:", "readinessProbe:"] {
+        // Its fields, each on a line of its own.
+        let (_, fields) = manifest.split_once(probe).unwrap();
+        let field = |name: &str| {
+            fields
+                .lines()
+                .skip(1)
+                .take_while(|line| !line.contains("Probe:") && !line.contains("resources:"))
+                .find_map(|line| number(line, name))
+        };
+        // The kubelet's default is one second, which load alone exceeds.
+        let timeout = field("timeoutSeconds:").unwrap_or(1);
+        assert!(timeout >= 5, "{probe} waits {timeout} s for an answer");
+        let patience = field("periodSeconds:").unwrap() * field("failureThreshold:").unwrap_or(3);
+        if probe != "readinessProbe:" {
+            assert!(patience >= watchdog, "{probe} gives up after {patience} s");
+        }
+    }
+}
+
+#[test]
 fn the_dashboard_is_one_grafana_can_read() {
     let text = fs::read_to_string(deploy().join("grafana/reeve.json")).unwrap();
     let dashboard: serde_json::Value = serde_json::from_str(&text).unwrap();

@@ -2,9 +2,9 @@
 //! connection alone; and who may reach the outbound listener at all.
 
 use std::{
-    io::{Error, ErrorKind, Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::AsFd,
     time::Duration,
 };
 
@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::{
     place::set_option,
-    world::{MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused},
+    world::{MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused, tcp_info},
 };
 
 /// A workload whose connections are redirected, and reeve's listeners in its namespace.
@@ -144,19 +144,7 @@ fn fast_open_does_not_overtake_the_origin() {
             let mut said = [0; 5];
             accepted.read_exact(&mut said).unwrap();
             assert_eq!(&said, b"early");
-            let mut info = [0_u8; 104];
-            let mut length = info.len() as libc::socklen_t;
-            // SAFETY: `info` is as long as is said.
-            let asked = unsafe {
-                libc::getsockopt(
-                    accepted.as_raw_fd(),
-                    libc::IPPROTO_TCP,
-                    libc::TCP_INFO,
-                    info.as_mut_ptr().cast(),
-                    &raw mut length,
-                )
-            };
-            assert_eq!(asked, 0, "{}", Error::last_os_error());
+            let info = tcp_info(&accepted);
             assert_ne!(info[OPTIONS] & SYN_DATA, 0, "it came with the SYN");
         }
     }

@@ -7,6 +7,9 @@
 use std::{
     fmt::Debug,
     fs,
+    io::ErrorKind,
+    net::SocketAddr,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::{
         Arc, Once,
@@ -25,6 +28,7 @@ use reeve_common::{
     PeerEntry, Reason, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL,
     VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE, WorkloadEntry, WorkloadId, protocol,
 };
+use socket2::{Domain, Socket, Type};
 use tokio::{runtime::Runtime, time::timeout};
 
 use crate::place::{Cgroup, Place, mount, wire};
@@ -374,6 +378,36 @@ fn sweep() {
             }
         }
     });
+}
+
+/// What the kernel tells of a TCP socket (`struct tcp_info`), as far as every supported kernel tells it.
+pub(crate) fn tcp_info(socket: &impl AsRawFd) -> [u8; 104] {
+    let mut info = [0_u8; 104];
+    let mut length = info.len() as libc::socklen_t;
+    // SAFETY: `info` is as long as is said.
+    let asked = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(asked, 0, "{}", std::io::Error::last_os_error());
+    info
+}
+
+/// Asserts that a connection is refused at its first SYN. By the clock alone a busy machine could not be told from a
+/// client that had to ask again.
+pub(crate) fn reset_at_once(to: SocketAddr) {
+    /// Where `struct tcp_info` has `tcpi_total_retrans`.
+    const SENT_AGAIN: usize = 100;
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+    let refused = socket.connect_timeout(&to.into(), PATIENCE).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}");
+    let info = tcp_info(&socket);
+    assert_eq!(info[SENT_AGAIN..], [0; 4], "{to}: the SYN was sent again");
 }
 
 /// Asserts that a call was refused by a program.
