@@ -44,6 +44,11 @@ fn who_watches_sees_a_connection_from_its_verdict_to_its_end_on_both_nodes() {
         let place = event["ruleAt"].as_str().unwrap();
         assert!(place.ends_with("policies/0.yaml:1"), "{event}");
     }
+    let source = closed["sourceAddress"].as_str().unwrap();
+    assert!(
+        source.starts_with(&pair.client.addresses().v4.to_string()),
+        "{closed}"
+    );
     assert_eq!(closed["reason"], "closed");
     assert_eq!(
         (&closed["bytesSent"], &closed["bytesReceived"]),

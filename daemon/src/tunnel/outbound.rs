@@ -58,6 +58,11 @@ pub(super) async fn serve(
             return;
         }
     };
+    // The redirected socket has an address of the loopback device. The connection comes from where its
+    // tunnel does, which the peer's log shows as well.
+    if call.source.ip().is_loopback() {
+        call.source.set_ip(stream.slot.link().ends.local.ip());
+    }
     let live = call.open(&worker, stream.slot.link(), place);
     let connection = live.connection().clone();
     connection.moved_out(sent);
