@@ -6,7 +6,10 @@ use std::{fs, sync::Arc};
 use harness::{Cgroup, Network, Node, Programs, eventually};
 use serde_json::json;
 
-use crate::arrange::{PORT, is_denied, say, serve};
+use crate::{
+    arrange::{PORT, TCP, answers, is_denied, of, say, send, serve},
+    deploy::deploy,
+};
 
 /// As containers are started on hosts with one hierarchy of cgroups.
 const OWN_CGROUPS: [&str; 2] = ["unshare", "--cgroup"];
@@ -57,6 +60,62 @@ fn a_daemon_in_a_cgroup_namespace_of_its_own_enforces_what_the_host_has() {
     let cgroup = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
     let own = format!("0::{}/daemon", node.cgroup().below_mount());
     assert!(cgroup.lines().any(|line| line == own), "{cgroup}");
+}
+
+#[test]
+fn the_container_of_the_daemonset_gives_the_daemon_what_it_needs() {
+    let node = Node::new(&Network::new(), "node");
+    let [client, server, stranger] = ["client", "server", "stranger"].map(|name| node.pod(name));
+    let proc = node.folder().join("proc");
+    fs::create_dir(&proc).unwrap();
+    // As a runtime mounts them: the host's processes elsewhere, settings of the kernel for reading alone.
+    let mounts = format!(
+        "mount --rbind /proc {}; mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys",
+        proc.display()
+    );
+    let manifest = fs::read_to_string(deploy().join("kubernetes/reeve.yaml")).unwrap();
+    let (_, capabilities) = manifest.split_once("add: [").unwrap();
+    let (capabilities, _) = capabilities.split_once(']').unwrap();
+    let alone = format!("-all,+{}", capabilities.to_lowercase().replace(", ", ",+"));
+    let mut daemon = node
+        .reeve()
+        .enrol(&client)
+        .enrol(&server)
+        .set("/node/proc", json!(proc))
+        .set("/node/addresses", json!([]))
+        .set("/node/hostAddresses", json!(true))
+        .with_mounts(&mounts)
+        .launched_by(OWN_CGROUPS)
+        .launched_by(["setpriv", "--bounding-set", &alone])
+        .start();
+    let _server = serve(&server, PORT, &[]);
+    let to = server.addresses();
+    is_denied(&client, to.port4(PORT));
+    send(&stranger, to.port4(PORT), &["--text", "let me in"]).fails();
+    say(node.host(), to.port4(PORT), "the kubelet's probe");
+    let policies = [
+        of(&client).calls(&server, TCP).text(),
+        of(&server).hears(&client, TCP).text(),
+    ];
+    fs::write(
+        daemon.policies().join("both.yaml"),
+        policies.join("\n---\n"),
+    )
+    .unwrap();
+    eventually("the policy is in force", || {
+        answers(&client, to.port6(PORT))
+    });
+    let status = daemon.status();
+    let tunnels = status["tunnels"]["tunnels"].as_array().unwrap();
+    assert_eq!(tunnels.len(), 2, "the two ends of one: {status:#}");
+    // An update: the next daemon starts when the one before has ended.
+    daemon.stop().ok();
+    is_denied(&client, to.port4(PORT));
+    is_denied(&client, to.port4(PORT + 1));
+    daemon.start_again();
+    daemon.wait_until_ready();
+    say(&client, to.port4(PORT), "after the update");
+    is_denied(&client, to.port4(PORT + 1));
 }
 
 #[test]
@@ -161,7 +220,7 @@ fn the_hosts_addresses_are_the_nodes_as_they_come_and_go() {
     let to = pod.addresses();
     let refused = |place: &harness::Place| {
         for to in [to.port4(PORT), to.port6(PORT)] {
-            crate::arrange::send(place, to, &["--text", "let me in"]).fails();
+            send(place, to, &["--text", "let me in"]).fails();
         }
     };
     refused(node.host());
@@ -195,7 +254,7 @@ fn the_hosts_addresses_are_the_nodes_as_they_come_and_go() {
     node.host().exec(give).ok();
     take(&peer);
     eventually("it is not the node's any more", || {
-        !crate::arrange::answers(&peer, to.port4(PORT))
+        !answers(&peer, to.port4(PORT))
     });
     say(node.host(), to.port6(PORT), "from the host");
     nobody().write();

@@ -140,7 +140,8 @@ fn metrics_in(file: &Path) -> BTreeSet<String> {
     names
 }
 
-fn deploy() -> PathBuf {
+/// What is shipped beside the binary.
+pub(crate) fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
 
