@@ -257,6 +257,25 @@ fn a_folder_of_pins_that_others_can_write_in_keeps_the_daemon_from_being_ready()
     assert!(pins.join("link_reeve_egress").exists());
 }
 
+#[test]
+fn a_daemon_mounts_no_bpffs_over_what_is_in_a_folder() {
+    let network = Network::new();
+    let node = Node::new(&network, "node");
+    let workload = node.pod("workload");
+    let folder = node.folder().join("full");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("kept"), "here").unwrap();
+    let mut daemon = node
+        .reeve()
+        .enrol(&workload)
+        .set("/node/bpffs", json!(folder.join("reeve")))
+        .start_unready();
+    let path = folder.display().to_string();
+    daemon.wait_for_log(&["it is not empty (it has kept)", "node.bpffs", &path]);
+    eventually("it does not run", || daemon.ended().is_some());
+    assert_eq!(fs::read_to_string(folder.join("kept")).unwrap(), "here");
+}
+
 // === inotify ===
 
 #[test]

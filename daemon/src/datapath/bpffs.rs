@@ -23,8 +23,8 @@ const OTHERS_WRITE: u32 = 0o022;
 /// In a folder with this bit, others rename and remove only what is their own.
 const STICKY: u32 = 0o1000;
 
-/// Makes `folder` on a bpf file system, and mounts one on its parent where there is none. Refuses a
-/// folder that is not root's alone.
+/// Makes `folder` on a bpf file system, and mounts one on its parent where there is none and the
+/// parent is empty. Refuses a folder that is not root's alone.
 pub(super) fn prepare(folder: &Path) -> Result<(), Error> {
     let own_mounts = has_own_mounts();
     let parent = folder.parent().unwrap_or(Path::new("/"));
@@ -166,6 +166,14 @@ fn mount_at(folder: &Path, own_mounts: bool) -> io::Result<()> {
     if is_bpffs(folder) {
         return Ok(());
     }
+    // Whatever is in a folder is hidden by what is mounted there.
+    if let Some(entry) = fs::read_dir(folder)?.next() {
+        let name = entry?.file_name();
+        return Err(io::Error::other(format!(
+            "it is not empty (it has {}), and a mount would hide what is in it",
+            name.display()
+        )));
+    }
     if own_mounts {
         return Err(io::Error::other(
             "what is mounted here ends with the daemon, and with it all that is enforced: mount it \
@@ -181,4 +189,35 @@ fn mount_at(folder: &Path, own_mounts: bool) -> io::Result<()> {
     );
     drop(lock);
     mounted.map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    #[test]
+    fn a_bpffs_is_mounted_over_an_empty_folder_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let (full, empty) = (folder.path().join("full"), folder.path().join("empty"));
+        fs::create_dir(&full).unwrap();
+        fs::create_dir(&empty).unwrap();
+        fs::write(full.join("kept"), "here").unwrap();
+        // Mounts of a thread of its own, which nobody else sees.
+        let mounting = std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let refused = mount_at(&full, false).unwrap_err().to_string();
+            assert!(
+                refused.contains("it is not empty (it has kept)"),
+                "{refused}"
+            );
+            assert_eq!(fs::read_to_string(full.join("kept")).unwrap(), "here");
+            mount_at(&empty, false).unwrap();
+            assert!(is_bpffs(&empty));
+        });
+        mounting.join().unwrap();
+    }
 }

@@ -11,8 +11,9 @@ use super::{netns::Netns, refusal::Refusal};
 pub enum Error {
     /// No bpf file system, and none could be mounted.
     #[error(
-        "there is no bpf file system at {path} and it cannot be mounted: {source}; run \
-         `mount -t bpf bpf {path}` as root, or name a folder in one with node.bpffs"
+        "there is no bpf file system at {path} and none is mounted there: {source}; name a folder \
+         in a bpf file system with node.bpffs (the default is in /sys/fs/bpf), or mount one at an \
+         empty folder: `mount -t bpf bpf FOLDER`"
     )]
     Bpffs {
         /// Where it is looked for.
