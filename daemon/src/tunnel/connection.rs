@@ -341,9 +341,9 @@ impl Connection {
         self.sent.get() + self.received.get()
     }
 
-    /// The workload has ended: what it said still goes to the peer, and then the connection ends.
-    pub(super) fn forsake(&self) {
-        if !self.forsaken.replace(true) {
+    /// Whether the workload has ended: what it said still goes to the peer, and then the connection ends.
+    pub(super) fn set_forsaken(&self, forsaken: bool) {
+        if self.forsaken.replace(forsaken) != forsaken {
             self.wake();
         }
     }
@@ -407,9 +407,8 @@ impl Connection {
         match self.call.judge(snapshot) {
             Ok(decision) => {
                 let workload = self.call.workload();
-                if workload.is_some_and(|one| self.call.ended(snapshot, one).is_some()) {
-                    self.forsake();
-                }
+                let ended = |one: &Arc<Workload>| self.call.ended(snapshot, one).is_some();
+                self.set_forsaken(workload.is_some_and(ended));
                 let would = (decision.dry_run, decision.dry_run_rule);
                 if self.would.replace(would) != would {
                     self.call.tell_dry_run(worker, &decision);

@@ -256,7 +256,7 @@ fn of_a_workload_that_has_ended_what_it_said_arrives_and_the_connection_ends() {
                 async {
                     let written = ends.write_all(&said).await;
                     drop(ends);
-                    pipe.connections[which].forsake();
+                    pipe.connections[which].set_forsaken(true);
                     written
                 },
                 async {
