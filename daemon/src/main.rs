@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -30,8 +31,9 @@ fn main() -> ExitCode {
         Command::Run {
             config,
             takeover,
+            end_old_after,
             report,
-        } => match run(&config, takeover, report.clone()) {
+        } => match run(&config, takeover, end_old_after, report.clone()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 cli::print_error(&error);
@@ -61,7 +63,12 @@ fn main() -> ExitCode {
 }
 
 /// Runs the daemon until a signal ends it, or another one takes over.
-fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunError> {
+fn run(
+    file: &Path,
+    takeover: bool,
+    end_old_after: Option<Duration>,
+    report: Option<PathBuf>,
+) -> Result<(), RunError> {
     let kept = handover::from_service_manager();
     let config = Arc::new(Config::load(file)?);
     let policies = control::policies(&config, &config.roster())?;
@@ -175,6 +182,7 @@ fn run(file: &Path, takeover: bool, report: Option<PathBuf>) -> Result<(), RunEr
             takeover,
             stand_in,
             report,
+            end_old_after,
             inherited: listening,
         };
         Control::new(daemon, parts).run().await

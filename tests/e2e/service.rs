@@ -22,7 +22,7 @@ const ANSWERS: u16 = PORT + 1;
 
 #[test]
 fn an_upgrade_in_the_unit_outlives_the_watchdog_and_no_connection_notices() {
-    let scene = Scene::new("");
+    let scene = Scene::new("timeouts: {drain: 3s}");
     let machine = scene.boot();
     let first = scene.process();
     for round in 0..2 {
@@ -69,6 +69,24 @@ fn an_upgrade_in_the_unit_outlives_the_watchdog_and_no_connection_notices() {
         machine.log("reeve.service").contains("Watchdog timeout")
     });
     drop(hung);
+    // The daemon that systemd starts next knows of the old one, and a stop ends that as well.
+    eventually("the next daemon knows of the first one", || {
+        let status = machine.run(["reeve", "status", "--json"]);
+        status.status.success() && {
+            let status = status.json();
+            let old = status["predecessors"].as_array().unwrap();
+            old.iter()
+                .any(|old| old["process"].as_u64() == first.parse().ok())
+        }
+    });
+    let beats = scene.beats();
+    eventually("the first connection goes on", || scene.beats() > beats + 5);
+    machine.run(["systemctl", "stop", "reeve"]).ok();
+    let left = "cat /sys/fs/cgroup/reeve.slice/reeve.service/cgroup.procs 2>/dev/null; pgrep -x reeve; true";
+    assert_eq!(machine.shell(left).ok(), "");
+    machine
+        .run(["reeve", "detach", "--config", "/etc/reeve/reeve.yaml"])
+        .ok();
 }
 
 #[test]

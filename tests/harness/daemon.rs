@@ -80,6 +80,11 @@ impl Daemon {
     /// Starts another daemon with the same files, which is to take over, and gives the one that
     /// ran until now. Whether it has taken over is to be seen in its log.
     pub fn start_taking_over(&mut self) -> Process {
+        self.start_taking_over_with(&[])
+    }
+
+    /// As [`Self::start_taking_over`], with more words on its command line.
+    pub fn start_taking_over_with(&mut self, more: &[&str]) -> Process {
         let reeve = Programs::get().reeve.as_os_str();
         let words = [
             reeve,
@@ -88,13 +93,19 @@ impl Daemon {
             OsStr::new("--config"),
             self.config.as_os_str(),
         ];
+        let words = words.into_iter().chain(more.iter().map(OsStr::new));
         let new = self.place.spawn(words);
         self.process.replace(new).expect("the daemon runs")
     }
 
     /// Has another daemon take over, and gives the one that ran until now, which drains.
     pub fn take_over(&mut self) -> Process {
-        let old = self.start_taking_over();
+        self.take_over_with(&[])
+    }
+
+    /// As [`Self::take_over`], with more words on the new one's command line.
+    pub fn take_over_with(&mut self, more: &[&str]) -> Process {
+        let old = self.start_taking_over_with(more);
         self.wait_for_log(&["took over from another daemon"]);
         old
     }

@@ -1,6 +1,6 @@
 //! The words of the command line.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -59,7 +59,8 @@ settings the log says that a restart is needed. Needs root.
 
 With --takeover it takes over from the daemon that runs, if one does: both run until this one is \
 ready, then listeners, the metrics endpoint and the admin socket change hands without losing a \
-connection, and the old daemon lets open connections end within `timeouts.handOver` and leaves. \
+connection. The old daemon serves its open connections until the last one has ended, or for \
+`timeouts.handOver` where that is set; --end-old-after ends those of all old daemons after a time. \
 Where versions do not fit, or this one does not become ready, it exits and the old one goes on. \
 A daemon that is a service of systemd does not hand over to one outside of its unit: \
 `reeve upgrade` starts one inside.",
@@ -68,6 +69,7 @@ Examples:
   reeve run
   reeve run --config ./reeve.yaml
   reeve run --takeover
+  reeve run --takeover --end-old-after 1h
 
 The log goes to standard error. Exit codes: 0 stopped in good order, 1 failed, 2 the \
 configuration is wrong."
@@ -79,6 +81,14 @@ configuration is wrong."
         /// Take over from the daemon that runs, without breaking a connection
         #[arg(long)]
         takeover: bool,
+        /// End the connections of all old daemons after this time, as in 90s, 1h or 0s
+        #[arg(
+            long,
+            value_name = "DURATION",
+            requires = "takeover",
+            value_parser = humantime::parse_duration
+        )]
+        end_old_after: Option<Duration>,
         /// Where to write how the takeover ended, for `reeve upgrade`
         #[arg(long, value_name = "FILE", requires = "takeover", hide = true)]
         report: Option<PathBuf>,
@@ -197,12 +207,15 @@ Put the installed reeve in the place of the daemon that runs, without breaking a
 For a daemon that is a service of systemd: has systemd reload its unit, whose `ExecReload=` starts the \
 new daemon inside of the unit. It takes over as `reeve run --takeover` does, with the configuration that \
 the old one was started with, and becomes the unit's main process; the watchdog goes on throughout. \
-The old daemon lets open connections end within `timeouts.handOver`. Where the new one does not fit or \
+The old daemon serves its open connections until the last one has ended, or for `timeouts.handOver` \
+where that is set. `reeve status` shows old daemons; --end-old-after ends the connections of all of \
+them after a time, as where they have a known hole. Where the new one does not fit or \
 does not become ready, it ends, the reason is told here, and the old one goes on. Needs root.",
         after_help = "\
 Examples:
   install -m 755 bin/reeve /usr/local/bin/reeve && reeve upgrade
   reeve upgrade && reeve status
+  reeve upgrade --end-old-after 1h
 
 Exit codes: 0 the new daemon has taken over; 1 it has not, and nothing has changed."
     )]

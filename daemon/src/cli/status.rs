@@ -304,9 +304,10 @@ mod tests {
                 process: 4711,
                 left: Some(Left {
                     connections: 3,
-                    seconds: 75,
+                    seconds: Some(75),
                     ..Left::default()
                 }),
+                ..Draining::default()
             }],
             workloads: vec![WorkloadStatus {
                 name: "web".into(),
@@ -343,7 +344,7 @@ mod tests {
         for text in [
             "reeve 0.1.0 on node1, trust domain example.org, up 1m 15s",
             "NOT READY\n  - workload web has no certificate",
-            "before still drains: reeve 0.0.9, process 4711: connections left: 3, for at most 1m 15s",
+            "before still drains: reeve 0.0.9, process 4711, for 0s: connections left: 3, for at most 1m 15s",
             "web   running  yes        no           4026531840 shared  192.0.2.1  nginx.service",
             "  web: processes of it are elsewhere",
             "the disk is full",

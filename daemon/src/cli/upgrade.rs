@@ -34,6 +34,10 @@ pub struct Upgrade {
     /// The running daemon's admin socket (`admin.socket` of its configuration)
     #[arg(long, value_name = "PATH", default_value = args::DEFAULT_SOCKET)]
     socket: PathBuf,
+    /// End the connections of all old daemons after this time, as in 90s, 1h or 0s; without it they end
+    /// by themselves, or within `timeouts.handOver`
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    end_old_after: Option<Duration>,
 }
 
 /// Why an upgrade is not begun, or has failed.
@@ -64,7 +68,7 @@ pub fn upgrade(words: &Upgrade) -> ExitCode {
         Ok(status) => status,
         Err(code) => return code,
     };
-    let process = match order(&words.socket, before.process) {
+    let process = match order(words, before.process) {
         Ok(process) => process,
         Err(error) => return failed(&error),
     };
@@ -76,22 +80,29 @@ pub fn upgrade(words: &Upgrade) -> ExitCode {
         }
         Err(code) => return code,
     };
+    let end = match words.end_old_after {
+        Some(patience) => format!("within {}", humantime::format_duration(patience)),
+        None => "by themselves".to_owned(),
+    };
     print(&format!(
         "reeve {version}, process {process}, has taken over from reeve {}, process {}, whose \
-         connections end by themselves: `reeve status` says how many are left\n",
+         connections end {end}: `reeve status` says how many are left\n",
         before.version, before.process
     ))
 }
 
 /// Has systemd reload the unit of this process, and gives the process that has taken over.
-fn order(socket: &Path, process: u32) -> Result<u32, UpgradeError> {
+fn order(words: &Upgrade, process: u32) -> Result<u32, UpgradeError> {
     let unit = unit_of(process).ok_or(UpgradeError::NoService(process))?;
-    let path = Order::path(socket);
+    let path = Order::path(&words.socket);
     let on_file = |source| UpgradeError::File {
         path: path.clone(),
         source,
     };
-    Order::Upgrade.write(&path).map_err(on_file)?;
+    let order = Order::Upgrade {
+        end_old_after: words.end_old_after.map(|patience| patience.as_secs()),
+    };
+    order.write(&path).map_err(on_file)?;
     let reloaded = Command::new("systemctl").args(["reload", &unit]).status();
     let outcome = Order::read(&path);
     fs::remove_file(&path).map_err(on_file)?;
@@ -103,7 +114,7 @@ fn order(socket: &Path, process: u32) -> Result<u32, UpgradeError> {
         Some(Order::Done(process)) => Ok(process),
         Some(Order::Failed(why)) => Err(UpgradeError::Failed(why)),
         // Not even looked at.
-        Some(Order::Upgrade) => Err(UpgradeError::OldUnit(unit)),
+        Some(Order::Upgrade { .. }) => Err(UpgradeError::OldUnit(unit)),
         _ if reloaded.success() => Err(UpgradeError::OldUnit(unit)),
         _ => Err(UpgradeError::Failed(format!(
             "`systemctl reload {unit}` failed; `systemctl status {unit}` and `journalctl -u {unit}` say why"
@@ -129,7 +140,7 @@ pub fn report(error: &dyn std::error::Error, order: &Path) {
         source = cause.source();
     }
     // A daemon that has taken over, and ends later, has done what was asked.
-    if matches!(Order::read(order), Ok(Some(Order::Upgrade)))
+    if matches!(Order::read(order), Ok(Some(Order::Upgrade { .. })))
         && let Err(error) = Order::Failed(why).write(order)
     {
         tracing::warn!(%error, "`reeve upgrade` is not told why");
@@ -141,12 +152,12 @@ pub fn report(error: &dyn std::error::Error, order: &Path) {
 #[must_use]
 pub(super) fn reload_service(asking: &super::Asking) -> ExitCode {
     let path = Order::path(&asking.socket);
-    match Order::read(&path) {
-        Ok(Some(Order::Upgrade)) => {}
+    let end_old_after = match Order::read(&path) {
+        Ok(Some(Order::Upgrade { end_old_after })) => end_old_after,
         Ok(_) => return reload_running(asking),
         Err(source) => return failed(&UpgradeError::File { path, source }),
-    }
-    match start_successor(&path) {
+    };
+    match start_successor(&path, end_old_after) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             if let Err(source) = Order::Failed(why.clone()).write(&path) {
@@ -158,7 +169,7 @@ pub(super) fn reload_service(asking: &super::Asking) -> ExitCode {
 }
 
 /// Starts a new daemon as the main process was started, and waits until it has taken over.
-fn start_successor(order: &Path) -> Result<(), String> {
+fn start_successor(order: &Path, end_old_after: Option<u64>) -> Result<(), String> {
     if env::var_os("NOTIFY_SOCKET").is_none() {
         return Err("the unit lacks `NotifyAccess=exec`, without which systemd would not hear the new \
                     daemon and end it: install deploy/reeve.service of this release, and run `systemctl \
@@ -173,6 +184,9 @@ fn start_successor(order: &Path) -> Result<(), String> {
     command.args(["run", "--takeover"]);
     command.arg("--config").arg(config);
     command.arg("--report").arg(order);
+    if let Some(seconds) = end_old_after {
+        command.arg("--end-old-after").arg(format!("{seconds}s"));
+    }
     for variable in OF_THE_RELOAD {
         command.env_remove(variable);
     }
@@ -252,7 +266,10 @@ mod tests {
     fn a_new_daemon_that_ends_without_a_word_has_failed() {
         let folder = tempfile::tempdir().unwrap();
         let order = folder.path().join("order");
-        Order::Upgrade.write(&order).unwrap();
+        let upgrade = Order::Upgrade {
+            end_old_after: None,
+        };
+        upgrade.write(&order).unwrap();
         let of_ended = || io::pipe().unwrap().0;
         let why = wait_for(of_ended(), &order).unwrap_err();
         assert!(why.contains("without a word"), "{why}");

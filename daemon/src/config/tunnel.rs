@@ -108,6 +108,10 @@ pub struct Limits {
     /// Bytes that a tunnel's receiver may have outstanding. Default 4 MiB.
     #[serde(deserialize_with = "size::<_, _, 65_535, 0x7fff_ffff>")]
     pub tunnel_window: u32,
+    /// Daemons that were taken over from and still carry connections. Beyond it the one that was taken
+    /// over from first lets its connections end within [`Timeouts::drain`]. Default 8.
+    #[serde(deserialize_with = "number::<_, _, 1, 16>")]
+    pub predecessors: usize,
     /// Largest header list of a CONNECT request in bytes. Default 16 KiB.
     #[serde(deserialize_with = "size::<_, _, 1024, 1_048_576>")]
     pub header_list: u32,
@@ -129,6 +133,7 @@ impl Default for Limits {
             tunnels_per_peer: 16,
             stream_window: 512 << 10,
             tunnel_window: 4 << 20,
+            predecessors: 8,
             header_list: 16 << 10,
         }
     }
@@ -168,8 +173,9 @@ pub struct Timeouts {
     /// the tunnel was not proven again with the new one; zero is never. Default zero.
     #[serde(deserialize_with = "duration")]
     pub outdated: Duration,
-    /// For connections to end by themselves after another daemon has taken over. Default 10 min.
-    #[serde(deserialize_with = "positive_duration")]
+    /// For connections to end by themselves after another daemon has taken over; zero is for ever.
+    /// Default zero.
+    #[serde(deserialize_with = "duration")]
     pub hand_over: Duration,
     /// Between PINGs on a tunnel. Default 10 s.
     #[serde(deserialize_with = "positive_duration")]
@@ -196,7 +202,7 @@ impl Default for Timeouts {
             tunnel_age: seconds(3600),
             drain: seconds(30),
             outdated: Duration::ZERO,
-            hand_over: seconds(600),
+            hand_over: Duration::ZERO,
             ping: seconds(10),
             ping_answer: seconds(20),
             silent: seconds(900),

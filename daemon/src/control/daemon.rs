@@ -9,6 +9,7 @@ use std::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::{mpsc, oneshot};
 
+use super::drain::Drain;
 use crate::{
     admin::{self, Answer, ReloadReport, Responder, Status, WorkloadState, WorkloadStatus},
     answers,
@@ -56,6 +57,8 @@ pub struct Daemon {
     /// Daemons before that still drain, the last one first.
     pub(super) predecessors: ArcSwap<Vec<Draining>>,
     started: Instant,
+    /// The same by the wall clock, in seconds since 1970.
+    pub(super) started_at: u64,
 }
 
 /// What control last brought about.
@@ -67,8 +70,8 @@ pub(super) struct View {
     /// What could not be done, one sentence each.
     pub(super) problems: Vec<String>,
     pub(super) policies: admin::PolicyStatus,
-    /// Connections end by themselves, and until when.
-    pub(super) draining: Option<Instant>,
+    /// Connections end by themselves.
+    pub(super) draining: Option<Drain>,
 }
 
 // === impl Daemon ===
@@ -115,6 +118,9 @@ impl Daemon {
             is_service: AtomicBool::new(true),
             predecessors: ArcSwap::default(),
             started: Instant::now(),
+            started_at: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
         }
     }
 

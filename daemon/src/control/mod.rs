@@ -50,7 +50,7 @@ use crate::{
     admin::{PolicyStatus, ReloadReport},
     config::{Config, Declared},
     datapath::{self, Datapath},
-    handover::{Draining, Request, Takeover, Word},
+    handover::{Request, Takeover},
     policy::{PolicySet, Snapshot},
     telemetry::{Events, Health, Readiness},
     watch::Files,
@@ -71,14 +71,17 @@ pub use reload::{declaration, policies};
 pub use service::{StandIn, unknown_units};
 
 use daemon::{Reloads, View};
+use drain::News;
 use health::{Asked, HealthLook};
 use host_addresses::HostAddresses;
 use housekeeping::Housekeeping;
 use reconcile::{Enforced, Namespaces};
 use reload::Doubt;
 use signals::{Signal, Signals};
-use succession::{READY_LOOK, Succession};
+use succession::{LEAVE, READY_LOOK, Succession, at, within};
 
+/// For a process that was killed to be gone.
+const DIE: Duration = Duration::from_secs(2);
 /// First wait before what failed is tried again; doubled at each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Longest wait before what failed is tried again.
@@ -159,6 +162,8 @@ pub struct Parts {
     pub stand_in: Option<StandIn>,
     /// Where to write that it is done.
     pub report: Option<PathBuf>,
+    /// How long the daemons before may go on.
+    pub end_old_after: Option<Duration>,
     /// Cookies of the namespaces whose listeners another process opened.
     pub inherited: HashSet<u64>,
 }
@@ -182,8 +187,10 @@ enum Change {
     /// `reeve reload`.
     Reload(oneshot::Sender<ReloadReport>),
     Request(Request),
-    /// Of the daemon before: what is left of it, or that it has ended.
-    Predecessor(Option<Vec<Draining>>),
+    /// Of a daemon before.
+    Predecessor(News),
+    /// No other daemon hears what is left of this one.
+    Unheard,
     RegistryEnded,
 }
 
@@ -226,7 +233,7 @@ impl Control {
         daemon.is_service.store(is_service, Ordering::Relaxed);
         Self {
             endpoints: parts.endpoints,
-            succession: Succession::new(parts.takeover, &parts.inherited),
+            succession: Succession::new(parts.takeover, &parts.inherited, parts.end_old_after),
             snapshot: parts.snapshot,
             cgroups: parts.cgroups,
             own_cgroups: parts.own_cgroups,
@@ -321,6 +328,7 @@ impl Control {
         let again = *waits
             .retry_at
             .get_or_insert_with(|| Instant::now() + waits.retry);
+        let looks_at = self.succession.looks_at();
         tokio::select! {
             Ok(()) = self.rosters.changed() => Change::Roster,
             changed = self.discovery.changed() => match changed {
@@ -335,8 +343,9 @@ impl Control {
             () = self.host_addresses.changed() => Change::HostAddresses,
             () = self.namespaces.changed() => Change::Namespaces,
             signal = waits.signals.next() => Change::Signal(signal),
-            news = self.succession.predecessor.news() => Change::Predecessor(news),
+            Some(news) = self.succession.predecessors.news() => Change::Predecessor(news),
             Some(request) = self.succession.requests.recv() => Change::Request(request),
+            () = at(looks_at) => Change::Unheard,
             () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
             () = sleep_until(again), if failed => Change::Retry,
             Some(answer) = waits.asked.recv() => Change::Asked(answer),
@@ -376,9 +385,10 @@ impl Control {
                 (waits.retry, waits.retry_at) = ((waits.retry * 2).min(LONGEST_RETRY), None);
                 self.reconcile().await;
             }
-            Change::Signal(Signal::Reload) | Change::Request(Request::Told(Word::Reload)) => {
+            Change::Signal(Signal::Reload) => {
                 self.reload_everything().await;
             }
+            Change::Request(Request::Told(word)) => self.obey(word).await,
             Change::Reload(answer) => {
                 let report = self.reload_everything().await;
                 // Whoever asked may have given up.
@@ -386,10 +396,12 @@ impl Control {
             }
             Change::Request(Request::Freeze { asker, answer }) => self.freeze(asker, answer),
             Change::Request(Request::Resume) => self.resume().await,
+            Change::Request(Request::Heard) => self.is_heard(true),
+            Change::Request(Request::Unheard) => self.is_heard(false),
+            Change::Request(Request::Came(comer)) => self.welcome(comer),
+            Change::Unheard => block_in_place(|| self.look_for_successor()),
             Change::Predecessor(news) => {
-                let has_ended = news.is_none();
-                self.hear_of_predecessor(news);
-                if has_ended {
+                if self.hear_of_predecessor(news) {
                     self.reconcile().await;
                 }
             }
@@ -417,17 +429,54 @@ impl Control {
         );
         process::notify_stopping();
         self.stop_serving(redirect);
-        self.daemon.begin_draining(patience);
+        let until = std::time::Instant::now() + patience;
+        self.daemon.drain_until(Some(until));
         self.tell_readiness();
-        tokio::select! {
-            () = self.daemon.tunnels.drain(patience) => {}
-            () = drain::tell(&self.daemon, |_| {
-                process::notify_status(&self.daemon.in_a_line());
-            }) => {}
-            () = health::answer(&mut waits.asked) => {}
-            () = waits.signals.stop() => tracing::warn!("asked again: connections are ended"),
-        }
+        self.drain(until, waits).await;
         tracing::info!("stopped");
+    }
+
+    /// Waits until connections have ended, at most `until` then, and the daemons before with theirs.
+    async fn drain(&mut self, until: std::time::Instant, waits: &mut Waits) {
+        let left = || until.saturating_duration_since(std::time::Instant::now());
+        self.succession.predecessors.tell(within(left()));
+        let daemon = self.daemon.clone();
+        let mut ended = std::pin::pin!(daemon.tunnels.drain(left()));
+        let mut told = std::pin::pin!(drain::tell(&daemon, |_| {
+            process::notify_status(&daemon.in_a_line());
+        }));
+        let mut last = until + LEAVE;
+        let (mut drained, mut killed) = (false, false);
+        while !drained || !self.succession.predecessors.are_gone() {
+            tokio::select! {
+                () = &mut ended, if !drained => drained = true,
+                () = &mut told => {}
+                () = health::answer(&mut waits.asked) => {}
+                () = at(Some(last)), if !killed => {
+                    self.succession.predecessors.kill();
+                    // Their ends are waited for.
+                    (killed, last) = (true, last + DIE);
+                }
+                () = at(Some(last)), if killed => return,
+                () = sleep(READY_LOOK), if drained => {}
+                Some(news) = self.succession.predecessors.news() => {
+                    self.hear_of_predecessor(news);
+                }
+                // Nothing is handed over any more.
+                Some(request) = self.succession.requests.recv() => {
+                    if let Request::Came(comer) = request {
+                        self.welcome(comer);
+                        self.succession.predecessors.tell(within(left()));
+                    }
+                }
+                () = waits.signals.stop() => {
+                    tracing::warn!("asked again: connections are ended");
+                    self.succession.predecessors.tell(within(Duration::ZERO));
+                    last = last.min(std::time::Instant::now() + LEAVE);
+                    drained = true;
+                }
+            }
+        }
     }
 
     /// Looks after what is pinned, unless that is another daemon's. What cannot be pinned keeps the

@@ -252,7 +252,7 @@ impl Control {
     ) -> KernelState {
         let tables = snapshot.kernel_tables().clone();
         let mut own = self.own_cgroups.clone();
-        own.extend(&self.succession.predecessors);
+        own.extend(&self.succession.old_cgroups);
         let without = self.namespaces.without();
         let state = kernel_state(&own, discovery, listening, &without, tables);
         match block_in_place(|| self.daemon.datapath.apply_in(&state, order)) {

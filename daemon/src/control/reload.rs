@@ -292,7 +292,7 @@ impl Control {
             "the configuration was read again"
         );
         self.take_policies(&config, policies);
-        self.succession.predecessor.tell(Word::Reload);
+        self.succession.predecessors.tell(Word::Reload);
         let mut numbers = self.numbers(&config);
         if !needed.left.is_empty() {
             numbers.push_str("; a restart is needed for ");

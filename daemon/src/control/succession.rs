@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwapOption;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::block_in_place,
@@ -15,14 +16,14 @@ use tokio::{
 
 use super::{
     Change, Control, RunError, Waits,
-    drain::{self, Predecessor},
+    drain::{self, MOVE, News, Predecessors, id},
     follow_events, process,
     reconcile::describe,
     service::{self, StandIn},
     signals::Signal,
 };
 use crate::handover::{
-    self, Asker, Draining, Offer, Order, Request, Takeover, TakeoverError, Word,
+    self, Asker, Before, Comer, Draining, Offer, Order, Request, Takeover, TakeoverError, Word,
 };
 
 /// For this daemon to become ready, before it gives up taking over: certificates that are not
@@ -32,6 +33,14 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 pub(super) const READY_LOOK: Duration = Duration::from_millis(50);
 /// Requests of a daemon that takes over, of which there is one at a time.
 const REQUESTS: usize = 1;
+/// First wait of an old daemon before it looks again for one that hears it; doubled at each further one.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+/// Longest such wait.
+const LONGEST_LOOK: Duration = Duration::from_secs(15);
+/// For how long an old daemon goes on that no other one hears. Nobody would see it.
+const UNHEARD: Duration = Duration::from_secs(600);
+/// For daemons before to end, after they were to have ended: longer than their tunnels take.
+pub(super) const LEAVE: Duration = Duration::from_secs(8);
 
 /// What connects this daemon with the one before and the next one.
 #[derive(Debug)]
@@ -41,9 +50,13 @@ pub(super) struct Succession {
     /// Since when inherited listeners wait for this daemon to be ready.
     waiting_since: Option<Instant>,
     /// Own cgroups of daemons before that still drain.
-    pub(super) predecessors: Vec<(u64, u32)>,
-    /// The daemon before.
-    pub(super) predecessor: Predecessor,
+    pub(super) old_cgroups: Vec<(u64, u32)>,
+    /// The daemons before.
+    pub(super) predecessors: Predecessors,
+    /// Those of them that were told to end since there were too many: process and start.
+    too_many: HashSet<(u32, u64)>,
+    /// How long those before may go on, where a command has said so.
+    end_old_after: Option<Duration>,
     /// The kernel's maps are another daemon's.
     pub(super) frozen: bool,
     /// Another daemon serves, and this one what it has accepted: there is no way back.
@@ -51,29 +64,58 @@ pub(super) struct Succession {
     /// Whether events are left to another daemon.
     pub(super) events_paused: watch::Sender<bool>,
     pub(super) requests: mpsc::Receiver<Request>,
-    sender: Option<mpsc::Sender<Request>>,
+    sender: mpsc::Sender<Request>,
+    /// Whether the next daemon is waited for.
+    has_begun: bool,
+    /// When what this daemon has accepted is ended, once another one serves.
+    until: watch::Sender<Option<Instant>>,
+    /// Who tells another daemon what is left of this one.
+    teller: Arc<ArcSwapOption<mpsc::Sender<Vec<Draining>>>>,
+    /// The same for one that has not said yet that it hears: until then the one before is told.
+    next_teller: Option<mpsc::Sender<Vec<Draining>>>,
+    /// No other daemon hears what is left of this one.
+    unheard: Option<Unheard>,
+}
+
+/// Since when an old daemon is heard by no other one, and when it looks for one again.
+#[derive(Clone, Copy, Debug)]
+struct Unheard {
+    since: Instant,
+    pause: Duration,
+    again: Option<Instant>,
 }
 
 // === impl Succession ===
 
 impl Succession {
     /// `inherited` are the cookies of the namespaces whose listeners another process opened.
-    pub(super) fn new(takeover: Option<Takeover>, inherited: &HashSet<u64>) -> Self {
+    pub(super) fn new(
+        takeover: Option<Takeover>,
+        inherited: &HashSet<u64>,
+        end_old_after: Option<Duration>,
+    ) -> Self {
         let (sender, requests) = mpsc::channel(REQUESTS);
         let waits = takeover.is_some() || !inherited.is_empty();
         Self {
-            predecessors: takeover
+            old_cgroups: takeover
                 .as_ref()
                 .map(|takeover| takeover.offer.own_cgroups.clone())
                 .unwrap_or_default(),
             takeover,
             waiting_since: waits.then(Instant::now),
-            predecessor: Predecessor::default(),
+            predecessors: Predecessors::new(),
+            too_many: HashSet::new(),
+            end_old_after,
             frozen: false,
             has_handed_over: false,
             events_paused: watch::Sender::new(false),
             requests,
-            sender: Some(sender),
+            sender,
+            has_begun: false,
+            until: watch::Sender::new(None),
+            teller: Arc::default(),
+            next_teller: None,
+            unheard: None,
         }
     }
 
@@ -85,6 +127,22 @@ impl Succession {
     /// Whether inherited listeners wait for this daemon to be ready.
     pub(super) fn is_waiting(&self) -> bool {
         self.waiting_since.is_some()
+    }
+
+    /// When an old daemon that nobody hears looks for one that does; none where it is heard.
+    pub(super) fn looks_at(&self) -> Option<Instant> {
+        self.unheard.and_then(|unheard| unheard.again)
+    }
+
+    /// Looks for another daemon some time later.
+    fn look_later(&mut self) {
+        let unheard = self.unheard.get_or_insert_with(|| Unheard {
+            since: Instant::now(),
+            pause: FIRST_LOOK,
+            again: None,
+        });
+        unheard.again = Some(Instant::now() + unheard.pause);
+        unheard.pause = (unheard.pause * 2).min(LONGEST_LOOK);
     }
 }
 
@@ -113,7 +171,7 @@ impl Control {
         }
         if let Some(report) = &self.report
             && self.succession.is_taking_over()
-            && !matches!(Order::read(report), Ok(Some(Order::Upgrade)))
+            && !matches!(Order::read(report), Ok(Some(Order::Upgrade { .. })))
         {
             return Err(RunError::Takeover(TakeoverError::Withdrawn));
         }
@@ -125,15 +183,16 @@ impl Control {
         };
         let offer = takeover.offer.clone();
         let before = block_in_place(|| takeover.take())?;
-        // Where this one was started with another configuration.
-        before.tell(Word::Reload);
         tracing::info!(
             version = offer.version,
             process = offer.process,
             "took over from another daemon, which drains"
         );
         self.daemon.is_service.store(true, Ordering::Relaxed);
-        self.succession.predecessor = Predecessor::new(before);
+        if let Some(patience) = self.succession.end_old_after {
+            before.tell(within(patience));
+        }
+        self.hear(before);
         self.endpoints.serve(&self.daemon)?;
         self.begin()?;
         if let Some(report) = &self.report {
@@ -158,7 +217,9 @@ impl Control {
             tokio::spawn(follow_events(kernel, events, datapath, snapshot, paused));
         }
         let config = self.daemon.config.load();
-        if let Some(requests) = self.succession.sender.take() {
+        if !self.succession.has_begun {
+            self.succession.has_begun = true;
+            let requests = self.succession.sender.clone();
             handover::Listener::bind(&config.admin.socket)
                 .and_then(|listener| listener.serve(config.ports, config.sandbox, requests))
                 .map_err(RunError::HandOver)?;
@@ -172,7 +233,11 @@ impl Control {
         asker: Asker,
         answer: oneshot::Sender<Result<(Offer, Vec<OwnedFd>), String>>,
     ) {
-        if let Err(why) = service::admits(asker) {
+        let admitted = match self.succession.has_handed_over {
+            true => Err("another daemon has its place already".to_owned()),
+            false => service::admits(asker),
+        };
+        if let Err(why) = admitted {
             // Whoever asked has gone, and is refused all the same.
             let _ = answer.send(Err(why));
             return;
@@ -180,7 +245,7 @@ impl Control {
         self.set_frozen(true);
         self.succession.events_paused.send_replace(true);
         let mut own_cgroups = self.own_cgroups.clone();
-        own_cgroups.extend(&self.succession.predecessors);
+        own_cgroups.extend(&self.succession.old_cgroups);
         let offer = Offer {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             process: std::process::id(),
@@ -219,15 +284,16 @@ impl Control {
         // The next daemon begins with the maps as they are, and answers where this one did.
         self.set_frozen(true);
         self.succession.events_paused.send_replace(true);
-        self.succession.requests.close();
+        handover::leave(&self.daemon.config.load().admin.socket);
         if !handover::keep(&self.endpoints.sockets()) {
             tracing::warn!("the next daemon opens its own metrics endpoint and admin socket");
         }
         self.daemon.is_service.store(false, Ordering::Relaxed);
         self.endpoints.leave();
-        let (untold, _) = mpsc::channel(1);
+        // The next daemon is told once it serves.
+        self.succession.look_later();
         let begun = move || block_in_place(|| stand_in.end());
-        self.serve_out(patience, begun, untold, waits).await;
+        self.serve_out(Some(patience), begun, waits).await;
     }
 
     /// Accepts no more, since the other daemon does, and lets connections end. They are still
@@ -240,11 +306,13 @@ impl Control {
         waits: &mut Waits,
     ) {
         let patience = self.daemon.config.load().timeouts.hand_over;
+        let patience = (patience > Duration::ZERO).then_some(patience);
         tracing::info!(
             process,
-            patience = %humantime::format_duration(patience),
+            patience = patience.map(|patience| humantime::format_duration(patience).to_string()),
             "handed over to another daemon: connections may end by themselves"
         );
+        self.succession.teller.store(Some(Arc::new(left)));
         self.daemon.is_service.store(false, Ordering::Relaxed);
         process::notify_successor(process);
         self.endpoints.leave();
@@ -252,35 +320,45 @@ impl Control {
         let begun = || {
             let _ = done.send(());
         };
-        self.serve_out(patience, begun, left, waits).await;
+        self.serve_out(patience, begun, waits).await;
         tracing::info!("stopped, after another daemon has taken over");
     }
 
-    /// Serves what was accepted until it has ended, for at most `patience`, and tells what is `left`.
-    /// Nothing more is accepted once `begun` is called.
+    /// Serves what was accepted until it has ended, for at most `patience` where there is one. Nothing more
+    /// is accepted once `begun` is called.
     async fn serve_out(
         &mut self,
-        patience: Duration,
+        patience: Option<Duration>,
         begun: impl FnOnce(),
-        left: mpsc::Sender<Vec<Draining>>,
         waits: &mut Waits,
     ) {
         self.succession.has_handed_over = true;
-        self.daemon.begin_draining(patience);
+        let until = patience.map(|patience| Instant::now() + patience);
+        self.succession.until.send_replace(until);
+        self.daemon.drain_until(until);
         let daemon = self.daemon.clone();
-        let mut ended = std::pin::pin!(daemon.tunnels.hand_over(patience));
+        let until = self.succession.until.subscribe();
+        let mut ended = std::pin::pin!(daemon.tunnels.hand_over(until));
+        let teller = self.succession.teller.clone();
         let mut told = std::pin::pin!(drain::tell(&daemon, |all| {
-            // One that is told slowly misses some.
-            let _ = left.try_send(all);
+            if let Some(teller) = &*teller.load() {
+                // One that is told slowly misses some.
+                let _ = teller.try_send(all);
+            }
         }));
-        let mut drained: Option<Instant> = None;
         begun();
-        // The next daemon knows of those before only through this one.
-        while drained.is_none() || !self.succession.predecessor.is_gone() {
-            let last = drained.unwrap_or_else(Instant::now) + patience;
+        self.succession.predecessors.tell(Word::Move);
+        let mut drained: Option<Instant> = None;
+        // Those before it that have not moved are known to this one alone.
+        while drained.is_none() || !self.succession.predecessors.are_gone() {
             tokio::select! {
                 () = &mut ended, if drained.is_none() => drained = Some(Instant::now()),
-                () = sleep_until(last.into()), if drained.is_some() => break,
+                () = at(drained.map(|drained| drained + MOVE)) => {
+                    if self.succession.until.borrow().is_some() {
+                        self.succession.predecessors.kill();
+                    }
+                    return;
+                }
                 () = &mut told => {}
                 change = self.next_change(waits) => match change {
                     Change::Signal(Signal::Stop) => {
@@ -297,18 +375,168 @@ impl Control {
         }
     }
 
-    /// Notes what the daemon before says is left of it, or that it has ended.
-    pub(super) fn hear_of_predecessor(&mut self, news: Option<Vec<Draining>>) {
-        match news {
-            Some(left) => self.daemon.predecessors.store(Arc::new(left)),
-            None => {
-                tracing::info!("the daemon before has ended");
-                self.daemon.predecessors.store(Arc::default());
-                self.succession.predecessors.clear();
+    /// Does what the daemon that took over says.
+    pub(super) async fn obey(&mut self, word: Word) {
+        match word {
+            Word::Reload => {
+                self.reload_everything().await;
             }
+            Word::Move => block_in_place(|| self.look_for_successor()),
+            Word::EndWithin { seconds } => {
+                // Those that have not moved yet.
+                self.succession.predecessors.tell(word);
+                self.end_within(Duration::from_secs(seconds));
+            }
+            Word::EndOne {
+                process,
+                started,
+                seconds,
+            } => {
+                if (process, started) == (std::process::id(), self.daemon.started_at) {
+                    self.end_within(Duration::from_secs(seconds));
+                } else {
+                    self.succession.predecessors.tell(word);
+                }
+            }
+        }
+    }
+
+    /// Connections are ended after `patience`, if that is not due before: then the time is given.
+    fn end_within(&mut self, patience: Duration) {
+        let until = Instant::now() + patience;
+        let is_due_before = |due: &Instant| *due <= until;
+        if self
+            .succession
+            .until
+            .borrow()
+            .as_ref()
+            .is_some_and(is_due_before)
+        {
+            return;
+        }
+        tracing::warn!(
+            patience = %humantime::format_duration(patience),
+            "told to end: connections may end by themselves until then"
+        );
+        self.succession.until.send_replace(Some(until));
+        self.daemon.drain_until(Some(until));
+    }
+
+    /// Notes that another daemon hears what is left of this one, or that none does.
+    pub(super) fn is_heard(&mut self, is_heard: bool) {
+        if is_heard {
+            self.succession.unheard = None;
+            if let Some(teller) = self.succession.next_teller.take() {
+                self.succession.teller.store(Some(Arc::new(teller)));
+            }
+        } else {
+            self.succession.look_later();
+        }
+    }
+
+    /// Looks for the daemon that serves, to tell it what is left of this one.
+    pub(super) fn look_for_successor(&mut self) {
+        let mut since = Instant::now();
+        if let Some(unheard) = &mut self.succession.unheard {
+            unheard.again = None;
+            since = unheard.since;
+        }
+        let config = self.daemon.config.load_full();
+        if since.elapsed() > UNHEARD {
+            tracing::warn!(
+                since = %humantime::format_duration(UNHEARD),
+                "no daemon serves that knows of this one"
+            );
+            let patience = config.timeouts.drain;
+            // It looks no more: there is an end.
+            self.end_within(patience);
+            return;
+        }
+        let (left, told) = mpsc::channel(1);
+        let mut own_cgroups = self.own_cgroups.clone();
+        own_cgroups.extend(&self.succession.old_cgroups);
+        let requests = self.succession.sender.clone();
+        let come = handover::come(
+            &config.admin.socket,
+            own_cgroups,
+            config.sandbox,
+            told,
+            requests,
+        );
+        match come {
+            Ok(()) => self.succession.next_teller = Some(left),
+            Err(error) => {
+                tracing::debug!(%error, "no daemon hears what is left of this one");
+                self.succession.look_later();
+            }
+        }
+    }
+
+    /// Hears an old daemon that has come, if this one serves.
+    pub(super) fn welcome(&mut self, comer: Comer) {
+        // Where it does not, the old daemon looks for another one.
+        if self.succession.has_handed_over || self.succession.is_taking_over() {
+            return;
+        }
+        match Before::hear(comer, self.daemon.config.load().sandbox) {
+            Ok(before) => self.hear(before),
+            Err(error) => tracing::warn!(%error, "an old daemon cannot be heard"),
+        }
+    }
+
+    /// Hears one more daemon, from which another one took over.
+    fn hear(&mut self, before: Before) {
+        // Where this one was started with another configuration.
+        before.tell(Word::Reload);
+        for cgroup in &before.own_cgroups {
+            if !self.succession.old_cgroups.contains(cgroup) {
+                self.succession.old_cgroups.push(*cgroup);
+            }
+        }
+        self.succession.predecessors.add(before);
+    }
+
+    /// Notes what a daemon before says is left of it, or that it has ended. True where the last one has.
+    pub(super) fn hear_of_predecessor(&mut self, news: News) -> bool {
+        if news.1.is_none() {
+            tracing::info!("a daemon before has ended");
+        }
+        let were_last = self.succession.predecessors.note(news);
+        if were_last {
+            self.succession.old_cgroups.clear();
+        }
+        let all = self.succession.predecessors.all();
+        self.daemon.predecessors.store(Arc::new(all));
+        if !self.succession.has_handed_over {
+            self.bound_predecessors();
         }
         if self.daemon.is_service.load(Ordering::Relaxed) {
             process::notify_status(&self.daemon.in_a_line());
+        }
+        were_last
+    }
+
+    /// Ends the oldest of the daemons before, where there are more than may be.
+    fn bound_predecessors(&mut self) {
+        let config = self.daemon.config.load_full();
+        let (most, patience) = (config.limits.predecessors, config.timeouts.drain);
+        let all = self.daemon.predecessors.load();
+        let too_many = &mut self.succession.too_many;
+        too_many.retain(|told| all.iter().any(|daemon| id(daemon) == *told));
+        let staying = all.iter().filter(|daemon| !too_many.contains(&id(daemon)));
+        let staying: Vec<_> = staying.cloned().collect();
+        for oldest in staying.iter().skip(most) {
+            tracing::warn!(
+                most,
+                patience = %humantime::format_duration(patience),
+                "more old daemons than `limits.predecessors`: the oldest lets its connections end: {oldest}"
+            );
+            too_many.insert(id(oldest));
+            self.succession.predecessors.tell(Word::EndOne {
+                process: oldest.process,
+                started: oldest.started,
+                seconds: patience.as_secs(),
+            });
         }
     }
 
@@ -327,5 +555,20 @@ impl Control {
             tracing::info!("the service manager keeps the listeners for the next daemon");
         }
         kept
+    }
+}
+
+/// The word that has old daemons end.
+pub(super) fn within(patience: Duration) -> Word {
+    Word::EndWithin {
+        seconds: patience.as_secs_f64().ceil() as u64,
+    }
+}
+
+/// Waits for a moment; for ever where there is none.
+pub(super) async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }

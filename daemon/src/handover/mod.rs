@@ -8,7 +8,8 @@
 //! fit; the old one's control [freezes](Request::Freeze), which leaves the kernel's maps to the new
 //! one, and goes on serving; the new one gets ready, and [takes](Takeover::take); the old one accepts
 //! no more, drains, and says how much is [left](Draining). Whatever ends the new one before that has
-//! the old one go on as before. What either says is read on a thread without privileges.
+//! the old one go on as before. When the daemon that took over ends before the old one does, the old
+//! one [comes](come) to whichever serves then. What either says is read on a thread without privileges.
 
 mod inherited;
 mod new;
@@ -19,15 +20,24 @@ mod protocol;
 
 pub use inherited::{Inherited, forget_kept, from_service_manager, keep};
 pub use new::{Before, Takeover, TakeoverError, ask};
-pub use old::{Asker, Listener, Request};
+pub use old::{Asker, Comer, Listener, Request, come};
 pub use order::Order;
 pub use protocol::{Draining, Left, LeftOf, Offer, Word};
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// Where a daemon with this admin socket is asked to hand over.
 fn socket_beside(admin_socket: &Path) -> PathBuf {
     let mut path = admin_socket.as_os_str().to_owned();
     path.push(".handover");
     path.into()
+}
+
+/// Has nobody find the daemon with this admin socket any more.
+pub fn leave(admin_socket: &Path) {
+    // Where it is gone already, nobody finds it either.
+    let _ = fs::remove_file(socket_beside(admin_socket));
 }

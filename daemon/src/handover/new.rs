@@ -8,9 +8,14 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use tokio::sync::watch;
 
 use super::{
+    old::Comer,
     packet::Connection,
     protocol::{Draining, FromNew, FromOld, Hello, Offer, Word},
     socket_beside,
@@ -38,6 +43,8 @@ pub struct Before {
     /// What is left of it, and of those before it, as often as it says so; closed when its process
     /// ends.
     pub left: watch::Receiver<Vec<Draining>>,
+    /// Cgroups (id and depth) of it and of those before it, which must not be judged.
+    pub own_cgroups: Vec<(u64, u32)>,
     connection: Arc<Connection>,
 }
 
@@ -153,6 +160,7 @@ impl Takeover {
         self.taken.recv().map_err(|_| ended())??;
         Ok(Before {
             left: self.left,
+            own_cgroups: self.offer.own_cgroups,
             connection: self.connection,
         })
     }
@@ -166,6 +174,36 @@ impl Before {
         if let Err(error) = self.connection.try_send(&FromNew::Tell(word)) {
             tracing::debug!(%error, ?word, "the daemon before is not told");
         }
+    }
+
+    /// Hears an old daemon that has come to say that it is there.
+    ///
+    /// # Errors
+    /// When the daemon has gone, or there can be no thread.
+    pub fn hear(comer: Comer, confinement: Confinement) -> io::Result<Self> {
+        let connection = Arc::new(comer.connection);
+        connection.try_send(&FromNew::Heard)?;
+        let (told, left) = watch::channel(Vec::new());
+        let heard = connection.clone();
+        confinement.start_exposed("predecessor", || Ok(()), move |()| hear(&heard, &told))?;
+        Ok(Self {
+            left,
+            own_cgroups: comer.own_cgroups,
+            connection,
+        })
+    }
+
+    /// Ends its process, which has not done so when it was told to. Its connection is still open, so
+    /// the number is still its own.
+    ///
+    /// # Errors
+    /// Where it cannot be ended, or its number is unknown here.
+    pub fn kill(&self) -> io::Result<()> {
+        let process = Pid::from_raw(self.connection.peer()?.pid());
+        if process.as_raw() <= 0 || process == Pid::this() {
+            return Err(io::Error::other("its process number is not known here"));
+        }
+        Ok(kill(process, Signal::SIGKILL)?)
     }
 }
 

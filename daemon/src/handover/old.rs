@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     packet::{self, Connection, MAX_DESCRIPTORS},
-    protocol::{Draining, FromNew, FromOld, Offer, Word},
+    protocol::{Draining, FromNew, FromOld, Offer, Old, Word},
     socket_beside,
 };
 use crate::{config::Ports, privileges::Confinement};
@@ -27,6 +27,10 @@ const MODE: u32 = 0o600;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// For a new daemon to become ready. It gives up before.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
+/// For the daemon that serves to answer an old one that has come.
+const HEARD_TIMEOUT: Duration = Duration::from_secs(15);
+/// Daemons that may wait to be heard.
+const BACKLOG: i32 = 16;
 /// After `accept` failed, as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -54,6 +58,20 @@ pub enum Request {
     Resume,
     /// The new daemon, which has taken over, says this.
     Told(Word),
+    /// The daemon that took over does not listen any more; another one may.
+    Unheard,
+    /// Another daemon listens to what is left of this one.
+    Heard,
+    /// An old daemon has come, which nobody hears.
+    Came(Comer),
+}
+
+/// An old daemon that has come to the one that serves, since the daemon that took over from it has
+/// ended.
+#[derive(Debug)]
+pub struct Comer {
+    pub(super) connection: Connection,
+    pub(super) own_cgroups: Vec<(u64, u32)>,
 }
 
 /// A new daemon that asks.
@@ -75,8 +93,8 @@ pub struct Listener {
 enum Outcome {
     NotBegun,
     GivenUp,
-    /// With what is to be told from now on.
-    Taken(mpsc::Receiver<Vec<Draining>>),
+    /// With what is to be told from now on, and to whom.
+    Taken(mpsc::Receiver<Vec<Draining>>, Connection),
 }
 
 // === impl Listener ===
@@ -96,7 +114,7 @@ impl Listener {
         let socket = packet::socket()?;
         socket.bind(&SockAddr::unix(&new)?)?;
         fs::set_permissions(&new, fs::Permissions::from_mode(MODE))?;
-        socket.listen(1)?;
+        socket.listen(BACKLOG)?;
         fs::rename(&new, &path)?;
         Ok(Self { socket })
     }
@@ -130,22 +148,52 @@ impl Listener {
                 }
             };
             match serve(socket, ports, requests) {
-                Ok((Outcome::Taken(left), connection)) => {
-                    tell(&connection, left, requests);
-                    // Closed at the very end of the process, which is what its closing says.
-                    std::mem::forget(connection);
+                Ok(Outcome::Taken(left, connection)) => {
+                    tell(connection, left, requests);
                     return;
                 }
-                Ok((Outcome::NotBegun | Outcome::GivenUp, _)) => {}
+                Ok(Outcome::NotBegun | Outcome::GivenUp) => {}
                 Err(error) => tracing::warn!(%error, "a hand-over was not begun"),
             }
         }
     }
 }
 
+/// Says at the hand-over socket of whoever serves now that this daemon is still there, and tells what is
+/// `left` of it from then on. Whether it is heard is asked of control.
+///
+/// # Errors
+/// When nobody is there, or there can be no thread.
+pub fn come(
+    admin_socket: &Path,
+    own_cgroups: Vec<(u64, u32)>,
+    confinement: Confinement,
+    left: mpsc::Receiver<Vec<Draining>>,
+    requests: mpsc::Sender<Request>,
+) -> io::Result<()> {
+    let connection = Connection::connect_at_once(&socket_beside(admin_socket))?;
+    let come = move |()| {
+        let greeted = connection
+            .send(&FromNew::Old(Old { own_cgroups }), &[])
+            .and_then(|()| connection.receive(HEARD_TIMEOUT));
+        match greeted {
+            Ok((FromNew::Heard, _)) => {
+                if requests.blocking_send(Request::Heard).is_ok() {
+                    tell(connection, left, &requests);
+                }
+            }
+            _ => {
+                // Nobody to tell means that this daemon is ending.
+                let _ = requests.blocking_send(Request::Unheard);
+            }
+        }
+    };
+    confinement.start_exposed("handover", || Ok(()), come)
+}
+
 /// Tells the new daemon what is left of this one, and hears what it says, for as long as either goes on.
 fn tell(
-    connection: &Connection,
+    connection: Connection,
     mut left: mpsc::Receiver<Vec<Draining>>,
     requests: &mpsc::Sender<Request>,
 ) {
@@ -153,9 +201,8 @@ fn tell(
         loop {
             match connection.try_receive() {
                 Ok((FromNew::Tell(word), _)) => {
-                    if requests.blocking_send(Request::Told(word)).is_err() {
-                        return;
-                    }
+                    // Nobody to tell means that this daemon is ending.
+                    let _ = requests.blocking_send(Request::Told(word));
                 }
                 Ok(_) => {}
                 // A later version may say more than this one understands.
@@ -166,16 +213,19 @@ fn tell(
         }
         if let Err(error) = connection.send(&FromOld::Left(left), &[]) {
             tracing::debug!(%error, "the daemon that took over does not listen");
+            // Nobody to tell means that this daemon is ending.
+            let _ = requests.blocking_send(Request::Unheard);
             return;
         }
     }
+    // Nothing more is told here because another daemon is told, or because this one ends.
+    if requests.is_closed() {
+        // Closed at the very end of the process, which is what its closing says.
+        std::mem::forget(connection);
+    }
 }
 
-fn serve(
-    socket: Socket,
-    ports: Ports,
-    requests: &mpsc::Sender<Request>,
-) -> io::Result<(Outcome, Connection)> {
+fn serve(socket: Socket, ports: Ports, requests: &mpsc::Sender<Request>) -> io::Result<Outcome> {
     let connection = Connection::new(socket)?;
     let peer = connection.peer()?;
     let own = nix::unistd::geteuid().as_raw();
@@ -185,22 +235,35 @@ fn serve(
     };
     if peer.uid() != 0 && peer.uid() != own {
         refuse(format!("user {} may not take over", peer.uid()))?;
-        return Ok((Outcome::NotBegun, connection));
+        return Ok(Outcome::NotBegun);
     }
     let hello = match connection.receive(HELLO_TIMEOUT) {
         Ok((FromNew::Hello(hello), _)) => hello,
-        Ok((FromNew::Take | FromNew::Tell(_), _)) => {
+        Ok((FromNew::Old(_), _)) if peer.pid().unsigned_abs() == std::process::id() => {
+            return Ok(Outcome::NotBegun);
+        }
+        Ok((FromNew::Old(old), _)) => {
+            tracing::info!(process = peer.pid(), "an old daemon is there, and is heard");
+            let comer = Comer {
+                connection,
+                own_cgroups: old.own_cgroups,
+            };
+            // Nobody to tell means that this daemon is ending.
+            let _ = requests.blocking_send(Request::Came(comer));
+            return Ok(Outcome::NotBegun);
+        }
+        Ok((FromNew::Take | FromNew::Tell(_) | FromNew::Heard, _)) => {
             refuse("a hand-over begins with a hello".to_owned())?;
-            return Ok((Outcome::NotBegun, connection));
+            return Ok(Outcome::NotBegun);
         }
         Err(error) => {
             refuse(format!("the hello is not understood: {error}"))?;
-            return Ok((Outcome::NotBegun, connection));
+            return Ok(Outcome::NotBegun);
         }
     };
     if let Some(why) = hello.refusal(ports) {
         refuse(why)?;
-        return Ok((Outcome::NotBegun, connection));
+        return Ok(Outcome::NotBegun);
     }
     tracing::info!(
         version = hello.version,
@@ -212,7 +275,7 @@ fn serve(
         is_notifying: hello.notifies,
     };
     let outcome = match offer(&connection, asker, requests) {
-        Ok(Offered::Taken(left)) => Outcome::Taken(left),
+        Ok(Offered::Taken(left)) => return Ok(Outcome::Taken(left, connection)),
         Ok(Offered::Refused(why)) => {
             refuse(why)?;
             Outcome::NotBegun
@@ -224,7 +287,7 @@ fn serve(
             Outcome::GivenUp
         }
     };
-    Ok((outcome, connection))
+    Ok(outcome)
 }
 
 /// What came of an offer.

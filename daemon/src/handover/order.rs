@@ -20,7 +20,11 @@ const VALID: Duration = Duration::from_secs(60);
 #[serde(rename_all = "camelCase")]
 pub enum Order {
     /// A new daemon is to take over.
-    Upgrade,
+    #[serde(rename_all = "camelCase")]
+    Upgrade {
+        /// Seconds for which the daemons before may go on, if that is not left to their connections.
+        end_old_after: Option<u64>,
+    },
     /// The process that has taken over.
     Done(u32),
     /// Why none has.
@@ -87,7 +91,9 @@ mod tests {
         assert_eq!(path, folder.path().join("admin.sock.upgrade"));
         assert_eq!(Order::read(&path).unwrap(), None);
         for order in [
-            Order::Upgrade,
+            Order::Upgrade {
+                end_old_after: Some(90),
+            },
             Order::Failed("no".to_owned()),
             Order::Done(7),
         ] {

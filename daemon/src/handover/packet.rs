@@ -47,6 +47,15 @@ impl Connection {
         Self::new(socket)
     }
 
+    /// As [`Self::connect`], but fails where others wait before this one.
+    pub(super) fn connect_at_once(path: &Path) -> io::Result<Self> {
+        let socket = socket()?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(path)?)?;
+        socket.set_nonblocking(false)?;
+        Self::new(socket)
+    }
+
     /// Who is at the other end.
     pub(super) fn peer(&self) -> io::Result<UnixCredentials> {
         Ok(getsockopt(&self.0, PeerCredentials)?)

@@ -20,6 +20,18 @@ pub(super) enum FromNew {
     Take,
     /// After that: what the old daemon is to do. One that does not know this passes it over.
     Tell(Word),
+    /// Instead of a hello: an old daemon that no other one hears any more.
+    Old(Old),
+    /// The answer to that: what is left of it is heard from now on.
+    Heard,
+}
+
+/// An old daemon that looks for the one that serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Old {
+    /// Its cgroups (id and depth), which must not be judged.
+    pub(super) own_cgroups: Vec<(u64, u32)>,
 }
 
 /// What a daemon that has taken over tells the one before.
@@ -28,6 +40,22 @@ pub(super) enum FromNew {
 pub enum Word {
     /// The configuration is another: read it again.
     Reload,
+    /// Another daemon serves now: [`FromNew::Old`] is for it.
+    Move,
+    /// Connections may end by themselves for so many seconds, those of earlier daemons as well.
+    EndWithin {
+        /// From now on.
+        seconds: u64,
+    },
+    /// One daemon lets its connections end within [`Word::EndWithin`]'s seconds; any other passes it on.
+    EndOne {
+        /// The daemon's process, as it sees it itself.
+        process: u32,
+        /// When it was started, as [`Draining::started`] says.
+        started: u64,
+        /// From now on.
+        seconds: u64,
+    },
 }
 
 /// Who wants to take over.
@@ -86,6 +114,12 @@ pub struct Draining {
     pub version: String,
     /// Its process, as it sees it itself.
     pub process: u32,
+    /// When it was started, by its clock then, in seconds since 1970.
+    #[serde(default)]
+    pub started: u64,
+    /// Seconds since it began to let its connections end.
+    #[serde(default)]
+    pub seconds: u64,
     /// What is left; none where the daemon is of a version that does not say.
     pub left: Option<Left>,
 }
@@ -98,8 +132,8 @@ pub struct Left {
     pub connections: usize,
     /// Whose they are: those with the most, of which there is a bounded number.
     pub workloads: Vec<LeftOf>,
-    /// Seconds until what is left is ended.
-    pub seconds: u64,
+    /// Seconds until what is left is ended; none where that is left to the connections.
+    pub seconds: Option<u64>,
 }
 
 /// What is left of one workload's connections.
@@ -125,14 +159,21 @@ impl Draining {
         Self {
             version: offer.version.clone(),
             process: offer.process,
-            left: None,
+            ..Self::default()
         }
     }
 }
 
 impl fmt::Display for Draining {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "reeve {}, process {}: ", self.version, self.process)?;
+        let since = Duration::from_secs(self.seconds);
+        write!(
+            f,
+            "reeve {}, process {}, for {}: ",
+            self.version,
+            self.process,
+            humantime::format_duration(since)
+        )?;
         match &self.left {
             Some(left) => left.fmt(f),
             None => f.write_str("it does not say how many connections are left"),
@@ -156,7 +197,10 @@ impl fmt::Display for Left {
             (false, 0) => f.write_str(")")?,
             (false, more) => write!(f, ", others {more})")?,
         }
-        let most = Duration::from_secs(self.seconds);
+        let Some(seconds) = self.seconds else {
+            return f.write_str(", until they end by themselves");
+        };
+        let most = Duration::from_secs(seconds);
         write!(f, ", for at most {}", humantime::format_duration(most))
     }
 }
@@ -256,21 +300,24 @@ mod tests {
         let mut draining = Draining {
             version: "0.1.0".into(),
             process: 7,
+            seconds: 3600,
             left: Some(Left {
                 connections: 12,
                 workloads: vec![of("web", 7), of("jobs", 3)],
-                seconds: 90,
+                seconds: Some(90),
             }),
+            ..Draining::default()
         };
         assert_eq!(
             draining.to_string(),
-            "reeve 0.1.0, process 7: connections left: 12 (web 7, jobs 3, others 2), for at most 1m 30s"
+            "reeve 0.1.0, process 7, for 1h: connections left: 12 (web 7, jobs 3, others 2), for at \
+             most 1m 30s"
         );
         draining.left = Some(Left::default());
         assert!(
             draining
                 .to_string()
-                .contains("connections left: 0, for at most 0s")
+                .contains("connections left: 0, until they end by themselves")
         );
         draining.left = None;
         assert!(draining.to_string().contains("it does not say"));

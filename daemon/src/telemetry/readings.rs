@@ -86,6 +86,7 @@ struct Families {
     predecessors: IntGaugeVec,
     predecessor_connections: IntGaugeVec,
     clock_skew: GaugeVec,
+    predecessor_age: IntGaugeVec,
     open_files: IntGaugeVec,
     most_files: IntGaugeVec,
     resident: IntGaugeVec,
@@ -251,6 +252,12 @@ impl ReadingsCollector {
             .clock_skew
             .with_label_values::<&str>(&[])
             .set(skew.as_secs_f64());
+        for daemon in before.iter() {
+            let age = families
+                .predecessor_age
+                .with_label_values(&[&daemon.version]);
+            age.set(age.get().max(saturating(daemon.seconds)));
+        }
         let process = process();
         for (family, value) in [
             (&families.open_files, process.open_files),
@@ -379,6 +386,13 @@ impl Families {
                 ),
                 &[],
             )?,
+            predecessor_age: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_predecessor_age_seconds",
+                    "Seconds since the oldest of such daemons, by version, was taken over from.",
+                ),
+                &["version"],
+            )?,
             open_files: IntGaugeVec::new(
                 Opts::new("process_open_fds", "File descriptors that are open."),
                 &[],
@@ -410,6 +424,7 @@ impl Families {
             &self.predecessors,
             &self.predecessor_connections,
             &self.clock_skew,
+            &self.predecessor_age,
             &self.open_files,
             &self.most_files,
             &self.resident,

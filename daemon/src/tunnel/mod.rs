@@ -56,7 +56,7 @@ use crate::{
 
 pub use authority::parse_text as parse_authority;
 pub use error::{ServeError, StartError, TunnelError};
-pub use workers::Tunnels;
+pub use workers::{Tunnels, Until};
 
 /// What the data path shares with the rest of the daemon. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -32,10 +32,13 @@ use super::{
     registry::Registry,
     server, socket,
     stash::Stash,
+    workers::Until,
 };
 
 /// How often a drain looks whether everything has ended.
 const DRAIN_LOOK: Duration = Duration::from_millis(20);
+/// The same where another daemon has taken over, after a while: some connections last for weeks.
+const LONGEST_LOOK: Duration = Duration::from_millis(500);
 /// For connections that were told to end, to do so and be logged.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -222,11 +225,12 @@ impl Worker {
     }
 
     /// Accepts nothing more, since another daemon does, and serves what it has accepted: until
-    /// all of it has ended, or the deadline. Peers are told to open new tunnels, which the other
+    /// all of it has ended, or is ended. Peers are told to open new tunnels, which the other
     /// daemon accepts.
-    pub(super) async fn hand_over(&self, deadline: Instant) {
+    pub(super) async fn hand_over(&self, until: &Until) {
         self.leaving.set(true);
         self.stop_accepting();
+        let mut look = DRAIN_LOOK;
         loop {
             self.links.for_each(|link| {
                 // One that can be proven again is, for as long as it carries something.
@@ -236,10 +240,12 @@ impl Worker {
                 }
             });
             // First: what was accepted a moment ago has a task that has not run yet.
-            sleep(DRAIN_LOOK).await;
+            sleep(look).await;
+            look = (look + look / 8).min(LONGEST_LOOK);
             self.pool.retire_idle();
             let busy = self.bounds.is_busy() || self.links.len() > 0;
-            if !busy || Instant::now() >= deadline {
+            let is_over = until.borrow().is_some_and(|until| Instant::now() >= until);
+            if !busy || is_over {
                 break;
             }
         }

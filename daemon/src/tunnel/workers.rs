@@ -19,9 +19,9 @@ use reeve_common::WorkloadId;
 use socket2::Socket;
 use tokio::{
     runtime::{Builder, LocalOptions, LocalRuntime},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::spawn_local,
-    time::timeout_at,
+    time::{sleep_until, timeout_at},
 };
 
 use crate::{
@@ -80,10 +80,13 @@ enum Command {
         done: oneshot::Sender<()>,
     },
     HandOver {
-        deadline: Instant,
+        until: Until,
         done: oneshot::Sender<()>,
     },
 }
+
+/// When what is left is ended; none where that is left to the connections. It may be changed.
+pub type Until = watch::Receiver<Option<Instant>>;
 
 // === impl Tunnels ===
 
@@ -366,32 +369,29 @@ impl Tunnels {
     /// Stops accepting, tells peers that no more streams are taken, waits for connections to end
     /// by themselves for at most `patience`, and ends those that have not.
     pub async fn drain(&self, patience: Duration) {
-        self.end(patience, |deadline, done| Command::Drain { deadline, done })
+        let deadline = Instant::now() + patience;
+        let (_same, until) = watch::channel(Some(deadline));
+        self.end(until, |done| Command::Drain { deadline, done })
             .await;
     }
 
-    /// Stops accepting, since another daemon does, and serves what was accepted until it has
-    /// ended by itself, for at most `patience`.
-    pub async fn hand_over(&self, patience: Duration) {
-        self.end(patience, |deadline, done| Command::HandOver {
-            deadline,
+    /// Stops accepting, since another daemon does, and serves what was accepted `until` it has
+    /// ended by itself, or is ended.
+    pub async fn hand_over(&self, until: Until) {
+        self.end(until.clone(), |done| Command::HandOver {
+            until: until.clone(),
             done,
         })
         .await;
     }
 
-    async fn end(
-        &self,
-        patience: Duration,
-        command: impl Fn(Instant, oneshot::Sender<()>) -> Command,
-    ) {
+    async fn end(&self, mut until: Until, command: impl Fn(oneshot::Sender<()>) -> Command) {
         lock(&self.serving).clear();
-        let deadline = Instant::now() + patience;
         let mut pending = Vec::new();
         for worker in &self.workers {
             let (done, drained) = oneshot::channel();
             // A worker ends only with the daemon.
-            let _ = worker.send(command(deadline, done));
+            let _ = worker.send(command(done));
             pending.push(drained);
         }
         let all = async {
@@ -400,11 +400,23 @@ impl Tunnels {
                 let _ = drained.await;
             }
         };
-        if tokio::time::timeout(patience + DRAIN_SLACK, all)
-            .await
-            .is_err()
-        {
-            tracing::warn!("a tunnel worker did not drain in time");
+        let mut all = std::pin::pin!(all);
+        loop {
+            let deadline = *until.borrow_and_update();
+            let late = async {
+                match deadline {
+                    Some(deadline) => sleep_until((deadline + DRAIN_SLACK).into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = &mut all => return,
+                () = late => {
+                    tracing::warn!("a tunnel worker did not drain in time");
+                    return;
+                }
+                Ok(()) = until.changed() => {}
+            }
         }
     }
 
@@ -502,10 +514,10 @@ async fn work(worker: Rc<Worker>, mut inbox: mpsc::UnboundedReceiver<Command>) {
                     let _ = done.send(());
                 });
             }
-            Command::HandOver { deadline, done } => {
+            Command::HandOver { until, done } => {
                 let worker = worker.clone();
                 spawn_local(async move {
-                    worker.hand_over(deadline).await;
+                    worker.hand_over(&until).await;
                     let _ = done.send(());
                 });
             }
