@@ -14,10 +14,10 @@ use harness::{
     eventually,
 };
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use crate::arrange::{PORT, Pair, send, serve};
+use crate::arrange::{PORT, Pair, say, send, serve};
 
 /// Of the certificates of both ends.
 const LIFETIME: Duration = Duration::from_secs(10);
@@ -77,6 +77,74 @@ fn a_server_that_has_renewed_says_so_long_before_it_would_be_asked() {
         proofs() > before
     });
     goes_on(&mut beating);
+}
+
+#[test]
+fn a_proof_that_fails_is_tried_at_growing_intervals_and_told() {
+    let proven = Proven::made(false, Duration::from_secs(300), |reeve| reeve);
+    let mut beating = proven.beating();
+    let [one, two] = &proven.daemons;
+    let attempts = || {
+        let client = [("role", "client")];
+        one.metrics().sum("reeve_tunnel_proofs_total", &client)
+    };
+    // The client's last certificate may still be on its way.
+    thread::sleep(Duration::from_secs(2));
+    // The server's next certificate is of an authority that its own node alone trusts.
+    let next = Authority::root(TRUST_DOMAIN);
+    let both = proven.folder.join("both.pem");
+    put(
+        &both,
+        &(proven.root.certificate_pem() + &next.certificate_pem()),
+    );
+    let mut settings: Value =
+        serde_json::from_str(&fs::read_to_string(two.config()).unwrap()).unwrap();
+    settings["certificates"]["trustBundles"] = json!({TRUST_DOMAIN: both});
+    fs::write(two.config(), settings.to_string()).unwrap();
+    two.command(["reload"]).ok();
+    let before = attempts();
+    issue(&proven.folder, &next, &proven.pair.server, proven.lifetime);
+    // Each answer to a connection says that a proof is wanted.
+    let to = proven.pair.server.addresses().port4(PORT);
+    let next = || say(&proven.pair.client, to, "more");
+    eventually("the first has failed", || {
+        next();
+        attempts() > before
+    });
+    let (first, begun) = (attempts(), Instant::now());
+    let mut connections = 0;
+    while begun.elapsed() < Duration::from_secs(10) {
+        next();
+        connections += 1;
+    }
+    // After 0.5, 1, 2 and 4 s in the tunnel that carries these; the other one may want one as well.
+    let tried = attempts() - first;
+    assert!(
+        (2.0..=6.0).contains(&tried),
+        "{tried} at {connections} connections"
+    );
+    assert!(connections > 20, "{connections}");
+    goes_on(&mut beating);
+    let status = one.status();
+    let tunnels = status["tunnels"]["tunnels"].as_array().unwrap();
+    let failed = tunnels
+        .iter()
+        .find(|tunnel| tunnel["proofsFailed"].as_u64() > Some(2));
+    let failed = failed.unwrap_or_else(|| panic!("{tunnels:#?}"));
+    let error = failed["proofError"].as_str().unwrap();
+    let page = one.command(["status"]).ok();
+    assert!(
+        page.contains(&format!("proofs in succession have failed: {error}")),
+        "{page}"
+    );
+    let seen = one.command(["observe", "--last", "1000", "--json"]).ok();
+    let unproven = seen
+        .lines()
+        .find(|line| line.contains(r#""event":"unproven""#));
+    assert!(
+        unproven.is_some_and(|line| line.contains("/sa/server")),
+        "{seen}"
+    );
 }
 
 #[test]

@@ -224,6 +224,12 @@ pub struct TunnelStatus {
     pub proofs: u64,
     /// Seconds since they were proven last, or it was opened.
     pub proven_seconds: u64,
+    /// Proofs that have failed since the last one that has not.
+    #[serde(default)]
+    pub proofs_failed: u64,
+    /// Why the last of them has failed.
+    #[serde(default)]
+    pub proof_error: Option<String>,
     /// The peer answers nothing at the moment: new streams go elsewhere.
     pub silent: bool,
     /// Takes no new streams.

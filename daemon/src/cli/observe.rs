@@ -144,6 +144,7 @@ fn render(observed: &Observed) -> String {
         Happening::Refused(facts) => connection(&mut line, "REFUSED", facts),
         Happening::Opened(facts) => connection(&mut line, "opened", facts),
         Happening::Closed(facts) => connection(&mut line, "closed", facts),
+        Happening::Unproven(facts) => connection(&mut line, "UNPROVEN", facts),
         Happening::Lost(lost) => write!(line, " LOST     {}", lost_text(lost)),
     };
     line
@@ -168,7 +169,9 @@ fn connection(line: &mut String, event: &str, facts: &Facts) -> std::fmt::Result
         facts.transport,
         facts.reason,
     )?;
-    write!(line, ", rule {}", facts.rule)?;
+    if !facts.rule.is_empty() {
+        write!(line, ", rule {}", facts.rule)?;
+    }
     if let Some(place) = &facts.rule_at {
         write!(line, " ({place})")?;
     }

@@ -194,6 +194,15 @@ fn tunnels(page: &mut String, status: &Status) -> fmt::Result {
             ]);
         }
         write!(page, "{table}")?;
+        for tunnel in &tunnels.tunnels {
+            if let Some(error) = &tunnel.proof_error {
+                writeln!(
+                    page,
+                    "  {} {} with {}: {} proofs in succession have failed: {error}",
+                    tunnel.role, tunnel.local, tunnel.peer, tunnel.proofs_failed
+                )?;
+            }
+        }
         if tunnels.open > tunnels.tunnels.len() {
             writeln!(page, "  and {} more", tunnels.open - tunnels.tunnels.len())?;
         }

@@ -346,6 +346,8 @@ impl Daemon {
             proof: if tunnel.provable { "bound" } else { "none" }.to_owned(),
             proofs: tunnel.proofs,
             proven_seconds: tunnel.proven.as_secs(),
+            proofs_failed: tunnel.proofs_failed,
+            proof_error: tunnel.proof_error,
             silent: tunnel.silent,
             retired: tunnel.retired,
         };

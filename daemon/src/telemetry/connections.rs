@@ -10,11 +10,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use reeve_common::{DryRun, NO_WORKLOAD, Reason, WorkloadId};
+use reeve_common::{Direction, DryRun, NO_WORKLOAD, Reason, WorkloadId, protocol};
 
 use super::{
     ConnectionLabels, HandshakeReason, Metrics,
-    labels::{Role, direction_name},
+    labels::{Role, UNKNOWN, direction_name},
     observed::{Carried, Facts, Happening, ProtocolName},
     observers::Observers,
 };
@@ -217,9 +217,14 @@ impl ConnectionLog {
         from: SocketAddr,
         peer: &SpiffeId,
         own: &SpiffeId,
+        until: SystemTime,
         result: &str,
         error: &dyn Display,
     ) {
+        self.observers.tell(SystemTime::now(), || {
+            Happening::Unproven(unproven(role, (from, peer), own, result, error))
+        });
+        let until = humantime::format_rfc3339_seconds(until);
         let Some(suppressed) = self.take(NO_WORKLOAD, Kind::Proof, Instant::now()) else {
             return;
         };
@@ -231,6 +236,7 @@ impl ConnectionLog {
             id = %own,
             result,
             %error,
+            %until,
             suppressed = (suppressed > 0).then_some(suppressed),
             "tunnel not proven again; it ends with the certificates that proved it last"
         );
@@ -349,6 +355,38 @@ impl Allowance {
 /// An address that is one.
 pub(super) fn known(address: SocketAddr) -> Option<SocketAddr> {
     (!address.ip().is_unspecified()).then_some(address)
+}
+
+/// What there is to say of a tunnel that was not proven again.
+fn unproven(
+    role: Role,
+    (address, peer): (SocketAddr, &SpiffeId),
+    own: &SpiffeId,
+    result: &str,
+    error: &dyn Display,
+) -> Facts {
+    let ends = [(peer, Some(address)), (own, None)];
+    let (direction, [source, destination]) = match role {
+        Role::Client => (Direction::Egress, [ends[1], ends[0]]),
+        Role::Server => (Direction::Ingress, ends),
+    };
+    Facts {
+        verdict: "deny".to_owned(),
+        direction: direction_name(direction).to_owned(),
+        transport: "tunnel".to_owned(),
+        protocol: ProtocolName(protocol::TCP).to_string(),
+        source: UNKNOWN.to_owned(),
+        source_id: Some(source.0.clone()),
+        source_address: source.1,
+        destination: UNKNOWN.to_owned(),
+        destination_id: Some(destination.0.clone()),
+        destination_address: destination.1,
+        reason: result.to_owned(),
+        rule: String::new(),
+        rule_at: None,
+        error: Some(error.to_string()),
+        carried: None,
+    }
 }
 
 #[cfg(test)]

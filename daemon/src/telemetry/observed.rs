@@ -42,6 +42,9 @@ pub enum Happening {
     Opened(Facts),
     /// A connection that stood has ended.
     Closed(Facts),
+    /// A tunnel was not proven again underneath its connections, which end with the certificates that
+    /// proved it last unless another attempt succeeds.
+    Unproven(Facts),
     /// Something is missing here.
     Lost(Lost),
 }
@@ -219,7 +222,8 @@ impl Happening {
             Self::Allowed(facts)
             | Self::Refused(facts)
             | Self::Opened(facts)
-            | Self::Closed(facts) => Some(facts),
+            | Self::Closed(facts)
+            | Self::Unproven(facts) => Some(facts),
             Self::Lost(_) => None,
         }
     }

@@ -73,6 +73,8 @@ pub(super) struct Link {
     /// When it was proven last, and how often since it was opened.
     proven_at: Cell<Instant>,
     proofs: Cell<u64>,
+    /// How often that has failed since it last has not, and why at last.
+    unproven: RefCell<(u64, Option<String>)>,
     /// When it is to be proven next; the client's.
     pub(super) plan: Plan,
     /// A proof is under way, and when the last one began.
@@ -112,6 +114,7 @@ impl Link {
             used: RefCell::default(),
             proven_at: Cell::new(now),
             proofs: Cell::new(0),
+            unproven: RefCell::default(),
             plan: Plan::default(),
             proving: Cell::new(false),
             proving_since: Cell::new(None),
@@ -266,6 +269,18 @@ impl Link {
     pub(super) fn proofs(&self, now: Instant) -> (u64, Duration) {
         let since = now.saturating_duration_since(self.proven_at.get());
         (self.proofs.get(), since)
+    }
+
+    /// Notes how a proof has ended: why it has failed, if it has.
+    pub(super) fn note_proof(&self, error: Option<String>) {
+        let mut unproven = self.unproven.borrow_mut();
+        let failed = error.as_ref().map_or(0, |_| unproven.0 + 1);
+        *unproven = (failed, error);
+    }
+
+    /// How often it could not be proven again since it last was, and why at last.
+    pub(super) fn unproven(&self) -> (u64, Option<String>) {
+        self.unproven.borrow().clone()
     }
 
     /// Begins a proof, unless one is under way, or has begun less than `pause` ago. To be followed by

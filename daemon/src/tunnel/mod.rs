@@ -99,6 +99,10 @@ pub struct TunnelStatus {
     /// Time since it was proven last, or opened.
     #[serde(serialize_with = "seconds")]
     pub proven: Duration,
+    /// Proofs that have failed since the last one that has not.
+    pub proofs_failed: u64,
+    /// Why the last of them has.
+    pub proof_error: Option<String>,
     /// The peer answers nothing at the moment.
     pub silent: bool,
     /// Takes no new streams.

@@ -285,6 +285,7 @@ impl Worker {
             if tunnels.len() < most {
                 let ends = &link.ends;
                 let (proofs, proven) = link.proofs(Instant::now());
+                let (proofs_failed, proof_error) = link.unproven();
                 tunnels.push(TunnelStatus {
                     role: ends.role.as_str(),
                     local: ends.own.clone(),
@@ -295,6 +296,8 @@ impl Worker {
                     provable: link.is_provable(),
                     proofs,
                     proven,
+                    proofs_failed,
+                    proof_error,
                     silent: link.is_silent(),
                     retired: link.order() != Order::Serve,
                 });

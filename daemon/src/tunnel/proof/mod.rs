@@ -61,8 +61,7 @@ const WANTED: HeaderName = HeaderName::from_static("reeve-proof");
 /// The longest that a proof may take, on a slow or crowded wire. Never longer than a quarter of what is
 /// left, nor shorter than a handshake.
 const LONGEST: Duration = Duration::from_secs(60);
-/// From one proof of a tunnel to the next: as a client asks, and as a server answers at least.
-const ASK_PAUSE: Duration = Duration::from_millis(500);
+/// From one proof of a tunnel to the next, as a server answers at least.
 const ANSWER_PAUSE: Duration = Duration::from_millis(100);
 /// Certificates of the far end, not expired yet, that may have proven one tunnel: for each is looked in
 /// revocation lists.
@@ -112,11 +111,12 @@ struct Shown {
 
 /// Has a tunnel proven again, unless that is under way.
 pub(super) async fn ask(worker: Rc<Worker>, link: Rc<Link>, request: SendRequest<Bytes>) {
-    if !link.is_provable() || !link.begin_proof(ASK_PAUSE) {
+    if !link.is_provable() || !link.begin_proof(link.plan.pause(SystemTime::now())) {
         return;
     }
     let result = ask_in_time(&worker, &link, request).await;
     link.end_proof();
+    link.plan.ended(result.is_ok());
     if result.is_err() && link.outdated(std::time::Instant::now()).is_some() {
         // A new tunnel may succeed where this one does not.
         link.pause();
@@ -356,6 +356,7 @@ fn tell(worker: &Worker, link: &Link, result: &Result<Outcome, ProofError>) {
         Err(error) => error.as_str(),
     };
     worker.shared.metrics.tunnel_proof(ends.role, name);
+    link.note_proof(result.as_ref().err().map(ToString::to_string));
     match result {
         Ok(_) => tracing::debug!(
             role = ends.role.as_str(),
@@ -370,6 +371,7 @@ fn tell(worker: &Worker, link: &Link, result: &Result<Outcome, ProofError>) {
             ends.remote,
             &ends.peer,
             &ends.own,
+            link.not_after(),
             name,
             error,
         ),

@@ -30,6 +30,8 @@ pub(in crate::tunnel) struct Plan {
     asked: Cell<u32>,
     /// One is wanted whatever the plan says.
     hurry: Cell<bool>,
+    /// Proofs that have failed since the last one that has not.
+    failed: Cell<u32>,
 }
 
 impl Default for Plan {
@@ -40,6 +42,7 @@ impl Default for Plan {
             end: Cell::new(None),
             asked: Cell::new(0),
             hurry: Cell::new(false),
+            failed: Cell::new(0),
         }
     }
 }
@@ -61,9 +64,30 @@ impl Plan {
         self.hurry.get() || self.due.get() <= now
     }
 
-    /// It is due, whatever its end.
+    /// It is due, whatever its end, and whatever has failed before.
     pub(in crate::tunnel) fn hurry(&self) {
         self.hurry.set(true);
+        self.failed.set(0);
+    }
+
+    /// A proof has come to its end.
+    pub(in crate::tunnel) fn ended(&self, well: bool) {
+        let failed = if well {
+            0
+        } else {
+            self.failed.get().saturating_add(1)
+        };
+        self.failed.set(failed);
+    }
+
+    /// From one proof to the next at least: longer with each that fails, however often the server wants
+    /// one, and never so long that there is no other before the end.
+    pub(in crate::tunnel) fn pause(&self, now: SystemTime) -> Duration {
+        let left = self.end.get().map_or(Duration::ZERO, |end| left(end, now));
+        let longest = LATEST_AGAIN.min(left / 2).max(SOONEST_AGAIN);
+        SOONEST_AGAIN
+            .saturating_mul(1 << self.failed.get().min(16))
+            .min(longest)
     }
 
     /// A proof is asked for: the next is due later each time, unless the end changes.
@@ -152,6 +176,28 @@ mod tests {
         assert!(wait(&plan, now) >= HOUR);
         assert!(!plan.is_due(now + 2 * HOUR, now - HOUR, 24 * HOUR));
         assert!(wait(&plan, now - HOUR) >= HOUR * 3 / 2);
+    }
+
+    #[test]
+    fn the_pause_grows_while_proofs_fail_and_leaves_time_for_another() {
+        let (now, end) = (SystemTime::now(), SystemTime::now() + HOUR);
+        let plan = Plan::default();
+        assert!(!plan.is_due(end, now, 24 * HOUR));
+        let pauses = (0..12).map(|_| {
+            let pause = plan.pause(now);
+            plan.ended(false);
+            pause.as_millis()
+        });
+        let pauses: Vec<_> = pauses.collect();
+        assert_eq!(pauses[..4], [500, 1000, 2000, 4000]);
+        assert_eq!(pauses[11], 60_000);
+        assert_eq!(plan.pause(end - Duration::from_secs(10)).as_secs(), 5);
+        assert_eq!(plan.pause(end), SOONEST_AGAIN);
+        plan.hurry();
+        assert_eq!(plan.pause(now), SOONEST_AGAIN);
+        plan.ended(false);
+        plan.ended(true);
+        assert_eq!(plan.pause(now), SOONEST_AGAIN);
     }
 
     #[test]
