@@ -1,7 +1,5 @@
 //! Many connections at once: each is answered with its own bytes, and nothing is left of them.
 
-use std::fs;
-
 use harness::{Daemon, SOON, eventually};
 use serde_json::json;
 
@@ -27,7 +25,7 @@ fn thousands_of_connections_work_at_once_and_leave_nothing() {
     say(&pair.client, to, "the first one");
     let quiet = || [&one, &two].iter().all(|daemon| open_now(daemon) == 0.0);
     eventually("the first tunnel is closed again", quiet);
-    let files = [open_files(&one), open_files(&two)];
+    let files = [one.settled_files(), two.settled_files()];
 
     let mut flood = pair.client.spawn_peer([
         "flood",
@@ -48,7 +46,7 @@ fn thousands_of_connections_work_at_once_and_leave_nothing() {
 
     eventually("every stream and tunnel is closed", quiet);
     eventually("no file is left open", || {
-        files == [open_files(&one), open_files(&two)]
+        files == [one.open_files(), two.open_files()]
     });
     assert!(echo.ended().is_none());
     say(&pair.client, to, "and one more");
@@ -57,10 +55,4 @@ fn thousands_of_connections_work_at_once_and_leave_nothing() {
 fn open_now(daemon: &Daemon) -> f64 {
     let metrics = daemon.metrics();
     metrics.sum("reeve_streams_open", &[]) + metrics.sum("reeve_tunnels_open", &[])
-}
-
-fn open_files(daemon: &Daemon) -> usize {
-    fs::read_dir(format!("/proc/{}/fd", daemon.id()))
-        .unwrap()
-        .count()
 }

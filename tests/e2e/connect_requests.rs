@@ -226,7 +226,7 @@ fn streams_beyond_the_limit_are_refused() {
 fn streams_that_are_opened_and_reset_leave_nothing() {
     let guarded = Guarded::start();
     guarded.still_serves();
-    let files = guarded.daemon.open_files();
+    let files = guarded.daemon.settled_files();
     for _ in 0..5 {
         let tunnel = guarded
             .right_client()

@@ -8,7 +8,7 @@ use std::{
     process::ExitStatus,
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
@@ -255,6 +255,21 @@ impl Daemon {
     pub fn open_files(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.id());
         std::fs::read_dir(folder).expect("the daemon runs").count()
+    }
+
+    /// The same once the number has stood still for a second: sockets that are kept ready are opened
+    /// beside the connection that has asked for the first of them.
+    #[must_use]
+    pub fn settled_files(&self) -> usize {
+        let (mut files, mut since) = (self.open_files(), Instant::now());
+        let settled = wait::until(wait::SOON, || {
+            let now = self.open_files();
+            if now != files {
+                (files, since) = (now, Instant::now());
+            }
+            (since.elapsed() >= Duration::from_secs(1)).then_some(files)
+        });
+        settled.unwrap_or_else(|| panic!("files are opened and closed all the time, now {files}"))
     }
 
     /// Bytes of memory that it has.
