@@ -13,6 +13,7 @@ use crate::{
     event::{Connection, Outcome, report},
     judge::{self, is_reeve},
     maps::{NAMESPACES, set_tag, settings},
+    packet::is_reeves_port,
 };
 
 #[cgroup_sock_addr(bind4)]
@@ -36,7 +37,7 @@ fn bind(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     let port = named_port(ctx);
     // SAFETY: a field of the context. By type and not by protocol, for MPTCP takes TCP's ports.
     let stream = field(unsafe { &raw const (*ctx).type_ }) == STREAM;
-    let reserved = stream && (port == settings.outbound_port || port == settings.tunnel_port);
+    let reserved = stream && is_reeves_port(port, &settings);
     let caller = judge::caller(settings.cgroup_depths);
     let workload = match caller {
         Some(entry) if is_reeve(&entry) => {

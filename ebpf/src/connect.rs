@@ -10,15 +10,17 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Direction, Hook, NAMESPACE_LISTENING, NAMESPACE_WITHOUT_V4, NAMESPACE_WITHOUT_V6,
-    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED,
-    UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
+    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, Settings, SocketTag, TAG_ALLOWED,
+    TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE, UNKNOWN_WORKLOAD, WorkloadEntry,
+    WorkloadId, ipv4_mapped, protocol,
 };
 
 use crate::{
-    address::{self, field, is_loopback, is_mapped, to_words},
+    address::{self, field, is_loopback, is_mapped, is_unspecified, to_words},
     event::{Connection, Outcome, count_verdict, report},
     judge::{self, is_reeve, is_unknown},
     maps::{NAMESPACES, set_tag, settings, tag},
+    packet::{is_reeves_port, port},
 };
 
 /// The call goes on.
@@ -113,6 +115,10 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     connection.protocol = named_protocol(ctx);
     connection.direction = Direction::Egress as u8;
     connection.workload = caller.workload;
+    if holds_reeves_port(ctx, &settings) {
+        report(&connection, Outcome::deny(Reason::ReservedPort));
+        return REFUSE;
+    }
 
     // What the socket remembered was said of another far end.
     forget(socket);
@@ -173,6 +179,9 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
             return PROCEED;
         }
         remembered.flags |= TAG_REDIRECTED;
+    } else if connection.protocol == protocol::TCP && is_unspecified(&source) {
+        // The kernel chooses the address after this; the first packet has it, and is asked whose it is.
+        remembered.generation = 0;
     }
     if !set_tag(socket, &mut remembered) {
         report(&connection, Outcome::deny(Reason::MapFailure));
@@ -193,23 +202,36 @@ fn sends_nothing(ctx: *mut bpf_sock_addr) -> bool {
     kind == DATAGRAM || kind == RAW
 }
 
-/// A process outside of all workloads may connect to anything but reeve's outbound listener.
+/// Whether the socket was bound to one of reeve's ports, before `bind()` was watched: a connection that
+/// a workload opens towards reeve could meet it half-way.
+#[inline(always)]
+fn holds_reeves_port(ctx: *mut bpf_sock_addr, settings: &Settings) -> bool {
+    // SAFETY: a field of the context. By type, since MPTCP takes TCP's ports.
+    let kind = field(unsafe { &raw const (*ctx).type_ });
+    kind == STREAM && is_reeves_port(port(socket(ctx)), settings)
+}
+
+/// A process outside of all workloads may connect to anything but reeve's outbound listener, and where
+/// workloads are from any port but reeve's.
 #[inline(always)]
 fn connect_of_stranger(ctx: *mut bpf_sock_addr, inet6: bool, settings: &Settings) -> i32 {
-    let port = named_port(ctx);
-    if port != settings.outbound_port {
+    let asked = named_port(ctx);
+    let holds = holds_reeves_port(ctx, settings);
+    if asked != settings.outbound_port && !holds {
         return PROCEED;
     }
     let mut connection = Connection::new(Hook::Connect);
     connection.remote = named_address(ctx, inet6);
     connection.protocol = named_protocol(ctx);
-    if connection.protocol != protocol::TCP
-        || !is_loopback(&connection.remote)
-        || !is_listening(ctx)
-    {
+    let at_listener = asked == settings.outbound_port
+        && connection.protocol == protocol::TCP
+        && is_loopback(&connection.remote)
+        && is_listening(ctx);
+    let refused = at_listener || (holds && namespace(ctx).is_some());
+    if !refused {
         return PROCEED;
     }
-    connection.remote_port = port;
+    connection.remote_port = asked;
     connection.direction = Direction::Egress as u8;
     report(&connection, Outcome::deny(Reason::ReservedPort));
     REFUSE
@@ -342,6 +364,10 @@ pub fn adopt(socket: *mut bpf_sock, caller: &WorkloadEntry, protocol: u8) -> boo
         caller.workload
     };
     if let Some(tag) = tag(socket) {
+        // None that a workload uses is reeve's, whatever its packets said.
+        if tag.flags & TAG_REEVE != 0 {
+            tag.flags = 0;
+        }
         // Whoever was not enrolled yet may be now.
         if tag.workload == NO_WORKLOAD || tag.workload == UNKNOWN_WORKLOAD {
             tag.workload = workload;

@@ -73,6 +73,32 @@ fn set(connection: &Connection, seed: u32, sets: u32) -> u32 {
     (hash.wrapping_mul(MULTIPLIER) >> 40) as u32 & (sets - 1)
 }
 
+/// Looks for a connection's flow, in whichever direction it was opened. Gives with it where one of the
+/// direction that is asked for is to be kept.
+#[inline(always)]
+fn look_up(connection: &Connection, seed: u32, now: u64) -> (Found, u32) {
+    let direction = connection.direction;
+    let sets = FLOW_SETS.load();
+    let set = set(connection, seed, sets);
+    let mut found = Found {
+        flow: None,
+        slot: 0,
+    };
+    find(
+        connection,
+        FlowSlot::first(direction, set, sets),
+        now,
+        &mut found,
+    );
+    let own = found.slot;
+    if found.flow.is_none() {
+        // What was opened in the other direction is answered in this one.
+        let first = FlowSlot::first(opposite(direction), set, sets);
+        find(connection, first, now, &mut found);
+    }
+    (found, own)
+}
+
 /// Looks for a connection's flow in the set that begins at `first`.
 ///
 /// A function of its own, for its keys not to lie on the stack while the connection is judged.
@@ -193,20 +219,7 @@ fn passes(connection: &mut Connection, generation: u32, seed: u32, told: bool) -
     let direction = connection.direction;
     // SAFETY: asking for the time has no condition.
     let now = unsafe { bpf_ktime_get_ns() };
-    let sets = FLOW_SETS.load();
-    let set = set(connection, seed, sets);
-    let mut found = Found {
-        flow: None,
-        slot: 0,
-    };
-    let first = FlowSlot::first(direction, set, sets);
-    find(connection, first, now, &mut found);
-    let own = found.slot;
-    if found.flow.is_none() {
-        // What was opened in the other direction is answered in this one.
-        let first = FlowSlot::first(opposite(direction), set, sets);
-        find(connection, first, now, &mut found);
-    }
+    let (found, own) = look_up(connection, seed, now);
     let slot = found.slot;
     let mut revoked = false;
     if let Some(flow) = found.flow {
@@ -284,18 +297,7 @@ fn lives(connection: &mut Connection, generation: u32, seed: u32) -> bool {
     let observed = connection.direction;
     // SAFETY: asking for the time has no condition.
     let now = unsafe { bpf_ktime_get_ns() };
-    let sets = FLOW_SETS.load();
-    let set = set(connection, seed, sets);
-    let mut found = Found {
-        flow: None,
-        slot: 0,
-    };
-    let first = FlowSlot::first(observed, set, sets);
-    find(connection, first, now, &mut found);
-    if found.flow.is_none() {
-        let first = FlowSlot::first(opposite(observed), set, sets);
-        find(connection, first, now, &mut found);
-    }
+    let (found, _) = look_up(connection, seed, now);
     let Some(flow) = found.flow else {
         return false;
     };

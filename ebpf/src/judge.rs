@@ -15,7 +15,7 @@ use reeve_common::{
 };
 
 use crate::{
-    address::{is_loopback, is_unspecified},
+    address::{is_loopback, is_unspecified, to_words},
     event::{Connection, Outcome},
     maps::{LOCAL_ADDRESSES, PEER_PORTS, PEERS, VERDICTS, WORKLOADS},
 };
@@ -75,8 +75,27 @@ fn deepest(depths: u32, ancestor: impl Fn(i32) -> u64) -> Option<WorkloadEntry> 
 /// The workload that alone has this address on the node.
 #[inline(always)]
 pub fn workload_at(address: &Address) -> Option<WorkloadId> {
+    if is_like_a_key(address) {
+        return None;
+    }
+    workload_with(address)
+}
+
+/// The same by a key, that of [`link_local_key`] for an address that means something on its link only.
+#[inline(always)]
+fn workload_with(key: &Address) -> Option<WorkloadId> {
     // SAFETY: as in `deepest`.
-    unsafe { LOCAL_ADDRESSES.get(address) }.copied()
+    unsafe { LOCAL_ADDRESSES.get(key) }.copied()
+}
+
+/// Whether an address looks like the key of a link-local one, which has a workload's number where such
+/// an address has zeroes.
+#[inline(always)]
+fn is_like_a_key(address: &Address) -> bool {
+    let words = to_words(address).map(u32::from_be);
+    let of_v6 = words[0] == 0xfe80_0000;
+    let of_v4 = words[0] == 0 && words[2] == 0xffff && words[3] >> 16 == 0xa9fe;
+    words[1] != 0 && (of_v6 || of_v4)
 }
 
 /// Whether an address is the workload's: one of its own, or loopback's.
@@ -88,7 +107,7 @@ pub fn is_own(address: &Address, workload: WorkloadId) -> bool {
         return true;
     }
     match link_local_key(address, workload) {
-        Some(key) => workload_at(&key) == Some(workload),
+        Some(key) => workload_with(&key) == Some(workload),
         None => workload_at(address) == Some(workload),
     }
 }
@@ -114,8 +133,11 @@ pub fn is_forged(
     workload: WorkloadId,
     namespace_owner: impl FnOnce() -> WorkloadId,
 ) -> bool {
-    let key = link_local_key(source, workload);
-    match workload_at(key.as_ref().unwrap_or(source)) {
+    let owner = match link_local_key(source, workload) {
+        Some(key) => workload_with(&key),
+        None => workload_at(source),
+    };
+    match owner {
         Some(owner) => owner != workload,
         // Without an address, as who asks for one by DHCP has none, nobody can be answered.
         None => !is_unspecified(source) && namespace_owner() == workload,

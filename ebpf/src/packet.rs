@@ -37,8 +37,11 @@ const DROP: i32 = 0;
 const STREAM: u32 = 1;
 /// `SOCK_RAW`.
 const RAW: u32 = 3;
-/// `TCP_LISTEN`.
+/// States of TCP in which a packet may complete a connection that others have opened: `TCP_LISTEN`, and
+/// `TCP_SYN_SENT` and `TCP_SYN_RECV` where both ends open it.
 const LISTEN: u32 = 10;
+const SYN_SENT: u32 = 2;
+const SYN_RECV: u32 = 3;
 /// The loopback device's index, in every namespace.
 const LOOPBACK_DEVICE: u32 = 1;
 
@@ -98,18 +101,24 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         )
     };
     let listening = state == LISTEN;
+    if arrives && (listening || state == SYN_SENT || state == SYN_RECV) {
+        sender::forget_last();
+    }
     let remembered = tag(socket);
+    let at_reeves_port = kind == STREAM && is_reeves_port(port(socket), &settings);
     if kind == STREAM
         && !listening
         && let Some(tag) = remembered.as_deref()
         && tag.protocol == protocol::TCP
+        && (!at_reeves_port || tag.flags & TAG_REEVE != 0)
         && let Some(verdict) = of_remembered(ctx, socket, tag, arrives, &settings)
     {
         return verdict;
     }
+    // What reeve has accepted has a far end: who has such a socket has not reeve's listener.
     let inherited = remembered
         .as_deref()
-        .is_some_and(|tag| tag.flags & TAG_REEVE != 0);
+        .is_some_and(|tag| tag.flags & TAG_REEVE != 0 && tag.remote_port == 0);
     let remembered_workload = remembered.as_deref().map_or(0, |tag| tag.workload);
     let found = subject(depths, skb, remembered_workload, arrives);
     let is_found = found.is_some();
@@ -124,14 +133,13 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
         let passes = !listening || !arrives || sender::to_reeve(skb, settings.outbound_port);
         return if passes { PASS } else { DROP };
     }
-    if listening && arrives && is_stolen_port(skb, socket, &settings, is_found) {
-        let mut connection = Connection::new(Hook::PacketIngress);
-        connection.workload = entry.workload;
-        connection.direction = Direction::Ingress as u8;
-        connection.protocol = protocol::TCP;
-        connection.local_port = port(socket);
-        report(&connection, Outcome::deny(Reason::ReservedPort));
-        return DROP;
+    if at_reeves_port {
+        // Taken before `bind()` was watched, or given by the kernel: its holder would get what is meant
+        // for the tunnel, also without listening (a simultaneous open, RFC 9293, section 3.5).
+        if is_found || namespace::is_known(skb, arrives) {
+            refuse_at_reeves_port(entry.workload, port(socket), arrives);
+            return DROP;
+        }
     }
     if arrives && sender::may_be_onward(skb) {
         let owner = if is_unknown(&entry) {
@@ -170,18 +178,26 @@ fn filter(ctx: &SkBuffContext, arrives: bool) -> i32 {
     }
 }
 
-/// Whether somebody other than reeve listens on one of its ports, in a workload's namespace or as
-/// a workload: he took it before `bind()` was watched, and would get what is meant for the tunnel.
+/// Whether a port is one of reeve's own.
 #[inline(always)]
-fn is_stolen_port(
-    skb: *mut __sk_buff,
-    listener: *mut bpf_sock,
-    settings: &Settings,
-    of_workload: bool,
-) -> bool {
-    let port = port(listener);
-    (port == settings.outbound_port || port == settings.tunnel_port)
-        && (of_workload || namespace::is_known(skb, true))
+pub fn is_reeves_port(port: u16, settings: &Settings) -> bool {
+    port == settings.outbound_port || port == settings.tunnel_port
+}
+
+/// Somebody other than reeve holds one of its ports, in a workload's namespace or as a workload.
+#[inline(never)]
+fn refuse_at_reeves_port(workload: WorkloadId, port: u16, arrives: bool) {
+    let (hook, direction) = if arrives {
+        (Hook::PacketIngress, Direction::Ingress)
+    } else {
+        (Hook::PacketEgress, Direction::Egress)
+    };
+    let mut connection = Connection::new(hook);
+    connection.workload = workload;
+    connection.direction = direction as u8;
+    connection.protocol = protocol::TCP;
+    connection.local_port = port;
+    report(&connection, Outcome::deny(Reason::ReservedPort));
 }
 
 /// The port that a socket is bound to, host byte order.
@@ -330,7 +346,9 @@ fn judge_packet(
         report(&connection, Outcome::deny(Reason::ForgedSource));
         return false;
     }
-    if stays && !translated {
+    // Loopback may be shared, and what a raw socket writes there would be taken for another's.
+    let is_raw_segment = subject.raw && has_ports(packet.protocol);
+    if stays && !translated && !is_raw_segment {
         if packet.protocol == protocol::TCP && !subject.raw && !subject.listening {
             // Not remembered: the next packet takes this way again.
             let _ = remember(

@@ -17,13 +17,24 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     maps::{ARRIVING, LISTENERS_PACKET, tag},
     packet::is_on_loopback,
-    parse::{Packet, RST, SYN, parse},
+    parse::{ACK, Packet, RST, SYN, parse},
 };
 
 /// `BPF_F_CURRENT_NETNS` of `linux/bpf.h`.
 const THIS_NAMESPACE: u64 = u64::MAX;
 /// Length of an IPv4 `bpf_sock_tuple`; an IPv6 one fills the type.
 const IPV4_TUPLE: u32 = 12;
+
+/// Forgets what an earlier packet has left for the connection that it would complete. Whatever is accepted
+/// now is completed by the packet that arrives now; the next one may be in another namespace, where the
+/// same addresses are somebody else's.
+#[inline(always)]
+pub fn forget_last() {
+    if let Some(arriving) = ARRIVING.get_ptr_mut(0) {
+        // SAFETY: the value is this processor's.
+        unsafe { (&raw mut (*arriving).generation).write_volatile(0) };
+    }
+}
 
 /// Whether a packet that arrives at a listener of reeve's may pass. The connection that it may
 /// complete will be known for reeve's. One to the outbound listener gets its origin with it.
@@ -37,7 +48,6 @@ pub fn to_reeve(skb: *mut __sk_buff, outbound_port: u16) -> bool {
     };
     // SAFETY: the values are this processor's.
     let (arriving, packet) = unsafe { (&mut *arriving, &mut *packet) };
-    arriving.generation = 0;
     *packet = Packet::new();
     if !parse(skb, packet) || packet.protocol != protocol::TCP {
         count_verdict(Direction::Ingress as u8, Outcome::deny(Reason::Malformed));
@@ -110,7 +120,7 @@ pub fn may_be_onward(skb: *mut __sk_buff) -> bool {
     field(unsafe { &raw const (*skb).mark }) == ONWARD_MARK && is_on_loopback(skb)
 }
 
-/// Judges such a packet. `owner` is the workload of the socket at which it arrives,
+/// Judges such a packet: whose socket takes the connection is asked where it begins. `owner` is the workload of the socket at which it arrives,
 /// [`NO_WORKLOAD`] where that is in no workload.
 #[inline(never)]
 pub fn onward(skb: *mut __sk_buff, owner: WorkloadId, listening: bool, generation: u32) -> Onward {
@@ -124,13 +134,16 @@ pub fn onward(skb: *mut __sk_buff, owner: WorkloadId, listening: bool, generatio
     if !parse(skb, packet) || packet.protocol != protocol::TCP {
         return Onward::No;
     }
-    arriving.generation = 0;
+    // So is a socket that opens a connection itself, and meets this one half-way.
+    let opening = packet.tcp_flags & (SYN | ACK) == SYN;
     let mut meant = false;
     let sent_by_reeve = ask_sender(skb, packet, listening, |tag| {
         if tag.flags & TAG_ONWARD == 0 {
             return false;
         }
-        meant = !listening || tag.workload == owner || (owner == NO_WORKLOAD && is_roots(skb));
+        meant = !(listening || opening)
+            || tag.workload == owner
+            || (owner == NO_WORKLOAD && is_roots(skb));
         if !meant {
             tag.flags |= TAG_WRONG_LISTENER;
         }

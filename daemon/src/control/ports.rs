@@ -33,7 +33,7 @@ impl Control {
 
     fn clear_ports_of(&self, netns: &Netns, mut is_foreign: impl FnMut(u64) -> bool) {
         let datapath = &self.daemon.datapath;
-        match datapath.close_listeners(netns, |listener| is_foreign(listener.cgroup)) {
+        match datapath.close_listeners(netns, &mut is_foreign) {
             Ok(closed) => {
                 for listener in closed {
                     tracing::warn!(

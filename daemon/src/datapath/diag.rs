@@ -47,6 +47,8 @@ pub struct Remembered {
     /// The tunnel judges it: it leads to the outbound listener, or to an application from a
     /// tunnel, or is one of reeve's own.
     pub in_tunnel: bool,
+    /// It is one that reeve listens with, or has accepted or opened.
+    pub of_reeve: bool,
     /// Generation of its verdict, and whether that was to allow it; 0 where there is none.
     pub generation: u32,
     /// See `generation`.
@@ -253,6 +255,7 @@ fn remembered(value: &[u8]) -> Option<Remembered> {
             },
         ),
         in_tunnel: flags & (TAG_REDIRECTED | TAG_TUNNELLED | TAG_ONWARD | TAG_REEVE) != 0,
+        of_reeve: flags & TAG_REEVE != 0,
         generation: at(std::mem::offset_of!(SocketTag, generation))?,
         allowed: flags & TAG_ALLOWED != 0,
     })

@@ -4,7 +4,7 @@
 use std::{io, os::fd::AsFd};
 
 use aya::maps::MapError;
-use reeve_common::{FLOW_IDLE_NANOSECONDS, Flow, FlowSlot, ToldKey};
+use reeve_common::{FLOW_IDLE_NANOSECONDS, Flow, FlowSlot, ToldKey, protocol};
 
 use super::{Datapath, Error, Listener, LiveSocket, diag::Diagnosis, lock, netns::Netns, sys};
 
@@ -40,8 +40,9 @@ impl Datapath {
         Ok(ended)
     }
 
-    /// Closes the TCP sockets of a namespace that listen on one of reeve's ports and that `is_foreign`
-    /// says are somebody else's; no program knows them for reeve's. Gives those that were closed.
+    /// Closes the TCP sockets of a namespace that listen on one of reeve's ports, or are connected from
+    /// one, and that `is_foreign` says are somebody else's by the cgroup in which they were made; no
+    /// program knows them for reeve's. Gives the listeners that were closed.
     /// Their ports stay taken for as long as their sockets are held: where reeve's cannot be bound
     /// beside them, the one who holds them has to let go. Blocks.
     ///
@@ -51,17 +52,18 @@ impl Datapath {
     pub fn close_listeners(
         &self,
         netns: &Netns,
-        mut is_foreign: impl FnMut(&Listener) -> bool,
+        mut is_foreign: impl FnMut(u64) -> bool,
     ) -> Result<Vec<Listener>, Error> {
         let mut diagnosis =
             Diagnosis::open(netns).map_err(Error::in_namespace(netns, "open a netlink socket"))?;
         let mut closed = Vec::new();
-        for port in [self.settings.ports.outbound, self.settings.ports.tunnel] {
+        let ports = [self.settings.ports.outbound, self.settings.ports.tunnel];
+        for port in ports {
             let listeners = diagnosis
                 .listeners(port, self.tags.as_fd())
                 .map_err(Error::in_namespace(netns, "list the listeners (sock_diag)"))?;
             for listener in &listeners {
-                if listener.of_reeve || !is_foreign(listener) {
+                if listener.of_reeve || !is_foreign(listener.cgroup) {
                     continue;
                 }
                 let same = |other: &&Listener| other.local == listener.local;
@@ -74,6 +76,12 @@ impl Datapath {
                 }
             }
         }
+        self.end_connections(netns, |socket| {
+            socket.protocol == protocol::TCP
+                && ports.contains(&socket.local.port())
+                && !socket.remembered.is_some_and(|tag| tag.of_reeve)
+                && is_foreign(socket.cgroup)
+        })?;
         Ok(closed)
     }
 

@@ -336,6 +336,23 @@ fn a_workload_sends_under_nobody_elses_address() {
         assert_refused(connected);
         world.verdict_event(Hook::Connect, false, Reason::ForgedSource);
     }
+    // Nor where it names none, and a route of its own making has the kernel choose it.
+    world.here.ip(&[
+        "address add 10.0.0.9/32 dev lo".into(),
+        "address add fd00::9/128 dev lo nodad".into(),
+        format!("route replace {}/32 dev wire src 10.0.0.9", world.there.v4),
+        format!("route replace {}/128 dev wire src fd00::9", world.there.v6),
+    ]);
+    for to in far_end {
+        let connected =
+            world.as_workload(|| socket(to, Type::STREAM).connect_timeout(&to.into(), MOMENT));
+        connected.unwrap_err();
+        world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
+    }
+    world.here.ip(&[
+        format!("route delete {}/32 dev wire", world.there.v4),
+        format!("route delete {}/128 dev wire", world.there.v6),
+    ]);
     // Its own it may name.
     let own = [
         (world.here.v4, world.there.port4(53)),

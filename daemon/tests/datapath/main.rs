@@ -18,6 +18,7 @@ mod errors;
 mod evasion;
 mod extension;
 mod flows;
+mod halfway;
 mod handed;
 mod headers;
 mod icmp;

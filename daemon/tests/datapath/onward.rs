@@ -358,6 +358,45 @@ fn a_tunnels_connection_reaches_no_listener_of_another_workload() {
 }
 
 #[test]
+fn a_tunnels_connection_meets_nobody_half_way_who_is_not_the_workload() {
+    let (world, _) = sharing();
+    // The next port is this one, whoever connects.
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    let netns = &world.here.netns;
+    netns.run(|| fs::write(range, "4000 4000")).unwrap();
+    // On the link, where nobody answers for it.
+    for (client, to) in [
+        ("10.0.0.77", world.here.port4(80)),
+        ("fd00::77", world.here.port6(80)),
+    ] {
+        let client: IpAddr = client.parse().unwrap();
+        let thief = world.here.run(&world.stranger, || {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+            nix::unistd::fchown(&socket, Some(65_534.into()), None).unwrap();
+            socket.bind(&to.into()).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let begun = socket.connect(&SocketAddr::new(client, 4000).into());
+            let begun = begun.unwrap_err().raw_os_error();
+            assert_eq!(begun, Some(libc::EINPROGRESS));
+            socket
+        });
+        world.as_reeve(|netns| {
+            let socket = onward(world.datapath(), netns, client, to).unwrap();
+            let begun = socket.connect(&to.into()).unwrap_err();
+            assert_eq!(begun.raw_os_error(), Some(libc::EINPROGRESS));
+            let from = socket.local_addr().unwrap().as_socket().unwrap();
+            assert_eq!(from.port(), 4000);
+            let deadline = Instant::now() + PATIENCE;
+            while !world.datapath().met_wrong_listener(socket.as_fd()) {
+                assert!(Instant::now() < deadline, "{to}");
+                thread::yield_now();
+            }
+        });
+        assert!(thief.peer_addr().is_err(), "{to}");
+    }
+}
+
+#[test]
 fn a_tunnels_connection_reaches_no_unknown_listener_below_an_enforced_parent() {
     let (mut world, other) = sharing();
     let unknown = WorkloadEntry {

@@ -13,7 +13,7 @@ use reeve_common::{Direction, Hook, PEER_TUNNEL, Reason, protocol::TCP};
 use socket2::{Domain, Socket, Type};
 
 use crate::{
-    place::set_option,
+    place::{disconnect, set_option},
     world::{MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused, tcp_info},
 };
 
@@ -276,4 +276,84 @@ fn what_a_daemon_never_accepted_is_nobodys_after_it() {
         connected.unwrap_err();
         assert_eq!(again[0].accept().unwrap_err().kind(), ErrorKind::WouldBlock);
     }
+}
+
+/// Runs on one processor only.
+fn on_first_processor() {
+    let mut set = nix::sched::CpuSet::new();
+    set.set(0).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
+}
+
+#[test]
+fn what_a_packet_leaves_at_reeves_listener_is_nothing_to_a_connection_elsewhere() {
+    let mut world = World::enrolled();
+    world.apply();
+    let at: SocketAddr = "[::1]:8080".parse().unwrap();
+    let from: SocketAddr = "[::1]:45678".parse().unwrap();
+    let bound = |at: SocketAddr| {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&at.into()).unwrap();
+        socket
+    };
+    // A connection to reeve in another namespace, which reeve has closed and forgotten.
+    let there = &world.there;
+    let short = "/proc/sys/net/ipv4/tcp_fin_timeout";
+    there.netns.run(|| std::fs::write(short, "1")).unwrap();
+    let listener = there.run(&world.reeve, || {
+        let listener = bound(at);
+        listener.listen(8).unwrap();
+        listener
+    });
+    let old = there.run(&world.stranger, || {
+        let client = bound(from);
+        client.connect(&at.into()).unwrap();
+        client
+    });
+    drop(listener.accept().unwrap());
+    let forgotten = std::time::Instant::now() + PATIENCE;
+    let is_known = || {
+        let list = || {
+            std::process::Command::new("ss")
+                .args(["-Htan", "state", "fin-wait-2", "src", "[::1]:8080"])
+                .output()
+        };
+        !there.netns.run(list).unwrap().stdout.is_empty()
+    };
+    assert!(is_known(), "it can be seen");
+    while is_known() {
+        assert!(std::time::Instant::now() < forgotten);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // The same addresses in the workload's own.
+    let (server, client) = world.as_workload(|| {
+        let server = bound(SocketAddr::new(
+            std::net::Ipv6Addr::UNSPECIFIED.into(),
+            8080,
+        ));
+        server.listen(8).unwrap();
+        (server, bound(from))
+    });
+    // A segment of the old connection arrives at the listener, and then the new one is accepted.
+    there.run(&world.stranger, || {
+        on_first_processor();
+        let _ = (&old).write(b"x");
+    });
+    let accepted = world.as_workload(|| {
+        on_first_processor();
+        client.connect(&at.into()).unwrap();
+        let (accepted, _) = server.accept().unwrap();
+        drop((client, server));
+        disconnect(&accepted);
+        // The port that is then its own is the kernel's choice, so that nobody sees a `bind()`.
+        accepted.listen(8).unwrap();
+        accepted
+    });
+    let port = accepted.local_addr().unwrap().as_socket().unwrap().port();
+    for to in [world.here.port4(port), world.here.port6(port)] {
+        let connected = world.as_far_end(|| TcpStream::connect_timeout(&to, MOMENT));
+        assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut, "{to}");
+    }
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoPolicy);
 }

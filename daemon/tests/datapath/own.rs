@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
 };
 
 use reeve::datapath::address;
@@ -12,7 +12,7 @@ use reeve_common::{
 use socket2::{Domain, Socket, Type};
 
 use crate::{
-    place::disconnect,
+    place::{disconnect, set_option},
     world::{MOMENT, PATIENCE, Scope, WORKLOAD, World, assert_refused},
 };
 
@@ -151,6 +151,24 @@ fn a_workload_reaches_its_own_link_local_addresses_and_no_others() {
         let to: SocketAddr = to.parse().unwrap();
         assert_refused(world.as_workload(|| TcpStream::connect(to)));
         world.verdict_event(Hook::Connect, false, Reason::NoPolicy);
+    }
+    // As what they are filed under, they are nobody's.
+    world.peer(0);
+    world.allow(Direction::Egress, Scope::Anything);
+    world.apply();
+    let to = world.there.port6(53);
+    for ip in [v4, v6] {
+        let key = link_local_key(&address(ip), WORKLOAD).unwrap();
+        let sent = world.as_workload(|| {
+            let socket = Socket::new(Domain::IPV6, Type::DGRAM, None).unwrap();
+            let on = 1_i32.to_ne_bytes();
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_FREEBIND, &on);
+            let from = SocketAddrV6::new(key.into(), 0, 0, 2);
+            socket.bind(&SocketAddr::V6(from).into()).unwrap();
+            socket.send_to(b"x", &to.into())
+        });
+        assert_refused(sent);
+        world.verdict_event(Hook::PacketEgress, false, Reason::ForgedSource);
     }
 }
 

@@ -110,3 +110,35 @@ fn a_stranger_in_a_workloads_namespace_writes_none_either() {
     }
     assert_eq!(world.other_events(), []);
 }
+
+#[test]
+fn a_workload_writes_and_hears_no_segment_of_others_on_loopback() {
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    let mut world = crate::handed::sharing();
+    for (domain, loopback) in [(Domain::IPV4, "127.0.0.1"), (Domain::IPV6, "::1")] {
+        let at = SocketAddr::new(loopback.parse().unwrap(), 80);
+        let socket = world.as_workload(|| raw(domain, Protocol::TCP));
+        socket.set_read_timeout(Some(MOMENT)).unwrap();
+        // Of somebody else in the namespace.
+        let _listener = world
+            .here
+            .run(&world.stranger, || TcpListener::bind(at).unwrap());
+        let _client = world
+            .here
+            .run(&world.stranger, || TcpStream::connect(at).unwrap());
+        assert!((&socket).read(&mut [0; 128]).is_err());
+        world.verdict_event(Hook::PacketIngress, false, Reason::RawSocket);
+        for own in [at.ip(), world.here.port4(0).ip(), world.here.port6(0).ip()] {
+            if own.is_ipv4() != at.is_ipv4() {
+                continue;
+            }
+            let to = SocketAddr::new(own, 0);
+            let socket = world.as_workload(|| raw(domain, Protocol::TCP));
+            for flags in [SYN, PUSH | ACK] {
+                let sent = world.as_workload(|| socket.send_to(&segment(flags, b"x"), &to.into()));
+                assert_refused(sent);
+            }
+            world.verdict_event(Hook::PacketEgress, false, Reason::RawSocket);
+        }
+    }
+}
