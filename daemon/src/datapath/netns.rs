@@ -151,6 +151,23 @@ impl UserNamespace {
         Self::asked(&self.fd, GET_PARENT)
     }
 
+    /// The user who made it, 0 for the host's root.
+    ///
+    /// # Errors
+    /// From the kernel.
+    pub fn maker(&self) -> io::Result<libc::uid_t> {
+        /// `NS_GET_OWNER_UID` of `linux/nsfs.h`.
+        const GET_OWNER_UID: libc::Ioctl = 0xb704;
+        let mut user: libc::uid_t = 0;
+        // SAFETY: the request writes one number to where the pointer leads, which outlives the call.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), GET_OWNER_UID, &raw mut user) };
+        if result == 0 {
+            Ok(user)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
     fn asked(namespace: &impl AsRawFd, what: libc::Ioctl) -> io::Result<Self> {
         // SAFETY: these requests take no argument.
         let fd = unsafe { libc::ioctl(namespace.as_raw_fd(), what) };
@@ -197,6 +214,7 @@ mod tests {
         other.kill().and_then(|()| other.wait()).unwrap();
         assert_eq!(owner.inode, process.inode);
         assert_eq!(owner.parent().unwrap().inode, initial.inode);
+        assert_eq!(owner.maker().unwrap(), nix::unistd::geteuid().as_raw());
     }
 
     #[test]

@@ -60,9 +60,10 @@ impl Namespaces {
     }
 }
 
-/// Whose network namespaces are believed to be a workload's: those that are owned by the user
-/// namespace of the workload's first process, or by one around it. In any other the workload made
-/// the namespace itself, and with it whatever addresses it likes.
+/// Whose network namespaces are believed to be a workload's: those that are owned by the first user
+/// namespace, or by that of the workload's first process, or one around it, where the host's root made
+/// it for somebody else, as container runtimes do. In any other the workload made the namespace itself,
+/// and with it whatever addresses it likes.
 #[derive(Debug, Default)]
 pub(super) struct Trust {
     /// From the first process's outwards, without the first of all.
@@ -75,15 +76,22 @@ impl Trust {
     /// By the first of these processes, which is the oldest.
     pub(super) fn of_oldest(pids: &[u32]) -> Self {
         let mut owners = Vec::new();
-        let mut next = oldest_first(pids)
+        let first = oldest_first(pids)
             .first()
-            .and_then(|pid| UserNamespace::of_pid(*pid).ok());
+            .copied()
+            .filter(|pid| has_users_of_others(*pid));
+        let mut next = first.and_then(|pid| UserNamespace::of_pid(pid).ok());
         while let Some(namespace) = next
             && namespace.inode != UserNamespace::INITIAL
             && owners.len() < MAX_USER_NAMESPACES
         {
             next = namespace.parent().ok();
-            owners.push(namespace);
+            // Whoever is inside may have made it, and those in it.
+            if namespace.maker().is_ok_and(|user| user == 0) {
+                owners.push(namespace);
+            } else {
+                owners.clear();
+            }
         }
         Self { owners }
     }
@@ -138,6 +146,17 @@ pub(super) fn addresses(netns: &Netns) -> io::Result<Vec<InterfaceAddress>> {
         counts && seen.insert(address.ip)
     });
     Ok(addresses)
+}
+
+/// Whether more users than one have a number in a process's user namespace. Who may not become another
+/// user gives it his own alone (`user_namespaces(7)`), even where he is root without a capability.
+fn has_users_of_others(pid: u32) -> bool {
+    let map = fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap_or_default();
+    let numbers = map.lines().map(|line| {
+        let count = line.split_ascii_whitespace().nth(2);
+        count.and_then(|count| count.parse().ok()).unwrap_or(0_u64)
+    });
+    numbers.sum::<u64>() > 1
 }
 
 /// These processes, the oldest first.

@@ -380,6 +380,7 @@ impl Scanner {
             Some(alive) if is_same(alive) => alive.since,
             _ => now,
         };
+        let goes_on = self.alive.get(&workload.name).is_some_and(is_same);
         let is_settled = now.saturating_duration_since(since) >= TRUST_SETTLES;
         let mut alive = match self.alive.remove(&workload.name) {
             Some(alive) if is_settled => alive,
@@ -396,7 +397,11 @@ impl Scanner {
             let remarks = notes.remarks.entry(workload.name.clone()).or_default();
             remarks.push(Remark::OwnNamespace);
         }
-        let netns = found.and_then(|(inode, pid)| self.namespaces.get(inode, pid));
+        let netns = match found {
+            Some((inode, pid)) => self.namespaces.get(inode, pid),
+            // All have gone to where nobody believes them, and may have left sockets where they were.
+            None => last.filter(|_| goes_on).cloned(),
+        };
         if netns.is_some() {
             alive.last = now;
         }
