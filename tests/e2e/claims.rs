@@ -3,9 +3,9 @@
 use std::{thread, time::Duration};
 
 use harness::{Daemon, Workload, eventually};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::arrange::{PORT, Pair, TCP, of, say, serve, tcp};
+use crate::arrange::{PORT, Pair, TCP, fails_fast, of, say, serve, tcp};
 
 /// For a change that must not come: the daemon looks once a second.
 const LOOKS: Duration = Duration::from_millis(2500);
@@ -104,6 +104,54 @@ fn whoever_rules_its_own_network_namespace_takes_no_address_that_is_known_to_be_
     assert!(page.contains("addresses or more beyond the 128"), "{page}");
     scene.all_is_as_before();
     assert!(one.is_ready());
+}
+
+#[test]
+fn a_route_of_its_own_making_makes_no_workload_speak_as_another_of_its_identity() {
+    let pair = Pair::new();
+    let twin = pair.one.pod("twin");
+    let shared = json!({"serviceAccount": "shared"});
+    let as_shared = |workload: &Workload| json!({"serviceAccount": "shared", "addresses": workload.addresses().both(), "tunnel": true});
+    let one = pair
+        .one
+        .reeve()
+        .enrol_with(&pair.client, shared.clone())
+        .enrol_with(&twin, shared)
+        .peer(&pair.server)
+        .policy(&of(&pair.client).calls(&pair.server, TCP).text())
+        .policy(&of(&twin).calls(&pair.server, TCP).text())
+        .start();
+    let hears_client = json!({
+        "apiVersion": "reeve.dev/v1alpha1",
+        "kind": "ConnectionPolicy",
+        "metadata": {"name": "hears-client"},
+        "spec": {
+            "workloads": {"names": ["server"]},
+            "ingress": [{"from": [{"namespace": "default", "labels": {"app": "client"}}]}],
+        },
+    });
+    let _two = pair
+        .two
+        .reeve()
+        .enrol(&pair.server)
+        .peer_with(&pair.client, as_shared(&pair.client))
+        .peer_with(&twin, as_shared(&twin))
+        .policy(&hears_client.to_string())
+        .start();
+    let _server = serve(&pair.server, PORT, &[]);
+    // By IPv6 the answers find the one whose address it is, and the tunnel does not come to be at all.
+    let to = pair.server.addresses().port4(PORT);
+    say(&pair.client, to, "as it may");
+    let theirs = pair.client.addresses().v4.to_string();
+    let add = ["ip", "address", "add", &theirs, "dev", "lo"];
+    twin.exec(add).ok();
+    let there = to.ip().to_string();
+    let route = [
+        "ip", "route", "replace", &there, "dev", "eth0", "src", &theirs,
+    ];
+    twin.exec(route).ok();
+    fails_fast(&twin, to, "Connection reset by peer");
+    one.wait_for_log(&["twin", "forged_source", &theirs]);
 }
 
 /// A client that may call a server through a tunnel and a guest by its address, and one beside it who

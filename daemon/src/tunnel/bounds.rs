@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     hash::Hash,
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -152,7 +152,7 @@ impl Bounds {
         Ok(Arriving {
             _address: self
                 .addresses
-                .take(&from)
+                .take(&network(from))
                 .ok_or(Limit::HandshakesPerAddress)?,
             _handshake: permit(&self.accepting).map_err(|_| Limit::Handshakes)?,
             tunnel: permit(&self.tunnels).map_err(|_| Limit::Tunnels)?,
@@ -186,6 +186,15 @@ impl Bounds {
     /// Connections open now, by workload.
     pub(super) fn connections_by_workload(&self) -> Vec<(WorkloadId, usize)> {
         self.workloads.all()
+    }
+}
+
+/// By what the handshakes of an address are counted: of IPv6 its /64, in which any host has as many
+/// addresses as it likes (RFC 4291, section 2.5.1).
+fn network(from: IpAddr) -> IpAddr {
+    match from.to_canonical() {
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
+        v4 => v4,
     }
 }
 
@@ -305,6 +314,26 @@ mod tests {
         drop((held, other));
         assert!(!bounds.is_busy());
         assert!(bounds.addresses.taken.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn all_addresses_of_an_ipv6_network_are_one() {
+        let bounds = Bounds::new(&Limits {
+            handshakes_per_address: 1,
+            ..Limits::default()
+        });
+        let at = |ip: &str| bounds.arriving(ip.parse().unwrap());
+        let _held = at("2001:db8:0:1::1").unwrap();
+        assert_eq!(
+            at("2001:db8:0:1:ffff::2").unwrap_err(),
+            Limit::HandshakesPerAddress
+        );
+        let _others = [at("2001:db8:0:2::1"), at("192.0.2.1"), at("192.0.2.2")].map(Result::unwrap);
+        // One of IPv4 is the same in either form.
+        assert_eq!(
+            at("::ffff:192.0.2.1").unwrap_err(),
+            Limit::HandshakesPerAddress
+        );
     }
 
     #[test]

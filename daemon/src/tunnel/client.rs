@@ -100,10 +100,11 @@ struct Unanswered {
 pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel, TunnelError> {
     let (to, limits) = (target.peer, &worker.timeouts);
     let late = |stage, limit| TunnelError::Timeout { stage, to, limit };
+    // A peer that is not there holds no place from which others would shake hands.
+    let tcp = connect(worker, target).await?;
     let _permit = timeout(limits.handshake, worker.bounds.opening.acquire())
         .await
         .map_err(|_| TunnelError::Limit(Limit::Handshakes))?;
-    let tcp = connect(worker, target).await?;
     let started = Instant::now();
     let result = match timeout(limits.handshake, shake(worker, target, tcp)).await {
         Ok(result) => result,
@@ -167,7 +168,29 @@ async fn connect(worker: &Worker, target: &Target) -> Result<TcpStream, TunnelEr
         to,
         limit,
     };
-    timeout(limit, connecting).await.map_err(late)?
+    let tcp = timeout(limit, connecting).await.map_err(late)??;
+    let from = tcp.local_addr().map_err(|source| TunnelError::Connect {
+        to,
+        source: source.into(),
+    })?;
+    speaks_from_own(worker, target, from.ip())?;
+    Ok(tcp)
+}
+
+/// Who rules its own namespace says there by which address the kernel speaks, also by one of another
+/// workload of its identity, whose labels it would have at the far end.
+fn speaks_from_own(worker: &Worker, target: &Target, from: IpAddr) -> Result<(), TunnelError> {
+    let snapshot = worker.shared.snapshot.load();
+    let owner = snapshot.workloads().find(|running| {
+        let netns = running.netns.as_ref();
+        running.owns_netns && netns.is_some_and(|netns| netns.cookie == target.netns.cookie)
+    });
+    match owner {
+        Some(owner) if !owner.addresses.contains(&from.to_canonical()) => {
+            Err(TunnelError::ForgedSource(from))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// TLS and HTTP/2 until the peer has answered.
