@@ -139,7 +139,6 @@ fn a_route_of_its_own_making_makes_no_workload_speak_as_another_of_its_identity(
         .policy(&hears_client.to_string())
         .start();
     let _server = serve(&pair.server, PORT, &[]);
-    // By IPv6 the answers find the one whose address it is, and the tunnel does not come to be at all.
     let to = pair.server.addresses().port4(PORT);
     say(&pair.client, to, "as it may");
     let theirs = pair.client.addresses().v4.to_string();
@@ -150,6 +149,12 @@ fn a_route_of_its_own_making_makes_no_workload_speak_as_another_of_its_identity(
         "ip", "route", "replace", &there, "dev", "eth0", "src", &theirs,
     ];
     twin.exec(route).ok();
+    // Answers find it, as where it has told the link that the address is its own.
+    let link = twin.exec(["ip", "-brief", "link", "show", "eth0"]).ok();
+    let own = link.split_whitespace().nth(2).unwrap();
+    let neighbour = ["ip", "neigh", "replace", &theirs, "lladdr", own];
+    let forever = ["dev", "eth0", "nud", "permanent"];
+    pair.server.exec(neighbour.into_iter().chain(forever)).ok();
     fails_fast(&twin, to, "Connection reset by peer");
     one.wait_for_log(&["twin", "forged_source", &theirs]);
 }

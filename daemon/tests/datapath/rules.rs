@@ -38,7 +38,7 @@ fn a_range_of_ports_is_a_prefix() {
     }
     assert_refused(world.as_workload(|| {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.connect(world.there.port4(8080))
+        socket.send_to(b"x", world.there.port4(8080))
     }));
 }
 
@@ -53,7 +53,7 @@ fn the_narrower_rule_wins() {
     connect(&world, &world.workload, world.there.port6(1)).unwrap();
     let udp = |port| {
         let to = world.there.port4(port);
-        world.as_workload(move || UdpSocket::bind("0.0.0.0:0").unwrap().connect(to))
+        world.as_workload(move || UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"x", to))
     };
     udp(53).unwrap();
     assert_refused(udp(54));
@@ -185,7 +185,7 @@ fn a_clients_port_says_nothing_of_who_it_is() {
             } else {
                 "[::]:0"
             };
-            UdpSocket::bind(any).unwrap().connect(from)
+            UdpSocket::bind(any).unwrap().send_to(b"x", from)
         }));
     }
 }
