@@ -243,6 +243,8 @@ fn the_hosts_addresses_are_the_nodes_as_they_come_and_go() {
     take(node.host());
     let log = daemon.wait_for_log(&["addresses of the node", another]);
     assert!(!log.contains("127.0.0.1") && !log.contains("fe80"), "{log}");
+    // The log tells of it first.
+    eventually("it counts", || answers(node.host(), to.port4(PORT)));
     let seen = say(node.host(), to.port4(PORT), "from the bridge");
     assert!(
         seen["local"].as_str().unwrap().starts_with(another),
