@@ -9,8 +9,9 @@ use std::{
 };
 
 use harness::eventually;
+use serde_json::json;
 
-use crate::arrange::{PORT, Pair, Probe, TCP, answers, is_denied, of, serve};
+use crate::arrange::{PORT, Pair, Probe, TCP, answers, denials, is_denied, of, serve, tcp};
 
 /// Longer than the daemon waits for a second change, and far shorter than it waits for a writer.
 const PAUSE: Duration = Duration::from_millis(900);
@@ -93,4 +94,70 @@ fn who_asks_for_a_reload_in_between_waits_for_the_rest() {
     });
     probe.goes_on(100);
     probe.all_worked();
+}
+
+#[test]
+fn a_change_that_has_no_room_is_refused_as_a_whole_and_a_deny_closes_its_workload() {
+    let pair = Pair::new();
+    let _two = pair.allowing_at_two().start();
+    let narrow = of(&pair.client).calls(&pair.server, TCP).text();
+    let one = pair
+        .at_one()
+        .policy(&narrow)
+        // Room for three.
+        .set("/maps/verdicts", json!(4))
+        .set("/node/addresses", json!([]))
+        .start();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    assert!(answers(&pair.client, to));
+    let file = one.policies().join("0.yaml");
+    let without_room = || one.metrics().sum("reeve_policies_without_room", &[]);
+    let closed = || one.metrics().sum("reeve_closed_directions", &[]);
+    assert_eq!((without_room(), closed()), (0.0, 0.0));
+
+    // More ports than there is room for: what was allowed stays so, and nothing is added.
+    let wide = (9001..9021)
+        .step_by(2)
+        .fold(of(&pair.client).calls(&pair.server, TCP), |policy, port| {
+            policy.calls(&pair.server, tcp(port))
+        });
+    fs::write(&file, wide.text()).unwrap();
+    eventually("it is told of", || without_room() == 1.0);
+    assert_eq!(closed(), 0.0);
+    assert!(answers(&pair.client, to));
+    is_denied(&pair.client, pair.server.addresses().port4(9001));
+    let status = one.command(["status"]).stdout;
+    assert!(status.contains("refused as a whole"), "{status}");
+    assert!(!one.is_ready());
+
+    // A denial that has no room: staying as it was would allow what shall be denied.
+    let ports: Vec<_> = (7001..7021)
+        .step_by(2)
+        .map(|port| json!({"port": port}))
+        .collect();
+    let deny = json!({
+        "apiVersion": "reeve.dev/v1alpha1",
+        "kind": "ConnectionPolicy",
+        "metadata": {"name": "no"},
+        "spec": {
+            "action": "Deny",
+            "workloads": {"names": ["client"]},
+            "egress": [{"to": [{"any": {}}], "ports": ports}],
+        },
+    });
+    fs::write(&file, format!("{narrow}\n---\n{deny}")).unwrap();
+    eventually("its direction is closed", || closed() == 1.0);
+    is_denied(&pair.client, to);
+    assert!(denials(&one, "egress", "map_failure") >= 1.0);
+    let status = one.command(["status"]).stdout;
+    assert!(status.contains("egress of client"), "{status}");
+
+    // What has room again is taken.
+    fs::write(&file, &narrow).unwrap();
+    eventually("it is open again", || {
+        closed() == 0.0 && without_room() == 0.0
+    });
+    assert!(answers(&pair.client, to));
+    eventually("the daemon is ready", || one.is_ready());
 }

@@ -79,7 +79,7 @@ pub fn list(snapshot: &Snapshot) -> Vec<PolicyRow> {
                 .map_or_else(String::new, |place| place.to_string()),
             direction: direction_name(rule.direction).to_owned(),
             effect: match rule.effect {
-                Effect::Deny => "deny".to_owned(),
+                Effect::NoRoom | Effect::Deny => "deny".to_owned(),
                 Effect::Node | Effect::Allow | Effect::Permissive => "allow".to_owned(),
             },
             dry_run: rule.mode == Mode::DryRun,

@@ -40,7 +40,7 @@ pub struct Daemon {
     pub(super) tunnels: Tunnels,
     pub(super) metrics: Metrics,
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
-    observers: Observers,
+    pub(super) observers: Observers,
     remarks: Remarks,
     ask_for_reload: mpsc::Sender<oneshot::Sender<ReloadReport>>,
     /// For control to take.
@@ -70,6 +70,9 @@ pub(super) struct View {
     /// What could not be done, one sentence each.
     pub(super) problems: Vec<String>,
     pub(super) policies: admin::PolicyStatus,
+    /// The newest policies have no room in the kernel's maps; how many workloads and directions are
+    /// refused everything for it.
+    pub(super) no_room: Option<usize>,
     /// Connections end by themselves.
     pub(super) draining: Option<Drain>,
 }
@@ -176,6 +179,8 @@ impl Daemon {
             reloads: self.identities.reload_counts(),
             bundle_endpoints: self.federation.status(),
             workloads,
+            policies_without_room: view.no_room.is_some(),
+            closed: (self.datapath.closed().len() + view.no_room.unwrap_or_default()) as u64,
             ready: self.readiness().is_ready(),
             draining: self.draining().is_some(),
             predecessors: self.predecessors.load_full(),

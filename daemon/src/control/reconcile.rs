@@ -47,9 +47,25 @@ pub fn steps(old: Compiled<'_>, new: Compiled<'_>) -> Vec<(PolicySet, Order)> {
 /// What was brought into force last: compiled once, for the kernel, the tunnels and all who ask.
 #[derive(Debug)]
 pub(super) struct Enforced {
+    /// The newest that were asked for.
+    wanted: Arc<PolicySet>,
+    /// The newest that were taken whole.
+    taken: Arc<PolicySet>,
+    /// What is in force: these, unless those that are wanted have no room.
     policies: Arc<PolicySet>,
     around: Around,
     snapshot: Arc<Snapshot>,
+    /// Why others are in force than are wanted.
+    refused: Option<NoRoom>,
+}
+
+/// Policies that the kernel's maps have no room for.
+#[derive(Clone, Debug)]
+struct NoRoom {
+    /// What is said of it.
+    why: String,
+    /// Workloads and directions that are refused everything, since the old policies allow more.
+    closed: usize,
 }
 
 /// What policies are compiled for.
@@ -104,11 +120,13 @@ impl Control {
         };
         // Until this is over, or while another daemon writes, nobody knows what the kernel holds.
         let old = self.enforced.take();
-        let policies = self.policies.clone();
-        let snapshot = match &old {
-            Some(old) if old.is(&policies, &around) => old.snapshot.clone(),
-            _ => Arc::new(around.compile(&policies)),
+        let wanted = self.policies.clone();
+        let settled = old.as_ref().filter(|old| old.is(&wanted, &around));
+        let snapshot = match settled {
+            Some(old) => old.snapshot.clone(),
+            None => Arc::new(around.compile(&wanted)),
         };
+        let settled = settled.map(|old| (old.policies.clone(), old.refused.clone()));
         let namespaces = running_namespaces(&discovery);
         if self.succession.frozen {
             // The rest is another daemon's; what this one carries is judged all the same.
@@ -126,6 +144,20 @@ impl Control {
         let before = self.daemon.view.load_full();
         let mut listening = before.listening.clone();
         listening.retain(|cookie| ready.iter().any(|netns| netns.cookie == *cookie));
+        let (policies, snapshot, refused) = match (settled, &old) {
+            (Some((policies, refused)), _) => (policies, snapshot, refused),
+            (None, Some(old)) => {
+                let state = |snapshot: &Snapshot| self.state(&discovery, &listening, snapshot);
+                admit(&datapath, old, &around, (&wanted, snapshot), state)
+            }
+            // After a start: what has no room is refused.
+            (None, None) => (wanted.clone(), snapshot, None),
+        };
+        problems.extend(refused.as_ref().map(|refused| refused.why.clone()));
+        let taken = match (&refused, &old) {
+            (Some(_), Some(old)) => old.taken.clone(),
+            _ => wanted.clone(),
+        };
         let old = old.filter(|old| old.policies != policies);
         let order = match &old {
             Some(_) => Order::Shrinks,
@@ -145,10 +177,19 @@ impl Control {
             }
         }
         let state = self.apply(&discovery, &listening, &snapshot, order, &mut problems);
+        let mut policy_status = self.policy_status.clone();
+        if let Some(refused) = &refused {
+            policy_status.policies = taken.len();
+            policy_status.refused = Some(refused.why.clone());
+        }
+        let no_room = refused.as_ref().map(|refused| refused.closed);
         self.enforced = Some(Enforced {
+            wanted,
+            taken,
             policies,
             around,
             snapshot: snapshot.clone(),
+            refused,
         });
 
         self.snapshot.store(snapshot.clone());
@@ -203,7 +244,8 @@ impl Control {
             discovery,
             listening,
             problems,
-            policies: self.policy_status.clone(),
+            policies: policy_status,
+            no_room,
             draining: before.draining,
         }));
     }
@@ -250,11 +292,7 @@ impl Control {
         order: Order,
         problems: &mut Vec<String>,
     ) -> KernelState {
-        let tables = snapshot.kernel_tables().clone();
-        let mut own = self.own_cgroups.clone();
-        own.extend(&self.succession.old_cgroups);
-        let without = self.namespaces.without();
-        let state = kernel_state(&own, discovery, listening, &without, tables);
+        let state = self.state(discovery, listening, snapshot);
         match block_in_place(|| self.daemon.datapath.apply_in(&state, order)) {
             Ok(()) => self.is_enforced = true,
             Err(error) => {
@@ -263,6 +301,20 @@ impl Control {
             }
         }
         state
+    }
+
+    /// What the kernel is to hold.
+    fn state(
+        &self,
+        discovery: &Discovery,
+        listening: &HashSet<u64>,
+        snapshot: &Snapshot,
+    ) -> KernelState {
+        let tables = snapshot.kernel_tables().clone();
+        let mut own = self.own_cgroups.clone();
+        own.extend(&self.succession.old_cgroups);
+        let without = self.namespaces.without();
+        kernel_state(&own, discovery, listening, &without, tables)
     }
 
     /// Whom the kernel refuses everything, since it has no room for their policy.
@@ -282,10 +334,65 @@ impl Control {
 // === impl Enforced ===
 
 impl Enforced {
-    /// Whether it was compiled of the same.
-    fn is(&self, policies: &Arc<PolicySet>, around: &Around) -> bool {
-        self.around.is(around) && self.policies == *policies
+    /// Whether it was made of the same.
+    fn is(&self, wanted: &Arc<PolicySet>, around: &Around) -> bool {
+        self.around.is(around) && self.wanted == *wanted
     }
+}
+
+/// What comes into force where policies change: those that are wanted, if the maps have room for them.
+/// If not, those that were taken last stay, as a whole; a workload of which they could allow something
+/// that the wanted ones do not is refused everything in that direction. Workloads and peers that are new
+/// cannot be refused: the datapath denies what of them has no room.
+fn admit(
+    datapath: &Datapath,
+    old: &Enforced,
+    around: &Around,
+    (wanted, snapshot): (&Arc<PolicySet>, Arc<Snapshot>),
+    state: impl Fn(&Snapshot) -> KernelState,
+) -> (Arc<PolicySet>, Arc<Snapshot>, Option<NoRoom>) {
+    if old.taken == *wanted {
+        return (wanted.clone(), snapshot, None);
+    }
+    let missing = datapath.missing(&state(&snapshot));
+    if missing == 0 {
+        return (wanted.clone(), snapshot, None);
+    }
+    let taken = Arc::new(around.compile(&old.taken));
+    // What takes less room than what there is now helps, if not enough.
+    if missing < datapath.missing(&state(&taken)) {
+        return (wanted.clone(), snapshot, None);
+    }
+    let narrowed = taken.narrowed_by(&snapshot);
+    let named: Vec<_> = narrowed
+        .iter()
+        .filter_map(|(id, direction)| {
+            Some((taken.workload(*id)?.workload.name.as_str(), *direction))
+        })
+        .collect();
+    let mut why = format!(
+        "the changed policies are refused as a whole, and those before stay in force: the kernel's maps have \
+         no room for {missing} of their entries (see `maps` in the configuration)"
+    );
+    if !named.is_empty() {
+        why.push_str(
+            "; since the change takes something away from them, these are refused everything: ",
+        );
+        let sides = named
+            .iter()
+            .map(|(name, direction)| format!("{} of {name}", direction_name(*direction)));
+        why.push_str(&sides.collect::<Vec<_>>().join(", "));
+    }
+    let refused = Some(NoRoom {
+        why,
+        closed: named.len(),
+    });
+    if named.is_empty() {
+        return (old.taken.clone(), taken, refused);
+    }
+    let closing = Arc::new(old.taken.closing(named));
+    let snapshot = Arc::new(around.compile(&closing));
+    (closing, snapshot, refused)
 }
 
 // === impl Around ===

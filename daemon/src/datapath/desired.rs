@@ -16,7 +16,7 @@ use reeve_common::{
     VerdictKey, WorkloadEntry, WorkloadId, protocol,
 };
 
-use super::KernelState;
+use super::{KernelState, transition::Peers};
 
 /// Bits of an address.
 const ADDRESS_BITS: u32 = 128;
@@ -57,6 +57,28 @@ pub(super) struct Shortage {
     pub(super) verdicts: usize,
     /// Whose verdicts they are.
     pub(super) closed: BTreeSet<Side>,
+}
+
+// === impl Shortage ===
+
+impl Shortage {
+    /// Entries of all maps.
+    pub(super) fn total(&self) -> usize {
+        self.workloads
+            + self.namespaces
+            + self.local_addresses
+            + self.peers
+            + self.peer_ports
+            + self.verdicts
+    }
+}
+
+/// What the maps hold already, and keep where there is room for it.
+pub(super) struct Kept<'a> {
+    pub(super) cgroups: &'a HashMap<u64, WorkloadEntry>,
+    pub(super) peers: &'a Peers,
+    /// Workloads and directions with verdicts.
+    pub(super) sides: HashSet<Side>,
 }
 
 /// A desired state.
@@ -101,17 +123,17 @@ impl Desired {
         }
     }
 
-    /// Leaves out what has no room, and has refused whatever that could have been about. `enrolled`
-    /// are the cgroups that are in the map.
-    pub(super) fn fit(&mut self, room: Room, enrolled: &HashMap<u64, WorkloadEntry>) -> Shortage {
-        let workloads = self.fit_workloads(room.workloads as usize, enrolled);
+    /// Drops entries that do not fit, newcomers first, and refuses every connection that such an entry
+    /// could have matched.
+    pub(super) fn fit(&mut self, room: Room, kept: &Kept<'_>) -> Shortage {
+        let workloads = self.fit_workloads(room.workloads as usize, kept.cgroups);
         let mut closed = BTreeSet::new();
         let namespaces = self.fit_namespaces(room.namespaces as usize, &mut closed);
         let local_addresses = self.fit_local_addresses(room.local_addresses as usize, &mut closed);
         let peer_ports = self.fit_peer_ports(room.peer_ports as usize);
-        let peers = self.fit_peers((room.peers as usize).saturating_sub(SPARE));
-        let verdicts =
-            self.fit_verdicts((room.verdicts as usize).saturating_sub(SPARE), &mut closed);
+        let peers = self.fit_peers((room.peers as usize).saturating_sub(SPARE), kept.peers);
+        let room = (room.verdicts as usize).saturating_sub(SPARE);
+        let verdicts = self.fit_verdicts(room, &mut closed, &kept.sides);
         Shortage {
             workloads,
             namespaces,
@@ -190,8 +212,14 @@ impl Desired {
         missing
     }
 
-    /// The workloads with the most verdicts go first, so that few do; those in `closed` go in any case.
-    fn fit_verdicts(&mut self, room: usize, closed: &mut BTreeSet<Side>) -> usize {
+    /// Newcomers go first, then the workloads with the most verdicts, so that few do; those in `closed` go
+    /// in any case.
+    fn fit_verdicts(
+        &mut self,
+        room: usize,
+        closed: &mut BTreeSet<Side>,
+        open: &HashSet<Side>,
+    ) -> usize {
         let mut number = self.verdicts.len();
         if number <= room && closed.is_empty() {
             return 0;
@@ -206,7 +234,7 @@ impl Desired {
         }
         let forced = closed.clone();
         let mut sides: Vec<_> = sides.into_iter().collect();
-        sides.sort_unstable_by_key(|(side, count)| (Reverse(*count), *side));
+        sides.sort_unstable_by_key(|(side, count)| (open.contains(side), Reverse(*count), *side));
         for (side, count) in sides {
             if number <= room {
                 break;
@@ -229,13 +257,13 @@ impl Desired {
         missing
     }
 
-    /// Leaves out the narrowest prefixes; what is around them is refused.
-    fn fit_peers(&mut self, room: usize) -> usize {
+    /// Drops newcomers, and then the narrowest prefixes; what is around them is refused.
+    fn fit_peers(&mut self, room: usize, held: &Peers) -> usize {
         if self.peers.len() <= room {
             return 0;
         }
         let mut keys: Vec<_> = self.peers.keys().copied().collect();
-        keys.sort_unstable_by_key(|(bits, address)| (Reverse(*bits), *address));
+        keys.sort_unstable_by_key(|key| (held.contains_key(key), Reverse(key.0), key.1));
         // One entry, around everything, says that there is no room.
         keys.truncate(keys.len() + 1 - room);
         for key in &keys {
@@ -347,7 +375,12 @@ mod tests {
 
     /// What is left out, where nobody is enrolled yet.
     fn fit(desired: &mut Desired, room: Room) -> Shortage {
-        desired.fit(room, &HashMap::new())
+        let kept = Kept {
+            cgroups: &HashMap::new(),
+            peers: &Peers::new(),
+            sides: HashSet::new(),
+        };
+        desired.fit(room, &kept)
     }
 
     #[test]
@@ -367,8 +400,13 @@ mod tests {
             workloads: 3,
             ..PLENTY
         };
-        let enrolled = HashMap::from([(3, entry(3, 0))]);
-        assert_eq!(fits.fit(room, &enrolled).workloads, 2);
+        let cgroups = HashMap::from([(3, entry(3, 0))]);
+        let kept = Kept {
+            cgroups: &cgroups,
+            peers: &Peers::new(),
+            sides: HashSet::new(),
+        };
+        assert_eq!(fits.fit(room, &kept).workloads, 2);
         let left: BTreeSet<u64> = fits.workloads.keys().copied().collect();
         assert_eq!(left, BTreeSet::from([3, 4, 5]));
     }
@@ -535,6 +573,29 @@ mod tests {
         assert_eq!((shortage.peer_ports, fits.peer_ports.len()), (2, 1));
         let flags = |last| fits.peers[&(128, ipv4_mapped([10, 0, 0, last]))].flags;
         assert_eq!((flags(1), flags(2)), (0, PEER_NO_ROOM));
+    }
+
+    #[test]
+    fn newcomers_are_refused_before_those_that_were_there() {
+        let verdicts = [(1, 1), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2)];
+        let mut fits = desired(KernelTables {
+            verdicts: verdicts.map(|(one, port)| verdict(one, port)).into(),
+            peers: vec![block(8, [10, 0, 0, 0]), block(32, [10, 0, 0, 1])],
+            ..KernelTables::default()
+        });
+        let old = block(32, [10, 0, 0, 1]);
+        let kept = Kept {
+            cgroups: &HashMap::new(),
+            peers: &Peers::from([((old.0, old.1), old.2)]),
+            sides: HashSet::from([(1, 0), (2, 0)]),
+        };
+        let room = Room {
+            verdicts: 6,
+            peers: 2,
+            ..PLENTY
+        };
+        let shortage = fits.fit(room, &kept);
+        assert_eq!(shortage.closed, BTreeSet::from([(3, 0)]));
     }
 
     #[test]

@@ -378,6 +378,12 @@ impl Datapath {
         lock(&self.state).verdict(workload, direction, remote, protocol, port)
     }
 
+    /// How many entries of a state the maps have no room for. Changes nothing.
+    #[must_use]
+    pub fn missing(&self, desired: &KernelState) -> usize {
+        lock(&self.state).missing(desired)
+    }
+
     /// The workloads and directions that are refused everything, since the maps have no room for
     /// what the policy says of them.
     #[must_use]

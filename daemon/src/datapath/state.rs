@@ -28,7 +28,7 @@ use reeve_common::{
 
 use super::{
     Error, KernelState, MapUsage,
-    desired::{Desired, NO_ROOM, Room, Shortage, Side, every_connection, side},
+    desired::{Desired, Kept, NO_ROOM, Room, Shortage, Side, every_connection, side},
     load::map_error,
     sys,
     table::{Table, Tracked},
@@ -152,15 +152,8 @@ impl State {
     /// else is in force.
     pub(super) fn apply(&mut self, desired: &KernelState, order: Order) -> Result<(), Error> {
         let mut desired = Desired::new(desired);
-        let room = Room {
-            workloads: self.workloads.capacity(),
-            namespaces: self.namespaces.capacity(),
-            local_addresses: self.local_addresses.capacity(),
-            peers: self.peers.capacity(),
-            peer_ports: self.peer_ports.capacity(),
-            verdicts: self.verdicts.capacity(),
-        };
-        self.shortage = desired.fit(room, self.workloads.content());
+        let room = self.room();
+        self.shortage = desired.fit(room, &self.kept());
         let mut changed = false;
         self.suspend(&desired)?;
         let workloads = self.workloads.content().values();
@@ -213,6 +206,33 @@ impl State {
             })?;
         }
         fits.and_then(|()| self.roomy())
+    }
+
+    /// How many entries of a state have no room. Changes nothing.
+    pub(super) fn missing(&self, desired: &KernelState) -> usize {
+        let mut desired = Desired::new(desired);
+        desired.fit(self.room(), &self.kept()).total()
+    }
+
+    fn room(&self) -> Room {
+        Room {
+            workloads: self.workloads.capacity(),
+            namespaces: self.namespaces.capacity(),
+            local_addresses: self.local_addresses.capacity(),
+            peers: self.peers.capacity(),
+            peer_ports: self.peer_ports.capacity(),
+            verdicts: self.verdicts.capacity(),
+        }
+    }
+
+    fn kept(&self) -> Kept<'_> {
+        let verdicts = self.verdicts.content().iter();
+        let open = verdicts.filter(|(_, entry)| entry.action != Action::NoRoom as u32);
+        Kept {
+            cgroups: self.workloads.content(),
+            peers: self.peers.content(),
+            sides: open.map(|((_, key), _)| side(key)).collect(),
+        }
     }
 
     /// The first map that has no room for what is desired.

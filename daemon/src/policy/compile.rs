@@ -6,7 +6,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fmt,
     sync::Arc,
 };
 
@@ -68,18 +67,12 @@ pub(super) fn compile(inputs: &Inputs<'_>) -> Snapshot {
     );
 
     let rule_numbers = rule_numbers(&rules);
-    let fingerprints: Vec<_> = selectors
-        .list
-        .iter()
-        .map(|selector| Fingerprint::of(&selector.to_string()))
-        .collect();
     let tables = Tables {
         rules: &rules,
         rule_numbers: &rule_numbers,
         far_ends: &far_ends,
         sets: &sets,
         node_addresses: inputs.node_addresses,
-        fingerprints: &fingerprints,
     }
     .build(inputs.workloads, &by_workload);
 
@@ -366,16 +359,5 @@ impl Selectors {
             _ => None,
         };
         (0..).zip(&self.list).filter_map(cidr).collect()
-    }
-}
-
-// === impl Selector ===
-
-impl fmt::Display for Selector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.possible {
-            f.write_str("possibly ")?;
-        }
-        self.far_end.fmt(f)
     }
 }

@@ -1,17 +1,19 @@
 //! Policies from files: found, read, checked against the workloads and peers that are declared.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use reeve_common::Direction;
+
 use super::{
     document::{ConnectionPolicy, IdentityGroup, List, network::NetworkPolicy},
     lower::{self, Context, Groups, Lowered},
     population::{Member, Population},
-    rule::{FarEnd, Isolation, Rule, Subjects},
+    rule::{Effect, FarEnd, Isolation, Mode, Origin, PortMatch, Rule, Subjects},
 };
 use crate::{
     workload::{Namespaces, Peer, Roster, Workload},
@@ -83,6 +85,7 @@ pub struct PolicySet {
     pub(crate) heads: Arc<Vec<Head>>,
     policies: usize,
     warnings: Vec<Mistake>,
+    emptied: Vec<Mistake>,
     /// Files in which nothing is written.
     empty: Vec<PathBuf>,
 }
@@ -210,6 +213,43 @@ impl PolicySet {
         between
     }
 
+    /// The same, with everything refused to workloads in a direction, for want of room: by the names of
+    /// the workloads.
+    #[must_use]
+    pub(crate) fn closing<'a>(
+        &self,
+        sides: impl IntoIterator<Item = (&'a str, Direction)>,
+    ) -> Self {
+        let mut names: BTreeMap<u8, (Direction, BTreeSet<String>)> = BTreeMap::new();
+        for (name, direction) in sides {
+            let entry = names.entry(direction as u8);
+            let (_, names) = entry.or_insert_with(|| (direction, BTreeSet::new()));
+            names.insert(name.to_owned());
+        }
+        let rule = |(direction, names): (Direction, BTreeSet<String>)| Rule {
+            origin: Origin {
+                name: match direction {
+                    Direction::Egress => "no room/egress".to_owned(),
+                    Direction::Ingress => "no room/ingress".to_owned(),
+                },
+                file: Path::new("").into(),
+                line: 0,
+            },
+            subjects: Arc::new(Subjects {
+                names,
+                ..Subjects::default()
+            }),
+            direction,
+            far_ends: vec![FarEnd::Anybody],
+            ports: vec![PortMatch::Everything],
+            effect: Effect::NoRoom,
+            mode: Mode::Enforce,
+        };
+        let mut closing = self.clone();
+        closing.rules.extend(names.into_values().map(rule));
+        closing
+    }
+
     /// How many policies there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -239,6 +279,11 @@ impl PolicySet {
     #[must_use]
     pub fn warnings(&self) -> &[Mistake] {
         &self.warnings
+    }
+
+    /// Rules that mean everybody since nothing is written where their far ends would be.
+    pub(crate) fn emptied_rules(&self) -> &[Mistake] {
+        &self.emptied
     }
 }
 
@@ -441,6 +486,7 @@ impl<'a> Loader<'a> {
         self.set.rules.extend(lowered.rules);
         self.set.isolations.extend(lowered.isolation);
         self.set.warnings.extend(lowered.warnings);
+        self.set.emptied.extend(lowered.emptied);
     }
 
     /// What a document is, by `apiVersion` and `kind`; of a list, what its items are.

@@ -35,6 +35,8 @@ pub(super) struct Lowered {
     /// What it closes.
     pub(super) isolation: Option<Isolation>,
     pub(super) warnings: Vec<Mistake>,
+    /// Rules that mean everybody, where that is probably not meant.
+    pub(super) emptied: Vec<Mistake>,
 }
 
 /// Where a document stands and what can be said of it.

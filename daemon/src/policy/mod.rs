@@ -5,7 +5,7 @@
 //!
 //! Documents of every kind become rules of one form (`document`, `lower`, `rule`). Compiling
 //! (`compile`) gives each far end the set of the rules' selectors that match it (`far_ends`); a
-//! *class* is such a set with a number. What the rules say for a set (`verdicts`) answers the
+//! *class* is a number for the sets that stand in the same rules. What the rules say for a set (`verdicts`) answers the
 //! snapshot's questions and fills the kernel's tables (`tables`).
 
 mod compile;
@@ -16,8 +16,10 @@ mod implicit;
 mod load;
 mod lower;
 mod named_ports;
+mod narrowed;
 mod nearest;
 mod number;
+mod parts;
 mod population;
 mod rule;
 mod selector;

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::{
-    rule::{FarEnd, Subjects},
+    named_ports,
+    rule::{FarEnd, PortMatch, Subjects},
     selector::{AttributeSelector, NamespaceSelector, Operator},
 };
 use crate::{
@@ -131,6 +132,26 @@ impl<'a> Population<'a> {
                 Box::new(std::iter::empty())
             }
         }
+    }
+
+    /// Whether anybody whom a policy is for has a port of this name.
+    pub(super) fn subject_has(&self, subjects: &Subjects, port: &PortMatch) -> bool {
+        let mut fitting = self.candidates(&subjects.attributes);
+        fitting.any(|index| self.fits(index, &subjects.attributes) && self.has(index, port))
+    }
+
+    /// Whether anybody whom these mean has a port of this name. Of addresses nothing is known.
+    pub(super) fn any_has(&self, far_ends: &[FarEnd], port: &PortMatch) -> bool {
+        far_ends.iter().any(|far_end| match far_end {
+            FarEnd::Anybody => (0..self.members.len()).any(|index| self.has(index, port)),
+            FarEnd::Cidr { .. } | FarEnd::Both(..) => true,
+            _ => self.matching(far_end).any(|index| self.has(index, port)),
+        })
+    }
+
+    fn has(&self, index: usize, port: &PortMatch) -> bool {
+        let member = self.members.get(index);
+        member.is_some_and(|member| named_ports::at(port, member.ports).is_some())
     }
 
     fn fits(&self, index: usize, selector: &AttributeSelector) -> bool {

@@ -37,6 +37,8 @@ pub(crate) struct Rule {
 /// What a rule does. Of several rules that fit, the first of these that any of them has holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Effect {
+    /// Refuses everything, since the kernel's maps have no room for what the policies say.
+    NoRoom,
     /// Lets the node's own agent in, whatever the policies say.
     Node,
     /// Refuses.

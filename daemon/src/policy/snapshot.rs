@@ -9,8 +9,8 @@ use std::{
 };
 
 use reeve_common::{
-    Action, Address, DryRun, PeerEntry, PeerPortKey, Reason, VerdictEntry, VerdictKey, WorkloadId,
-    protocol,
+    Action, Address, Direction, DryRun, PeerEntry, PeerPortKey, Reason, VerdictEntry, VerdictKey,
+    WorkloadId, protocol,
 };
 
 use super::{
@@ -19,6 +19,7 @@ use super::{
     far_ends::{FarEnd, FarEnds, common},
     identities::Identities,
     named_ports::as_written,
+    narrowed::of_list,
     rule::{Mode, Rule, Unselected, judged_protocol},
     sets::{SelectorId, SetId, Sets},
     verdicts::{Answer, Proof, RuleIndex, RuleList, Told},
@@ -390,11 +391,31 @@ impl Snapshot {
         self.peer(far_end.destination(protocol, port).peer)
     }
 
+    /// Every prefix that policies or peers name.
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = ipnet::IpNet> {
+        self.compiled.far_ends.iter().map(|(prefix, _)| *prefix)
+    }
+
     /// Everybody who is known to be at an address.
     pub fn peers_at(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Peer>> {
         let far_end = self.compiled.far_ends.at(ip);
         let residents = far_end.map_or(&[][..], |far_end| &far_end.residents);
         residents.iter().filter_map(|peer| self.peer(*peer))
+    }
+
+    /// The rules of a workload and direction, without those in dry run.
+    pub(super) fn rules_in_force(
+        &self,
+        workload: WorkloadId,
+        direction: Direction,
+    ) -> impl Iterator<Item = &Rule> {
+        let rules = self.rules(workload);
+        let list = rules.map(|rules| match direction {
+            Direction::Egress => &rules.egress,
+            Direction::Ingress => &rules.ingress,
+        });
+        list.into_iter()
+            .flat_map(|list| of_list(list, &self.compiled.rules))
     }
 
     fn rule(&self, number: u32) -> Option<&Rule> {

@@ -1,7 +1,7 @@
 //! The compiled policy in the form of the kernel's maps.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     rc::Rc,
     sync::Arc,
@@ -36,14 +36,20 @@ pub(super) struct Tables<'a> {
     pub(super) sets: &'a Sets,
     /// Addresses of the node.
     pub(super) node_addresses: &'a [IpAddr],
-    /// Of each selector's text.
-    pub(super) fingerprints: &'a [u64],
 }
 
 /// What matches a far end, in both directions.
 type Pair = (SetId, SetId);
 
-/// The classes: each pair of sets that some far end has, with its number.
+/// The rules that match a far end, in both directions, each by the first that differs from it in nothing
+/// but its far ends. Where these are the same, every verdict is.
+type Signature = [BTreeSet<Match>; 2];
+
+/// The rules that name each selector.
+type Naming = HashMap<SelectorId, BTreeSet<Match>>;
+
+/// The classes: each pair of sets that some far end has, with the number of its class. Pairs that stand
+/// in the same rules are one class.
 struct Classes {
     numbers: HashMap<Pair, u32>,
     /// By direction: the sets that contain a selector, and the classes that have a set.
@@ -65,7 +71,7 @@ impl Tables<'_> {
         workloads: &[Arc<RunningWorkload>],
         by_workload: &HashMap<WorkloadId, Rules>,
     ) -> KernelTables {
-        let classes = self.classes();
+        let classes = self.classes(by_workload);
         let mut tables = KernelTables::default();
         self.peers(&classes, &mut tables);
         let mut lists: HashMap<*const RuleList, Rc<ListVerdicts>> = HashMap::new();
@@ -89,7 +95,7 @@ impl Tables<'_> {
         tables
     }
 
-    fn classes(&self) -> Classes {
+    fn classes(&self, by_workload: &HashMap<WorkloadId, Rules>) -> Classes {
         let pair = |occupant: &Occupant| (occupant.egress, occupant.ingress);
         let occupants = self
             .far_ends
@@ -97,35 +103,64 @@ impl Tables<'_> {
             .flat_map(|(_, far_end)| far_end.occupants());
         let mut pairs: BTreeSet<Pair> = occupants.map(pair).collect();
         pairs.remove(&(SetId::EMPTY, SetId::EMPTY));
-        let pairs: Vec<_> = pairs.into_iter().collect();
-        let fingerprints: Vec<_> = pairs.iter().map(|pair| self.fingerprint(*pair)).collect();
+        let naming = self.naming(by_workload);
+        let mut alike: BTreeMap<Signature, Vec<Pair>> = BTreeMap::new();
+        for pair in pairs {
+            let signature = self.signature(pair, &naming);
+            alike.entry(signature).or_default().push(pair);
+        }
+        let rules: Vec<_> = self.rules.iter().map(fingerprint).collect();
+        let fingerprints: Vec<_> = alike
+            .keys()
+            .map(|signature| of_signature(signature, &rules))
+            .collect();
         let mut classes = Classes {
             numbers: HashMap::new(),
             egress: Sides::default(),
             ingress: Sides::default(),
         };
-        for (pair, number) in pairs.into_iter().zip(numbers(&fingerprints)) {
-            classes.numbers.insert(pair, number);
-            classes.egress.add(pair.0, number, self.sets);
-            classes.ingress.add(pair.1, number, self.sets);
+        for (pairs, number) in alike.into_values().zip(numbers(&fingerprints)) {
+            // One of them is enough to find the verdicts of all.
+            if let Some((egress, ingress)) = pairs.first() {
+                classes.egress.add(*egress, number, self.sets);
+                classes.ingress.add(*ingress, number, self.sets);
+            }
+            let numbered = pairs.into_iter().map(|pair| (pair, number));
+            classes.numbers.extend(numbered);
         }
         classes
     }
 
-    fn fingerprint(&self, (egress, ingress): Pair) -> u64 {
-        let mut fingerprint = Fingerprint::new();
-        for set in [egress, ingress] {
-            let selectors = self.sets.get(set).iter();
-            let mut parts: Vec<_> = selectors
-                .filter_map(|selector| self.fingerprints.get(*selector as usize))
-                .collect();
-            parts.sort_unstable();
-            fingerprint.add(&parts.len().to_be_bytes());
-            for part in parts {
-                fingerprint.add(&part.to_be_bytes());
+    /// The rules that name each selector, of the workloads here: egress, then ingress.
+    fn naming(&self, by_workload: &HashMap<WorkloadId, Rules>) -> [Naming; 2] {
+        let first = first_alike(self.rules);
+        let mut naming = [Naming::new(), Naming::new()];
+        let mut seen = HashSet::new();
+        for rules in by_workload.values() {
+            for (list, naming) in [&rules.egress, &rules.ingress].into_iter().zip(&mut naming) {
+                if !seen.insert(Arc::as_ptr(list)) {
+                    continue;
+                }
+                for (selector, by, rules) in list.naming() {
+                    let first = |rule: &RuleIndex| first.get(*rule as usize).copied();
+                    let rules = rules.iter().filter_map(first).map(|rule| (rule, by));
+                    naming.entry(selector).or_default().extend(rules);
+                }
             }
         }
-        fingerprint.finish()
+        naming
+    }
+
+    fn signature(&self, (egress, ingress): Pair, naming: &[Naming; 2]) -> Signature {
+        let [of_egress, of_ingress] = naming;
+        [(egress, of_egress), (ingress, of_ingress)].map(|(set, naming)| {
+            let selectors = self.sets.get(set).iter();
+            selectors
+                .filter_map(|selector| naming.get(selector))
+                .flatten()
+                .copied()
+                .collect()
+        })
     }
 
     /// `PEERS` and `PEER_PORTS`. A prefix that says what the one around it says is left out.
@@ -266,6 +301,61 @@ impl Tables<'_> {
             (prefix.length, key, entry)
         }));
     }
+}
+
+/// For each rule, the first that differs from it in nothing but its far ends and where it is written.
+fn first_alike(rules: &[Rule]) -> Vec<RuleIndex> {
+    let mut known: HashMap<&str, Vec<RuleIndex>> = HashMap::new();
+    (0..)
+        .zip(rules)
+        .map(|(index, rule)| {
+            let same_name = known.entry(&rule.origin.name).or_default();
+            let alike = |other: &&RuleIndex| {
+                rules.get(**other as usize).is_some_and(|other| {
+                    (&other.ports, &other.subjects) == (&rule.ports, &rule.subjects)
+                        && (other.direction, other.effect, other.mode)
+                            == (rule.direction, rule.effect, rule.mode)
+                })
+            };
+            same_name.iter().find(alike).copied().unwrap_or_else(|| {
+                same_name.push(index);
+                index
+            })
+        })
+        .collect()
+}
+
+/// Of what [`first_alike`] compares: a far end that is added to a rule, or taken from it, leaves the
+/// number of the rule's class as it is.
+fn fingerprint(rule: &Rule) -> u64 {
+    let Rule {
+        origin,
+        subjects,
+        direction,
+        ports,
+        effect,
+        mode,
+        far_ends: _,
+    } = rule;
+    let name = &origin.name;
+    Fingerprint::of(&format!(
+        "{name} {subjects:?} {direction:?} {ports:?} {effect:?} {mode:?}"
+    ))
+}
+
+fn of_signature(signature: &Signature, rules: &[u64]) -> u64 {
+    let mut fingerprint = Fingerprint::new();
+    for matches in signature {
+        let part = |(rule, by): &Match| Some((*rules.get(*rule as usize)?, *by));
+        let mut parts: Vec<_> = matches.iter().filter_map(part).collect();
+        parts.sort_unstable();
+        fingerprint.add(&parts.len().to_be_bytes());
+        for (rule, by) in parts {
+            fingerprint.add(&rule.to_be_bytes());
+            fingerprint.add(&[by as u8]);
+        }
+    }
+    fingerprint.finish()
 }
 
 /// The prefixes, with one for whatever they leave to the default deny.

@@ -6,7 +6,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
 };
 
 use reeve_common::{
@@ -52,6 +52,7 @@ pub(super) struct Answer {
 /// The order of precedence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Rank {
+    NoRoom,
     Node,
     Deny,
     Allow,
@@ -117,6 +118,7 @@ impl Answer {
             && protocol == protocol::TCP
             && unproven;
         let rank = match rule.effect {
+            Effect::NoRoom => Rank::NoRoom,
             Effect::Node => Rank::Node,
             Effect::Deny => Rank::Deny,
             Effect::Allow if tunnel_only => Rank::TunnelOnly,
@@ -134,6 +136,7 @@ impl Answer {
     pub(super) fn action(self) -> Action {
         match self.rank {
             Rank::Node | Rank::Allow => Action::Allow,
+            Rank::NoRoom => Action::NoRoom,
             Rank::Deny => Action::Deny,
             Rank::Permissive => Action::Permissive,
             Rank::TunnelOnly => Action::TunnelOnly,
@@ -143,6 +146,7 @@ impl Answer {
     pub(super) fn reason(self) -> Reason {
         match self.rank {
             Rank::Node | Rank::Allow => Reason::Policy,
+            Rank::NoRoom => Reason::MapFailure,
             Rank::Deny => Reason::PolicyDeny,
             Rank::Permissive => Reason::Permissive,
             Rank::TunnelOnly => Reason::PlaintextRefused,
@@ -228,6 +232,18 @@ impl RuleList {
     /// The selectors that any rule names.
     pub(super) fn selectors(&self) -> impl Iterator<Item = SelectorId> {
         self.by_selector.keys().copied()
+    }
+
+    /// Every rule, each once.
+    pub(super) fn rules(&self) -> BTreeSet<RuleIndex> {
+        let named = self.by_selector.values().flat_map(|(_, rules)| rules);
+        self.anybody.iter().chain(named).copied().collect()
+    }
+
+    /// The rules that name each selector.
+    pub(super) fn naming(&self) -> impl Iterator<Item = (SelectorId, By, &[RuleIndex])> {
+        let named = self.by_selector.iter();
+        named.map(|(selector, (by, rules))| (*selector, *by, rules.as_slice()))
     }
 
     /// The rules that match a far end whom these selectors match.

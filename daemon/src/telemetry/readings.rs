@@ -49,6 +49,10 @@ pub struct Readings {
     pub workloads: BTreeMap<&'static str, u64>,
     /// Number of workloads of which something is not believed, by what it is.
     pub remarks: BTreeMap<&'static str, u64>,
+    /// Whether the newest policies have no room in the kernel's maps, and those before are in force.
+    pub policies_without_room: bool,
+    /// Workloads and directions that are refused everything, for want of room in the kernel's maps.
+    pub closed: u64,
     /// Whether nothing is missing, see [`super::Readiness`].
     pub ready: bool,
     /// Whether this daemon lets its connections end.
@@ -81,6 +85,8 @@ struct Families {
     certificates: CertificateFamilies,
     workloads: IntGaugeVec,
     remarks: IntGaugeVec,
+    policies_without_room: IntGaugeVec,
+    closed: IntGaugeVec,
     ready: IntGaugeVec,
     draining: IntGaugeVec,
     predecessors: IntGaugeVec,
@@ -237,6 +243,11 @@ impl ReadingsCollector {
         let left = |daemon: &Draining| daemon.left.as_ref().map_or(0, |left| left.connections);
         for (family, value) in [
             (&families.draining, usize::from(readings.draining)),
+            (
+                &families.policies_without_room,
+                usize::from(readings.policies_without_room),
+            ),
+            (&families.closed, readings.closed as usize),
             (&families.predecessors, before.len()),
             (
                 &families.predecessor_connections,
@@ -353,6 +364,20 @@ impl Families {
                 ),
                 &["remark"],
             )?,
+            policies_without_room: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_policies_without_room",
+                    "1 while the newest policies do not fit into the kernel's maps and the previous ones stay in force, else 0.",
+                ),
+                &[],
+            )?,
+            closed: IntGaugeVec::new(
+                Opts::new(
+                    "reeve_closed_directions",
+                    "Directions of workloads that are refused everything, since the kernel's maps have no room for what policies say.",
+                ),
+                &[],
+            )?,
             ready: IntGaugeVec::new(
                 Opts::new("reeve_ready", "1 when /readyz answers 200, else 0."),
                 &[],
@@ -419,6 +444,8 @@ impl Families {
             &self.namespace_source,
             &self.workloads,
             &self.remarks,
+            &self.policies_without_room,
+            &self.closed,
             &self.ready,
             &self.draining,
             &self.predecessors,

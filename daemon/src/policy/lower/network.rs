@@ -11,6 +11,7 @@ use crate::{
             LabelSelector, NetworkPeer, NetworkPolicy, NetworkPolicySpec, NetworkPort,
             NetworkProtocol, ObjectMeta, PolicyType, PortOrName,
         },
+        population::Population,
         rule::{FarEnd, Isolation, Mode, PortMatch, Subjects},
         selector::{AttributeSelector, NamespaceSelector, Requirement},
     },
@@ -105,19 +106,44 @@ impl Lowering<'_> {
             egress: about(PolicyType::Egress, !egress.is_empty()),
             mode: self.mode,
         };
+        for (name, about, rules) in [
+            ("ingress", isolation.ingress, raw.ingress.is_some()),
+            ("egress", isolation.egress, !egress.is_empty()),
+        ] {
+            if rules && !about {
+                let node = self.document.child(spec.node, name).unwrap_or(spec.node);
+                self.warn(
+                    node,
+                    format!(
+                        "counts for nothing, since `policyTypes` does not name {}",
+                        if name == "egress" {
+                            "Egress"
+                        } else {
+                            "Ingress"
+                        }
+                    ),
+                );
+            }
+        }
         // Rules of a direction that the policy is not about say nothing.
         for (index, rule) in ingress.iter().enumerate().filter(|_| isolation.ingress) {
             let name = format!("{title}/ingress[{index}]");
-            let far_ends = self.network_peers(rule.from.as_deref());
+            let far_ends = self.network_peers(rule.node, "from", rule.from.as_deref());
             let ports = self.network_ports(rule.ports.as_deref());
             let direction = Direction::Ingress;
+            self.check_names(rule.node, &ports, |known, port| {
+                known.subject_has(&subjects, port)
+            });
             self.rule(name, rule.node, &subjects, direction, far_ends, ports);
         }
         for (index, rule) in egress.iter().enumerate().filter(|_| isolation.egress) {
             let name = format!("{title}/egress[{index}]");
-            let far_ends = self.network_peers(rule.to.as_deref());
+            let far_ends = self.network_peers(rule.node, "to", rule.to.as_deref());
             let ports = self.network_ports(rule.ports.as_deref());
             let direction = Direction::Egress;
+            self.check_names(rule.node, &ports, |known, port| {
+                known.any_has(&far_ends, port)
+            });
             self.rule(name, rule.node, &subjects, direction, far_ends, ports);
         }
         self.lowered.isolation = Some(isolation);
@@ -132,8 +158,43 @@ impl Lowering<'_> {
         )
     }
 
+    /// Warns of names of ports that nobody has who could be called by them.
+    fn check_names(
+        &mut self,
+        rule: NodeId,
+        ports: &[PortMatch],
+        has: impl Fn(&Population<'_>, &PortMatch) -> bool,
+    ) {
+        let Some(known) = self.known else { return };
+        for port in ports {
+            if let PortMatch::Named(_, name) = port
+                && !has(known, port)
+            {
+                let what = format!(
+                    "names the port `{name}`, which nobody has who is declared, or has of another protocol"
+                );
+                self.warn(rule, what);
+            }
+        }
+    }
+
     /// No peer is anybody.
-    fn network_peers(&mut self, raw: Option<&[Located<NetworkPeer>]>) -> Vec<FarEnd> {
+    fn network_peers(
+        &mut self,
+        rule: NodeId,
+        field: &str,
+        raw: Option<&[Located<NetworkPeer>]>,
+    ) -> Vec<FarEnd> {
+        if raw.is_none_or(<[_]>::is_empty)
+            && let Some(node) = self.document.child(rule, field)
+        {
+            let what = format!(
+                "`{field}` is there and empty, which means everybody; name peers, or remove `{field}` where \
+                 everybody is meant"
+            );
+            let emptied = self.document.mistake(node, what);
+            self.lowered.emptied.push(emptied);
+        }
         match raw {
             None | Some([]) => vec![FarEnd::Anybody],
             Some(peers) => peers
@@ -147,7 +208,14 @@ impl Lowering<'_> {
         let selects = raw.pod_selector.is_some() || raw.namespace_selector.is_some();
         let Some(block) = &raw.ip_block else {
             if selects {
-                return Some(FarEnd::Attributes(self.pods(raw)));
+                let pods = FarEnd::Attributes(self.pods(raw));
+                let fits = |known: &Population<'_>| known.matching(&pods).next().is_some();
+                if let Some(known) = self.known
+                    && !fits(known)
+                {
+                    self.warn(raw.node, format!("no workload and no peer fits ({pods})"));
+                }
+                return Some(pods);
             }
             let written = ["podSelector", "namespaceSelector", "ipBlock"];
             if !written.into_iter().any(|field| self.has(raw.node, field)) {

@@ -6,5 +6,6 @@ mod kinds;
 mod nearest;
 mod network_policy;
 mod property;
+mod room;
 mod rules;
 mod world;
