@@ -59,6 +59,14 @@ fn who_watches_sees_a_connection_from_its_verdict_to_its_end_on_both_nodes() {
         "{closed}"
     );
 
+    // Both halves have one name, which no other connection has.
+    let id = closed["connection"].as_str().unwrap();
+    assert_eq!(id.len(), 16, "{closed}");
+    eventually("the far node has seen it too", || {
+        events(&there.stdout())
+            .iter()
+            .any(|seen| seen["event"] == "closed" && seen["connection"] == id)
+    });
     let closed = wait_for(&there, "closed", "ingress");
     assert_eq!(closed["sourceId"], pair.client.spiffe_id(TRUST_DOMAIN));
     assert_eq!(closed["rule"], "of-server/ingress[0]");
@@ -127,6 +135,8 @@ fn who_comes_later_learns_who_was_refused_and_why() {
     assert_eq!(recent(&one, &["--since", "1h"]), recent(&one, &[]));
     assert_eq!(recent(&one, &["--last", "1"]).len(), 1);
 
+    assert_eq!(denied["cause"], "policy");
+    assert!(recent(&one, &["--cause", "failure"]).is_empty());
     let page = one
         .command(["observe", "--last", "1", "--verdict", "deny"])
         .ok();
@@ -142,6 +152,51 @@ fn who_comes_later_learns_who_was_refused_and_why() {
     assert_eq!(stranger["direction"], "ingress");
     assert_eq!(stranger["destination"], "server");
     assert!(stranger["sourceId"].is_null(), "{stranger}");
+}
+
+#[test]
+fn a_handshake_that_fails_is_seen_and_failure_is_told_from_policy() {
+    let (pair, one, two) = Pair::started();
+    // Something that speaks no TLS, at the tunnel's port.
+    let tunnel = pair.server.addresses().port4(15008);
+    send(
+        pair.two.host(),
+        tunnel,
+        &["--text", "GET / HTTP/1.0\r\n\r\n"],
+    );
+    eventually("the handshake is seen", || {
+        recent(&two, &["--cause", "failure"])
+            .iter()
+            .any(|event| event["event"] == "handshakeFailed" && event["destination"] == "server")
+    });
+    let page = two
+        .command(["observe", "--no-follow", "--cause", "failure"])
+        .ok();
+    assert!(page.contains("NO TUNNEL"), "{page}");
+
+    // Allowed, and nobody listens: the far end's reason is known here.
+    send(
+        &pair.client,
+        pair.server.addresses().port4(PORT),
+        &["--text", "x"],
+    );
+    let failed = || recent(&one, &["--cause", "failure", "--port", "8080"]);
+    eventually("the failure is seen", || !failed().is_empty());
+    let failed = failed().pop().unwrap();
+    assert_eq!(failed["event"], "refused");
+    let error = failed["error"].as_str().unwrap();
+    assert!(
+        error.contains("application_unreachable: connection refused"),
+        "{error}"
+    );
+
+    // And `explain` says that the last attempt failed, though it is allowed.
+    let words = [
+        "explain", "--from", "client", "--to", "server", "--port", "8080",
+    ];
+    let said = one.command(words).ok();
+    assert!(said.contains("the last attempt failed"), "{said}");
+    assert!(said.contains("connection refused"), "{said}");
 }
 
 #[test]

@@ -40,6 +40,9 @@ pub struct Observe {
     /// Why, as in `no_policy`
     #[arg(long, value_parser = reasons(), hide_possible_values = true)]
     reason: Vec<String>,
+    /// Whether reeve refuses it, here or at the far end, or something does not work
+    #[arg(long, value_parser = ["policy", "failure"])]
+    cause: Vec<String>,
     /// `tcp`, `udp`, `icmp`, `sctp`, or the number of another IP protocol
     #[arg(long, value_parser = protocol)]
     protocol: Vec<String>,
@@ -123,6 +126,7 @@ impl Observe {
                 directions: self.direction.clone(),
                 ports: self.port.clone(),
                 reasons: self.reason.clone(),
+                causes: self.cause.clone(),
                 protocols: self.protocol.clone(),
             },
             since_milliseconds: self
@@ -141,7 +145,12 @@ fn render(observed: &Observed) -> String {
     // Writing to a string does not fail.
     let _ = match &observed.happening {
         Happening::Allowed(facts) => connection(&mut line, "allowed", facts),
-        Happening::Refused(facts) => connection(&mut line, "REFUSED", facts),
+        Happening::Refused(facts) => {
+            let failed = facts.cause.as_deref() == Some("failure");
+            let event = if failed { "FAILED" } else { "REFUSED" };
+            connection(&mut line, event, facts)
+        }
+        Happening::HandshakeFailed(facts) => connection(&mut line, "NO TUNNEL", facts),
         Happening::Opened(facts) => connection(&mut line, "opened", facts),
         Happening::Closed(facts) => connection(&mut line, "closed", facts),
         Happening::Unproven(facts) => connection(&mut line, "UNPROVEN", facts),
@@ -174,6 +183,9 @@ fn connection(line: &mut String, event: &str, facts: &Facts) -> std::fmt::Result
     }
     if let Some(place) = &facts.rule_at {
         write!(line, " ({place})")?;
+    }
+    if let Some(id) = &facts.connection {
+        write!(line, ", connection {id}")?;
     }
     if let Some(carried) = &facts.carried {
         write!(

@@ -126,6 +126,10 @@ impl RejectReason {
     pub fn explain(error: &io::Error) -> String {
         match tls_error(error).and_then(refusal_in) {
             Some(refusal) => refusal.to_string(),
+            None if tls_error(error).is_some_and(says_no_certificate) => {
+                "the peer has no valid certificate of the workload that was called (unrecognized_name)"
+                    .to_owned()
+            }
             None => error.to_string(),
         }
     }
@@ -185,6 +189,7 @@ impl From<&Error> for HandshakeReason {
             Error::InvalidCertificate(_) => {
                 RejectReason::of(error).map_or(Self::InvalidSvid, RejectReason::handshake_reason)
             }
+            Error::AlertReceived(AlertDescription::UnrecognisedName) => Self::PeerNoCertificate,
             Error::AlertReceived(alert) if is_about_certificate(*alert) => Self::PeerAlert,
             _ => Self::Protocol,
         }
@@ -200,6 +205,13 @@ impl From<&io::Error> for HandshakeReason {
             None => Self::Transport,
         }
     }
+}
+
+fn says_no_certificate(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::AlertReceived(AlertDescription::UnrecognisedName)
+    )
 }
 
 fn tls_error(error: &io::Error) -> Option<&Error> {

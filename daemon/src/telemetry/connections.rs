@@ -4,7 +4,8 @@
 
 use std::{
     collections::HashMap,
-    fmt::Display,
+    fmt::{self, Display},
+    hash::{BuildHasher as _, RandomState},
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -42,6 +43,8 @@ pub struct Connection<'a> {
     pub destination_address: SocketAddr,
     /// IP protocol number.
     pub protocol: u8,
+    /// What both ends call it, where it goes through a tunnel between two reeves.
+    pub id: Option<ConnectionId>,
     /// Rule that gave the verdict, as `policy/rule`.
     pub rule: &'a str,
     /// Where that rule is written.
@@ -49,6 +52,10 @@ pub struct Connection<'a> {
     /// When it happened.
     pub time: SystemTime,
 }
+
+/// What both ends of a connection through a tunnel call it. The client chooses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionId(u64);
 
 /// Writes the lines, each workload within its allowance. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -75,6 +82,36 @@ struct Allowance {
     lines: f64,
     filled: Instant,
     suppressed: u64,
+}
+
+// === impl ConnectionId ===
+
+impl ConnectionId {
+    /// A new one, which nobody can guess.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(RandomState::new().hash_one(()))
+    }
+
+    /// Reads what its `Display` writes, and nothing else: a peer may send anything.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = digits.then(|| u64::from_str_radix(text, 16).ok());
+        number.flatten().map(Self)
+    }
+}
+
+impl Default for ConnectionId {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Display for ConnectionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
 }
 
 // === impl ConnectionLog ===
@@ -153,6 +190,7 @@ impl ConnectionLog {
             destination = connection.labels.destination,
             destination_id = connection.destination_id.map(display),
             destination_address = known(connection.destination_address).map(display),
+            connection = connection.id.map(display),
             protocol = %ProtocolName(connection.protocol),
             reason = reason.as_str(),
             rule = connection.rule,
@@ -186,15 +224,22 @@ impl ConnectionLog {
         );
     }
 
-    /// A tunnel that somebody opened to `to` did not come to stand. Anybody can make such lines,
-    /// so all of them share one allowance.
+    /// A tunnel that somebody opened did not come to stand: the connection is the tunnel's own, and
+    /// `failed` is what it is counted under among connections. Anybody can make such lines, so all of
+    /// them share one allowance.
     pub fn handshake_failed(
         &self,
-        from: SocketAddr,
-        to: SocketAddr,
+        connection: &Connection<'_>,
+        failed: Reason,
         reason: HandshakeReason,
         error: &dyn Display,
     ) {
+        let (from, to) = (connection.source_address, connection.destination_address);
+        self.observers.tell(connection.time, || {
+            let why = format!("{}: {error}", reason.as_str());
+            let facts = Facts::new(connection, false, failed, Some(&why), None);
+            Happening::HandshakeFailed(facts)
+        });
         let Some(suppressed) = self.take(NO_WORKLOAD, Kind::Handshake, Instant::now()) else {
             return;
         };
@@ -299,6 +344,7 @@ impl ConnectionLog {
             destination = connection.labels.destination,
             destination_id = connection.destination_id.map(display),
             destination_address = known(connection.destination_address).map(display),
+            connection = connection.id.map(display),
             protocol = %ProtocolName(connection.protocol),
             reason = reason.as_str(),
             rule = connection.rule,
@@ -382,6 +428,8 @@ fn unproven(
         destination_id: Some(destination.0.clone()),
         destination_address: destination.1,
         reason: result.to_owned(),
+        cause: Some("failure".to_owned()),
+        connection: None,
         rule: String::new(),
         rule_at: None,
         error: Some(error.to_string()),

@@ -82,6 +82,8 @@ pub enum HandshakeReason {
     NoOwnCertificate,
     /// The peer sent an alert about our certificate.
     PeerAlert,
+    /// The peer has no valid certificate of the workload that was called.
+    PeerNoCertificate,
     /// The certificate has expired or is not yet valid.
     Validity,
     /// The chain does not lead to the bundle of the ID's trust domain.
@@ -179,6 +181,7 @@ impl HandshakeReason {
             Self::NoCertificate => "no_certificate",
             Self::NoOwnCertificate => "no_own_certificate",
             Self::PeerAlert => "peer_alert",
+            Self::PeerNoCertificate => "peer_no_certificate",
             Self::Validity => "validity",
             Self::UntrustedChain => "untrusted_chain",
             Self::UnknownTrustDomain => "unknown_trust_domain",

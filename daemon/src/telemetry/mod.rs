@@ -15,7 +15,7 @@ mod observed;
 mod observers;
 mod readings;
 
-pub use connections::{Connection, ConnectionLog};
+pub use connections::{Connection, ConnectionId, ConnectionLog};
 pub use events::Events;
 pub use http::{Health, HttpServer, HttpServing, Readiness, Told};
 pub use journal::prefix as journal_prefix;

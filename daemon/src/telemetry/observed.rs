@@ -8,7 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use reeve_common::{Direction, protocol};
+use reeve_common::{Direction, Reason, protocol};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -45,6 +45,8 @@ pub enum Happening {
     /// A tunnel was not proven again underneath its connections, which end with the certificates that
     /// proved it last unless another attempt succeeds.
     Unproven(Facts),
+    /// A peer's tunnel to a workload here did not come to stand.
+    HandshakeFailed(Facts),
     /// Something is missing here.
     Lost(Lost),
 }
@@ -79,6 +81,13 @@ pub struct Facts {
     pub destination_address: Option<SocketAddr>,
     /// Why: a name of the closed set of reasons.
     pub reason: String,
+    /// Of what was refused or could not be made: `policy` where reeve refuses it, here or at the far end,
+    /// and `failure` where something does not work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+    /// The same on both nodes, of a connection through a tunnel between two reeves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connection: Option<String>,
     /// The rule that said so, as `policy/rule`.
     pub rule: String,
     /// File and line of the rule.
@@ -145,6 +154,8 @@ pub struct Filter {
     pub ports: Vec<u16>,
     /// Names of reasons.
     pub reasons: Vec<String>,
+    /// `policy` or `failure`.
+    pub causes: Vec<String>,
     /// Names or numbers of IP protocols.
     pub protocols: Vec<String>,
 }
@@ -161,6 +172,26 @@ pub struct Who {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProtocolName(pub u8);
 
+/// What kind of reason it is: whether reeve refuses the connection, or something does not work.
+fn cause(reason: Reason) -> &'static str {
+    match reason {
+        Reason::NoPolicy
+        | Reason::PolicyDeny
+        | Reason::PlaintextRefused
+        | Reason::UnknownWorkload
+        | Reason::ReservedPort
+        | Reason::Malformed
+        | Reason::RawSocket
+        | Reason::TunnelBypassed
+        | Reason::PeerDenied
+        | Reason::WrongAuthority
+        | Reason::Revoked
+        | Reason::SourceRouted
+        | Reason::ForgedSource => "policy",
+        _ => "failure",
+    }
+}
+
 // === impl Facts ===
 
 impl Facts {
@@ -168,7 +199,7 @@ impl Facts {
     pub(super) fn new(
         connection: &Connection<'_>,
         allowed: bool,
-        reason: reeve_common::Reason,
+        reason: Reason,
         error: Option<&dyn fmt::Display>,
         carried: Option<Carried>,
     ) -> Self {
@@ -185,6 +216,8 @@ impl Facts {
             destination_id: connection.destination_id.cloned(),
             destination_address: known(connection.destination_address),
             reason: reason.as_str().to_owned(),
+            cause: (!allowed).then(|| cause(reason).to_owned()),
+            connection: connection.id.map(|id| id.to_string()),
             rule: connection.rule.to_owned(),
             rule_at: connection.rule_place.map(|place| place.to_string()),
             error: error.map(ToString::to_string),
@@ -223,7 +256,8 @@ impl Happening {
             | Self::Refused(facts)
             | Self::Opened(facts)
             | Self::Closed(facts)
-            | Self::Unproven(facts) => Some(facts),
+            | Self::Unproven(facts)
+            | Self::HandshakeFailed(facts) => Some(facts),
             Self::Lost(_) => None,
         }
     }
@@ -249,6 +283,7 @@ impl Filter {
         one_of(&self.verdicts, &facts.verdict)
             && one_of(&self.directions, &facts.direction)
             && one_of(&self.reasons, &facts.reason)
+            && one_of(&self.causes, facts.cause.as_deref().unwrap_or_default())
             && one_of(&self.protocols, &facts.protocol)
             && (self.ports.is_empty() || self.ports.contains(&port))
             && fits(&self.workloads, local)

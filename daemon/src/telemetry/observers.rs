@@ -4,23 +4,29 @@
 //! recent ones are kept; a queue that is full loses the event and counts it.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::{
+    sync::mpsc::{self, error::TrySendError},
+    time::timeout_at,
+};
 
 use super::observed::{Filter, Happening, Lost, LostIn, Observed};
 
 /// Events that wait for one observer: some two megabytes, several of the batches in which the
 /// kernel's events come, and a pause of a second at two thousand connections in it.
 const QUEUE: usize = 4096;
+/// An event is held for so long before it is shown, so that one that happened earlier and arrives later
+/// comes before it: the kernel's events come in batches, the tunnels' at once.
+const HOLD: Duration = Duration::from_millis(300);
 /// Observers at the same time.
 const MAX_OBSERVERS: usize = 8;
 
@@ -71,6 +77,10 @@ struct Observer {
 pub struct Observation {
     recent: VecDeque<Arc<Observed>>,
     live: Option<mpsc::Receiver<Arc<Observed>>>,
+    /// What has arrived, by its time and by the order of arrival, with the moment of arrival.
+    held: BTreeMap<(SystemTime, u64), (Instant, Arc<Observed>)>,
+    arrived: u64,
+    hold: Duration,
     lost: Arc<AtomicU64>,
 }
 
@@ -149,7 +159,21 @@ impl Observers {
             live = Some(receiver);
         }
         self.inner.note_wanted(&state);
-        Ok(Observation { recent, live, lost })
+        Ok(Observation {
+            recent,
+            live,
+            held: BTreeMap::new(),
+            arrived: 0,
+            hold: HOLD,
+            lost,
+        })
+    }
+
+    /// The newest of the recent events that fit.
+    pub fn newest(&self, fits: impl Fn(&Happening) -> bool) -> Option<Arc<Observed>> {
+        let state = self.state();
+        let fitting = state.recent.iter().filter(|it| fits(&it.happening));
+        fitting.max_by_key(|observed| observed.time).cloned()
     }
 
     /// What a panicking thread left behind is whole: each step leaves it so.
@@ -194,6 +218,10 @@ impl State {
             .filter(|observed| in_time(observed.time) && request.filter.chooses(observed))
             .cloned()
             .collect();
+        // In order of time, which is not that of arrival.
+        chosen
+            .make_contiguous()
+            .sort_by_key(|observed| observed.time);
         let wanted = request.last.unwrap_or(usize::MAX);
         let complete = chosen.len() >= wanted;
         chosen.drain(..chosen.len().saturating_sub(wanted));
@@ -234,10 +262,30 @@ impl Observer {
 impl Observation {
     /// The next event; none at the end. Cancel safe.
     pub async fn next(&mut self) -> Option<Arc<Observed>> {
-        if let Some(observed) = self.ready() {
-            return Some(observed);
+        loop {
+            if let Some(observed) = self.ready() {
+                return Some(observed);
+            }
+            let first = self.held.first_key_value();
+            let due = first.map(|(_, (at, _))| *at + self.hold);
+            let live = self.live.as_mut()?;
+            let arrived = match due {
+                Some(due) => timeout_at(due.into(), live.recv()).await.ok(),
+                None => Some(live.recv().await),
+            };
+            match arrived {
+                Some(Some(observed)) => self.hold(observed),
+                // Nobody tells any more.
+                Some(None) => return self.held.pop_first().map(|(_, (_, observed))| observed),
+                None => {}
+            }
         }
-        self.live.as_mut()?.recv().await
+    }
+
+    fn hold(&mut self, observed: Arc<Observed>) {
+        self.arrived += 1;
+        let key = (observed.time, self.arrived);
+        self.held.insert(key, (Instant::now(), observed));
     }
 
     /// The next event, if it need not be waited for.
@@ -255,7 +303,17 @@ impl Observation {
                 }),
             }));
         }
-        self.live.as_mut()?.try_recv().ok()
+        // What waits is bounded: the rest stays in the queue.
+        while self.held.len() < QUEUE
+            && let Some(observed) = self.live.as_mut().and_then(|live| live.try_recv().ok())
+        {
+            self.hold(observed);
+        }
+        let (_, (arrived, _)) = self.held.first_key_value()?;
+        let is_due = arrived.elapsed() >= self.hold;
+        (is_due || self.held.len() >= QUEUE)
+            .then(|| self.held.pop_first())?
+            .map(|(_, (_, observed))| observed)
     }
 }
 
@@ -267,6 +325,55 @@ mod tests {
         let mut facts = facts();
         facts.destination_address = Some(([192, 0, 2, 1], port).into());
         observers.tell(SystemTime::now(), || Happening::Refused(facts));
+    }
+
+    /// What one sees who follows, without the wait for what arrives late.
+    fn following(observers: &Observers) -> Observation {
+        let follow = ObserveRequest {
+            follow: true,
+            ..ObserveRequest::default()
+        };
+        Observation {
+            hold: Duration::ZERO,
+            ..observers.observe(follow).unwrap()
+        }
+    }
+
+    #[test]
+    fn recent_events_are_shown_in_the_order_of_their_time() {
+        let observers = Observers::new(8);
+        let now = SystemTime::now();
+        for (port, ago) in [(3, 1), (1, 3), (2, 2)] {
+            let mut facts = facts();
+            facts.destination_address = Some(([192, 0, 2, 1], port).into());
+            let time = now - Duration::from_millis(ago);
+            observers.tell(time, || Happening::Refused(facts));
+        }
+        let ask = |request| seen(&mut observers.observe(request).unwrap());
+        assert_eq!(ask(recent(None, None)), [1, 2, 3]);
+        assert_eq!(ask(recent(Some(2), None)), [2, 3]);
+    }
+
+    #[tokio::test]
+    async fn an_event_that_arrives_late_is_shown_in_its_place() {
+        let observers = Observers::new(0);
+        let follow = ObserveRequest {
+            follow: true,
+            ..ObserveRequest::default()
+        };
+        let mut observation = observers.observe(follow).unwrap();
+        let now = SystemTime::now();
+        for (port, ago) in [(2, 0), (1, 5)] {
+            let mut facts = facts();
+            facts.destination_address = Some(([192, 0, 2, 1], port).into());
+            let time = now - Duration::from_millis(ago);
+            observers.tell(time, || Happening::Refused(facts));
+        }
+        for port in [1, 2] {
+            let observed = observation.next().await.unwrap();
+            let facts = observed.happening.facts().unwrap();
+            assert_eq!(facts.destination_address.unwrap().port(), port);
+        }
     }
 
     /// The ports of what is seen, and 0 for what was lost.
@@ -305,11 +412,7 @@ mod tests {
     fn without_anybody_nothing_is_made() {
         let observers = Observers::new(0);
         observers.tell(SystemTime::now(), || panic!("nobody wants it"));
-        let follow = ObserveRequest {
-            follow: true,
-            ..ObserveRequest::default()
-        };
-        let mut observation = observers.observe(follow).unwrap();
+        let mut observation = following(&observers);
         tell(&observers, 7);
         assert_eq!(seen(&mut observation), [7]);
         drop(observation);
@@ -321,12 +424,8 @@ mod tests {
     #[test]
     fn an_observer_that_does_not_read_loses_events_and_learns_how_many() {
         let observers = Observers::new(0);
-        let follow = ObserveRequest {
-            follow: true,
-            ..ObserveRequest::default()
-        };
-        let mut slow = observers.observe(follow.clone()).unwrap();
-        let mut quick = observers.observe(follow).unwrap();
+        let mut slow = following(&observers);
+        let mut quick = following(&observers);
         for _ in 0..QUEUE {
             tell(&observers, 1);
         }

@@ -27,7 +27,7 @@ use crate::{
         ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, least_skew, server_name_for,
         skew_by_alert,
     },
-    telemetry::{Handshake, HandshakeReason, Limit, Role},
+    telemetry::{ConnectionId, Handshake, HandshakeReason, Limit, Role},
 };
 
 use super::{
@@ -39,7 +39,7 @@ use super::{
     link::{Ends, Link, Proven},
     proof::Secret,
     registry::Registered,
-    socket,
+    said, socket,
     sweep::judge,
     wire::{FULL_FRAME, SMALL_FRAMES, Wire, WireControl, wire},
     worker::Worker,
@@ -359,13 +359,13 @@ pub(super) async fn request(
     worker: &Worker,
     mut request: SendRequest<Bytes>,
     peer: SocketAddr,
-    destination: SocketAddr,
+    (destination, id): (SocketAddr, Option<ConnectionId>),
     first: &mut FirstBytes<'_>,
 ) -> Result<(SendStream<Bytes>, Response<RecvStream>), NoStream> {
     poll_fn(|cx| request.poll_ready(cx))
         .await
         .map_err(|_| NoStream::Unprocessed)?;
-    let connect = connect_to(destination).ok_or(NoStream::Failed(TunnelError::BadRequest))?;
+    let connect = connect_to(destination, id).ok_or(NoStream::Failed(TunnelError::BadRequest))?;
     let (mut response, mut stream) = request
         .send_request(connect, false)
         .map_err(|_| NoStream::Unprocessed)?;
@@ -400,6 +400,7 @@ pub(super) async fn request(
             let error = TunnelError::Answer {
                 to: peer,
                 status: status.as_u16(),
+                said: said::of(&response),
             };
             Err(match status {
                 StatusCode::MISDIRECTED_REQUEST => NoStream::Disowned(error),
@@ -409,14 +410,14 @@ pub(super) async fn request(
     }
 }
 
-fn connect_to(destination: SocketAddr) -> Option<Request<()>> {
+fn connect_to(destination: SocketAddr, id: Option<ConnectionId>) -> Option<Request<()>> {
     let authority = authority::format(destination);
     let uri = Uri::builder().authority(authority).build().ok()?;
-    Request::builder()
-        .method(Method::CONNECT)
-        .uri(uri)
-        .body(())
-        .ok()
+    let mut request = Request::builder().method(Method::CONNECT).uri(uri);
+    if let Some(id) = id {
+        request = request.header(said::CONNECTION, id.to_string());
+    }
+    request.body(()).ok()
 }
 
 impl NoStream {

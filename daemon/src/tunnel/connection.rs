@@ -15,7 +15,7 @@ use crate::{
     datapath::netns::Netns,
     identity::SpiffeId,
     policy::{Decision, Snapshot},
-    telemetry::{self, ConnectionLabels, Role, Transport, UNKNOWN},
+    telemetry::{self, ConnectionId, ConnectionLabels, Role, Transport, UNKNOWN},
     workload::{Peer, RunningWorkload, Workload},
 };
 
@@ -54,6 +54,8 @@ pub(super) struct Call {
     pub(super) rule: u32,
     /// What policies in dry run would change of that.
     pub(super) would: Would,
+    /// The same at both ends, where both are reeve's.
+    pub(super) id: Option<ConnectionId>,
 }
 
 /// What policies in dry run would change of a verdict, and the rule that would say so.
@@ -151,7 +153,9 @@ impl Call {
             Parties::Outbound { .. } => return Err(TunnelError::Stale("the workload or the peer")),
         };
         match decision.action {
-            reeve_common::Action::Deny => Err(TunnelError::Denied(decision)),
+            reeve_common::Action::Deny | reeve_common::Action::NoRoom => {
+                Err(TunnelError::Denied(decision))
+            }
             _ => Ok(decision),
         }
     }
@@ -176,7 +180,13 @@ impl Call {
                 (here, peer)
             }
             Parties::Inbound { client, .. } => {
-                let peer = snapshot.peer_with_id(client);
+                // Who has the identity and is there, before whoever else has it.
+                let mut there = snapshot.peers_at(self.source.ip());
+                let there = there.find(|peer| {
+                    let attributes = peer.attributes.as_ref();
+                    attributes.is_some_and(|attributes| attributes.spiffe_id == *client)
+                });
+                let peer = there.or_else(|| snapshot.peer_with_id(client));
                 (peer.map_or(UNKNOWN, |peer| &peer.name), here)
             }
         };
@@ -203,6 +213,7 @@ impl Call {
             source_address: self.source,
             destination_address: self.destination,
             protocol: protocol::TCP,
+            id: self.id,
             rule: snapshot.rule_name(self.rule),
             rule_place: snapshot.rule_place(self.rule),
             time: SystemTime::now(),

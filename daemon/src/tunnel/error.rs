@@ -1,7 +1,7 @@
 //! What can go wrong in the data path, with the [`Reason`] that each is logged and counted under.
 
 use std::{
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -122,7 +122,10 @@ pub enum TunnelError {
         source: Arc<io::Error>,
     },
     /// The peer's tunnel port cannot be reached.
-    #[error("cannot connect to the tunnel port {to}: {source}; does reeve run there?")]
+    #[error(
+        "cannot connect to the tunnel port {to}: {source}; {}",
+        probable(source)
+    )]
     Connect {
         /// The tunnel port.
         to: SocketAddr,
@@ -130,7 +133,7 @@ pub enum TunnelError {
         source: Arc<io::Error>,
     },
     /// A time limit was reached.
-    #[error("{stage} took longer than {limit:?} with {to}")]
+    #[error("{stage} took longer than {limit:?} with {to}: {}", stage.known())]
     Timeout {
         /// What was waited for.
         stage: Stage,
@@ -164,12 +167,14 @@ pub enum TunnelError {
         to: SocketAddr,
     },
     /// The peer answered something other than 200.
-    #[error("the peer {to} answered CONNECT with {status}")]
+    #[error("the peer {to} answered CONNECT with {status}{}", Said(.said))]
     Answer {
         /// The far end.
         to: SocketAddr,
         /// HTTP status.
         status: u16,
+        /// Why, where it says so.
+        said: Option<Arc<str>>,
     },
     /// The request is not a CONNECT to `ip:port`.
     #[error("the request is not a CONNECT to an address and a port")]
@@ -201,6 +206,51 @@ pub enum TunnelError {
     /// The daemon is shutting down.
     #[error("the daemon is shutting down")]
     Shutdown,
+}
+
+impl Stage {
+    /// What is known where the limit is reached.
+    const fn known(self) -> &'static str {
+        match self {
+            Self::Connect => {
+                "nothing answers; the host is down, or something on the way drops TCP to this port"
+            }
+            Self::Handshake => {
+                "TCP is open, and the TLS handshake gets no answer; large packets may be lost on the way \
+                 (path MTU), the peer may be overloaded, or not be reeve"
+            }
+            Self::Request => {
+                "the tunnel is open, and CONNECT gets no answer; packets may be lost on the way, or the \
+                 application does not accept the connection"
+            }
+            Self::Stream => "all streams of all tunnels are in use",
+        }
+    }
+}
+
+/// What the peer said of why it refuses.
+struct Said<'a>(&'a Option<Arc<str>>);
+
+impl fmt::Display for Said<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(said) => write!(f, ": {said}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What is probable where a connection to a tunnel port fails.
+fn probable(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => {
+            "the host answers and the port is closed: does reeve run there, and is the workload enrolled?"
+        }
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+            "there is no way to the host: is it up, and is there a route?"
+        }
+        _ => "does reeve run there?",
+    }
 }
 
 impl TunnelError {
@@ -239,7 +289,7 @@ impl TunnelError {
     }
 }
 
-fn of_handshake(reason: HandshakeReason) -> Reason {
+pub(super) fn of_handshake(reason: HandshakeReason) -> Reason {
     match reason {
         HandshakeReason::Timeout => Reason::Timeout,
         HandshakeReason::Limit => Reason::Limit,
@@ -254,6 +304,7 @@ fn of_handshake(reason: HandshakeReason) -> Reason {
         HandshakeReason::Ok
         | HandshakeReason::Transport
         | HandshakeReason::Protocol
+        | HandshakeReason::PeerNoCertificate
         | HandshakeReason::PeerAlert => Reason::HandshakeFailed,
     }
 }

@@ -18,7 +18,7 @@ use super::{
     copy::copy,
     driver::Incoming,
     link::Link,
-    proof, socket,
+    proof, said, socket,
     worker::Worker,
 };
 
@@ -50,6 +50,7 @@ pub(super) async fn serve(
         netns: netns.cookie,
         rule: 0,
         would: Would::default(),
+        id: said::id(&request),
     };
     let connected = match destination {
         Some(_) => connect(&worker, &netns, &link, &mut call, &mut respond).await,
@@ -67,7 +68,7 @@ pub(super) async fn serve(
         Err(error) => error,
     };
     call.refused(&worker, &refused);
-    answer(&mut respond, status_for(&refused));
+    answer(&mut respond, &refused);
 }
 
 /// Copies until the connection ends.
@@ -193,9 +194,10 @@ fn status_for(error: &TunnelError) -> StatusCode {
     }
 }
 
-fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+fn answer(respond: &mut SendResponse<Bytes>, error: &TunnelError) {
     let mut response = Response::new(());
-    *response.status_mut() = status;
+    *response.status_mut() = status_for(error);
+    said::say(&mut response, error);
     // A client that is gone needs no answer.
     let _ = respond.send_response(response, true);
 }

@@ -31,6 +31,7 @@ mod outbound;
 mod pool;
 mod proof;
 mod registry;
+mod said;
 mod server;
 mod socket;
 mod source;

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use crate::{
     datapath::netns::Netns,
     policy::{Decision, Snapshot},
+    telemetry::ConnectionId,
 };
 
 use super::{
@@ -45,6 +46,7 @@ pub(super) async fn serve(
         netns: netns.cookie,
         rule: 0,
         would: Would::default(),
+        id: Some(ConnectionId::new()),
     };
     let connected = match origin {
         Some(origin) => connect(&worker, &netns, &mut call, &origin, &mut app).await,
@@ -101,6 +103,7 @@ async fn connect(
         source: from,
         peer: to,
         expected,
+        id: call.id,
     };
     let stream = worker
         .pool

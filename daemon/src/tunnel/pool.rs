@@ -24,7 +24,7 @@ use tokio::{sync::oneshot, task::spawn_local, time::timeout};
 use crate::{
     datapath::netns::Netns,
     identity::{SpiffeId, Svid},
-    telemetry::Role,
+    telemetry::{ConnectionId, Role},
 };
 
 use super::{
@@ -61,6 +61,8 @@ pub(super) struct Wanted<'a> {
     /// The tunnel port, whose owner must prove to be `expected`.
     pub(super) peer: SocketAddr,
     pub(super) expected: &'a SpiffeId,
+    /// What the connection is called at both ends.
+    pub(super) id: Option<ConnectionId>,
 }
 
 /// What tunnels are told apart by.
@@ -141,11 +143,12 @@ impl Pool {
         destination: SocketAddr,
         first: &mut FirstBytes<'_>,
     ) -> Result<Stream, TunnelError> {
-        let Wanted { peer, .. } = wanted;
+        let Wanted { peer, id, .. } = wanted;
+        let called = (destination, id);
         let asked = Instant::now();
         for _ in 0..ATTEMPTS {
             let ready = self.ready(worker, wanted).await?;
-            match client::request(worker, ready.request, peer, destination, first).await {
+            match client::request(worker, ready.request, peer, called, first).await {
                 Ok((send, response)) => {
                     if proof::is_wanted(&response) {
                         ready.slot.prove(worker);
@@ -175,6 +178,7 @@ impl Pool {
             source,
             peer,
             expected,
+            id: _,
         } = wanted;
         let limits = &worker.timeouts;
         let patience = limits.connect + limits.handshake + limits.request;

@@ -12,8 +12,10 @@ use std::{
 
 use bytes::Bytes;
 use h2::server::{Builder, Connection};
+use reeve_common::{Direction, protocol};
 use rustls::{ServerConfig, server::Acceptor};
 use tokio::{
+    io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream},
     task::spawn_local,
     time::{sleep, timeout},
@@ -26,7 +28,9 @@ use crate::{
         ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, least_skew, peer_id,
         server_name_matches, skew_by_alert,
     },
-    telemetry::{Handshake, HandshakeReason, Limit, Role},
+    telemetry::{
+        self, ConnectionLabels, Handshake, HandshakeReason, Limit, Role, Transport, UNKNOWN,
+    },
     workload::RunningWorkload,
 };
 
@@ -36,6 +40,7 @@ use super::{
     bounds::{Arriving, TunnelPlace},
     client::SEND_BUFFER,
     driver::{Driver, End, Incoming, sending},
+    error::of_handshake,
     frames::FrameMeter,
     inbound,
     link::{Ends, Link, Proven},
@@ -45,6 +50,9 @@ use super::{
     worker::Worker,
 };
 
+/// The record of a fatal TLS alert (RFC 8446, sections 5.1 and 6): there is no certificate for what the
+/// client calls.
+const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 /// After accepting has failed, which is nearly always for want of file descriptors: time in which
 /// some come free, instead of failing again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -116,15 +124,53 @@ pub(super) async fn serve(
         }
         Err(refused) => {
             count(refused.reason);
-            let log = &worker.shared.log;
-            log.handshake_failed(
-                remote,
-                local.unwrap_or(remote),
-                refused.reason,
-                &refused.detail,
-            );
+            tell(&worker, &netns, (remote, local.unwrap_or(remote)), &refused);
         }
     }
+}
+
+/// Tells log and observers of a tunnel that did not come to stand. Who its client is nobody has proven.
+fn tell(
+    worker: &Worker,
+    netns: &Netns,
+    (remote, local): (SocketAddr, SocketAddr),
+    refused: &Refused,
+) {
+    let snapshot = worker.shared.snapshot.load();
+    let mut there = snapshot.peers_at(remote.ip());
+    let source = match (there.next(), there.next()) {
+        (Some(one), None) => one.name.as_str(),
+        _ => UNKNOWN,
+    };
+    let mut here = snapshot.workloads().filter(|running| {
+        let netns_of = running.netns.as_ref();
+        netns_of.is_some_and(|other| other.cookie == netns.cookie)
+            && running.addresses.contains(&local.ip())
+    });
+    let destination = match (here.next(), here.next()) {
+        (Some(one), None) => one.workload.name.as_str(),
+        _ => UNKNOWN,
+    };
+    let connection = telemetry::Connection {
+        labels: ConnectionLabels {
+            direction: Direction::Ingress,
+            transport: Transport::Tunnel,
+            source,
+            destination,
+        },
+        source_id: None,
+        destination_id: None,
+        source_address: remote,
+        destination_address: local,
+        protocol: protocol::TCP,
+        id: None,
+        rule: "",
+        rule_place: None,
+        time: SystemTime::now(),
+    };
+    let failed = of_handshake(refused.reason);
+    let log = &worker.shared.log;
+    log.handshake_failed(&connection, failed, refused.reason, &refused.detail);
 }
 
 struct Shaken {
@@ -186,9 +232,17 @@ async fn shake(
         reason: HandshakeReason::NoOwnCertificate,
         detail: format!("no workload with a valid certificate is at {local}"),
     };
-    let id = pick(worker, netns, local, start.client_hello().server_name()).ok_or_else(none)?;
-    let svid = worker.shared.identities.current_soon(&id).await;
-    let svid = svid.ok_or_else(none)?;
+    let svid = match pick(worker, netns, local, start.client_hello().server_name()) {
+        Some(id) => worker.shared.identities.current_soon(&id).await,
+        None => None,
+    };
+    let Some(svid) = svid else {
+        // The client learns why instead of seeing a connection that ends.
+        let mut tcp = start.io;
+        let _ = tcp.write_all(&UNRECOGNIZED_NAME).await;
+        let _ = tcp.shutdown().await;
+        return Err(none());
+    };
     let config = speaking(worker, &svid);
     let shaken = judged(start.into_stream(config)).await.map_err(|error| {
         if let Some(least) = least_skew(&error) {

@@ -13,6 +13,8 @@ pub(in crate::telemetry) fn facts() -> Facts {
         destination_id: None,
         destination_address: Some("192.0.2.1:5432".parse().unwrap()),
         reason: "no_policy".into(),
+        cause: Some("policy".into()),
+        connection: None,
         rule: "default deny".into(),
         rule_at: None,
         error: None,
@@ -44,6 +46,7 @@ fn json_is_one_flat_object_and_reads_back() {
         "destination": "db",
         "destinationAddress": "192.0.2.1:5432",
         "reason": "no_policy",
+            "cause": "policy",
         "rule": "default deny",
     });
     assert_eq!(json, expected);

@@ -395,6 +395,7 @@ impl Pair {
             netns: 0,
             rule: 0,
             would: Would::default(),
+            id: None,
         };
         let live = call.open(
             &self.worker,
