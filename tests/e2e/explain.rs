@@ -130,6 +130,12 @@ fn both_halves_are_judged_where_both_ends_are_here() {
     client
         .peer(["send", &to.to_string(), "--text", "x"])
         .fails();
+    let would = both["wouldAllow"][0].as_str().unwrap();
+    let client_id = client.spiffe_id("example.org");
+    assert!(
+        would.contains("for server with ingress") && would.contains(&client_id),
+        "{would}"
+    );
     let udp = json(&daemon, &[&words[..], &["--protocol", "UDP"]].concat(), 0);
     assert_eq!(udp["halves"][1]["transport"], "plaintext");
     assert_eq!(udp["halves"][1]["reason"], "not_tunnelled");
@@ -221,6 +227,22 @@ fn files_alone_are_enough() {
             1,
             &["ingress of web from db", "through a tunnel"],
         ),
+        // On a shared host a service's own address is everybody's there: the policy is asked.
+        (
+            "--from svc --to svc --port 80",
+            1,
+            &["no_policy", "would allow it:"],
+        ),
+        (
+            "--from svc --to 192.0.2.50 --port 80",
+            1,
+            &["ingress of other"],
+        ),
+        (
+            "--from 192.0.2.50 --to db --port 80",
+            2,
+            &["shared by svc, other"],
+        ),
         ("--from weeb --to db --port 1", 2, &["did you mean `web`?"]),
         (
             "--from db --to 192.0.2.77 --port 1",
@@ -273,6 +295,8 @@ const CONFIG: &str = "\
 trustDomain: example.org
 workloads:
   - {name: web, cgroup: /web}
+  - {name: svc, unit: svc.service, addresses: [192.0.2.50]}
+  - {name: other, unit: other.service, ports: [80], addresses: [192.0.2.50]}
 peers:
   - {name: db, serviceAccount: db, addresses: [192.0.2.1]}
 policies: {folder: policies}

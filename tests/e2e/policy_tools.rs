@@ -237,21 +237,21 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
             "{protocol: UDP, port: 54}",
             "blocks_dns",
             "all.yaml:7:",
-            "no rule lets it out to UDP port 53",
+            "no rule lets them out to UDP port 53",
         ),
         (
             "{protocol: TCP, port: 53}",
             "{protocol: TCP, port: 54}",
             "blocks_dns",
             "all.yaml:7:",
-            "no rule lets it out to TCP port 53",
+            "no rule lets them out to TCP port 53",
         ),
         (
             "{protocol: UDP, port: 53}, {protocol: TCP, port: 53}",
             "{protocol: UDP, port: 54}",
             "blocks_dns",
             "all.yaml:7:",
-            "no rule lets it out to UDP or TCP port 53",
+            "no rule lets them out to UDP or TCP port 53",
         ),
         (
             "{serviceAccount: web}",
@@ -265,7 +265,7 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
             "{cidr: 10.7.0.0/16}",
             "one_sided",
             "all.yaml:7:",
-            "no ingress of db lets it in",
+            "no ingress of the destination lets it in",
         ),
     ] {
         let policies = WELL_MEANT.replacen(from, to, 1);
@@ -293,7 +293,187 @@ fn lint_finds_what_is_probably_not_meant_each_with_its_place() {
     assert_eq!(reeve(&["policy", "lint", "--config", &config]).code(), 2);
 }
 
+#[test]
+fn lint_looks_at_network_policies_as_at_connection_policies() {
+    let files = Files::new();
+    let config = files.write("reeve.yaml", NETWORK_CONFIG);
+    for (name, policies, kind, text) in [
+        (
+            "a typo in `from`",
+            "spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {matchLabels: {app: dbb}}}, {podSelector: {}}]}]}",
+            "matches_nothing",
+            "no workload and no peer fits",
+        ),
+        (
+            "a name that no port has",
+            "spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {}}], ports: [{port: htpp}]}]}",
+            "matches_nothing",
+            "`htpp`",
+        ),
+        (
+            "a name of another protocol",
+            "spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {}}], ports: [{port: http, protocol: UDP}]}]}",
+            "matches_nothing",
+            "`http`",
+        ),
+        (
+            "a name that no destination has",
+            "spec: {podSelector: {matchLabels: {app: web}}, egress: [{to: [{podSelector: {matchLabels: {app: db}}}], ports: [{port: postgres}]}]}",
+            "matches_nothing",
+            "`postgres`",
+        ),
+        (
+            "a direction that is left out",
+            "spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress], egress: [{ports: [{port: 53}]}]}",
+            "matches_nothing",
+            "does not name Egress",
+        ),
+        (
+            "isolation without names",
+            "spec: {podSelector: {}, policyTypes: [Egress]}",
+            "blocks_dns",
+            "what web, db, job may call",
+        ),
+        (
+            "a Service's port",
+            "spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {}}], ports: [{port: 80}]}]}",
+            "other_port",
+            "web declares 8080 only",
+        ),
+        (
+            "an emptied `from`",
+            "spec:\n  podSelector: {matchLabels: {app: web}}\n  ingress:\n    - from:\n      # - podSelector: {}\n      ports: [{port: 8080}]",
+            "emptied",
+            "means everybody",
+        ),
+        (
+            "egress that the other side refuses",
+            "spec: {podSelector: {matchLabels: {app: web}}, egress: [{to: [{podSelector: {matchLabels: {app: db}}}], ports: [{port: 5432}]}]}",
+            "one_sided",
+            "lets web to db call port 5432",
+        ),
+        (
+            "egress to every port that the other side refuses",
+            "spec: {podSelector: {matchLabels: {app: web}}, egress: [{to: [{podSelector: {matchLabels: {app: db}}}]}]}",
+            "one_sided",
+            "lets web to db call port 5432",
+        ),
+        (
+            "ingress that the other side refuses",
+            "spec: {podSelector: {matchLabels: {app: db}}, ingress: [{from: [{podSelector: {matchLabels: {app: web}}}], ports: [{port: 5432}]}]}",
+            "one_sided",
+            "lets web to db in on port 5432",
+        ),
+    ] {
+        let policy = format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: shop}}\n{policies}\n"
+        );
+        files.write("policies/all.yaml", &policy);
+        let ran = reeve(&["policy", "lint", "--config", &config]);
+        let said = ran.said();
+        let mut found = said
+            .lines()
+            .filter(|line| line.contains(&format!(": {kind}: ")));
+        assert!(
+            found.clone().any(|line| line.contains(text)),
+            "{name}: no {kind} with {text} in {said}"
+        );
+        assert!(found.all(|line| line.starts_with("policies/") || line.contains("all.yaml:")));
+    }
+}
+
+#[test]
+fn a_rule_for_many_workloads_is_one_line() {
+    let files = Files::new();
+    let workloads: Vec<_> = (0..20)
+        .map(|number| format!("{{name: web-{number}, namespace: shop, labels: {{app: web}}}}"))
+        .collect();
+    let config = format!(
+        "trustDomain: example.org\nworkloads: [{}]\npeers: [{{name: db, namespace: shop, addresses: [192.0.2.1], serviceAccount: db}}]\npolicies: {{folder: policies}}\n",
+        workloads
+            .join(", ")
+            .replace("name: web-", "cgroup: /w, name: web-")
+    );
+    let config = (0..20).fold(config, |text, number| {
+        text.replacen("cgroup: /w,", &format!("cgroup: /w{number},"), 1)
+    });
+    let config = files.write("reeve.yaml", &config);
+    files.write(
+        "policies/all.yaml",
+        "apiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  workloads: {matchLabels: {app: web}}\n  egress: [{to: [{serviceAccount: db}], ports: [{port: 5432}]}]\n",
+    );
+    let ran = reeve(&["policy", "lint", "--config", &config]);
+    let said = ran.said();
+    assert_eq!(said.matches("blocks_dns").count(), 1, "{said}");
+    assert!(said.contains("and 15 more"), "{said}");
+}
+
+#[test]
+fn a_peer_that_is_a_network_is_judged_as_a_whole_or_differs() {
+    let files = Files::new();
+    let test = |to: &str, expect: &str| {
+        format!(
+            "apiVersion: reeve.dev/v1alpha1\nkind: PolicyTest\nconfig:\n  trustDomain: example.org\n  \
+             workloads: [{{name: web}}]\n  peers: [{{name: all, addresses: [192.0.2.0/24]}}, {{name: half, \
+             addresses: [192.0.2.128/25]}}]\ncases:\n  - {{from: web, to: {to}, port: 80, expect: \
+             {expect}}}\n---\napiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {{name: \
+             web}}\nspec:\n  workloads: {{names: [web]}}\n  egress: [{{to: [{{cidr: 192.0.2.128/25}}]}}]\n"
+        )
+    };
+    for (to, expect, code) in [
+        ("half", "allow", 0),
+        ("half", "deny", 1),
+        ("all", "allow", 1),
+        ("all", "deny", 1),
+    ] {
+        let file = files.write("test.yaml", &test(to, expect));
+        let ran = reeve(&["policy", "test", &file]);
+        assert_eq!(ran.code(), code, "{to} {expect}: {}", ran.said());
+        if to == "all" {
+            assert!(ran.said().contains("the answer differs"), "{}", ran.said());
+            assert!(ran.said().contains("192.0.2.128/25"), "{}", ran.said());
+        }
+    }
+}
+
+#[test]
+fn dry_runs_can_be_asked_for_and_no_address_is_invented() {
+    let files = Files::new();
+    let test = "apiVersion: reeve.dev/v1alpha1\nkind: PolicyTest\nconfig:\n  trustDomain: example.org\n  \
+         workloads: [{name: web}, {name: db}]\ncases:\n  - {from: web, to: db, port: 80, expect: deny}\n  \
+         - {from: web, to: 192.0.2.1, port: 80, dryRun: true, expect: allow, rule: 'web/egress[0]'}\n---\n\
+         apiVersion: reeve.dev/v1alpha1\nkind: ConnectionPolicy\nmetadata: {name: web}\nspec:\n  mode: \
+         DryRun\n  workloads: {names: [web]}\n  egress: [{to: [{any: {}}]}]\n";
+    let file = files.write("test.yaml", test);
+    let ran = reeve(&["policy", "test", &file]);
+    assert_eq!(ran.code(), 0, "{}", ran.said());
+    let file = files.write(
+        "test.yaml",
+        &test.replacen("expect: deny", "expect: allow", 1),
+    );
+    let ran = reeve(&["policy", "test", &file]);
+    assert_eq!(ran.code(), 1);
+    let said = ran.said();
+    assert!(
+        !said.contains("240.0.0.") && !said.contains(" 0.0.0."),
+        "{said}"
+    );
+    assert!(
+        said.contains("would allow it: a ConnectionPolicy for web"),
+        "{said}"
+    );
+}
+
 // === the arrangement ===
+
+const NETWORK_CONFIG: &str = "\
+trustDomain: example.org
+workloads:
+  - {name: web, namespace: shop, labels: {app: web}, cgroup: /web, addresses: [10.0.1.1], namedPorts: {http: 8080}}
+  - {name: db, namespace: shop, labels: {app: db}, cgroup: /db, addresses: [10.0.1.2], namedPorts: {pg: 5432}}
+  - {name: job, namespace: shop, labels: {app: job}, cgroup: /job, addresses: [10.0.1.3]}
+policies: {folder: policies}
+";
 
 const TEST: &str = "\
 apiVersion: reeve.dev/v1alpha1

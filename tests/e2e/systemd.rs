@@ -215,6 +215,7 @@ fn a_unit_that_does_not_exist_is_found_by_check_and_told_of_by_the_daemon() {
     assert_eq!(refused.status.code(), Some(2), "{}", refused.stderr);
     let words = "workload `one`: systemd knows no unit `noe.service`";
     assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    assert!(!refused.stdout.contains(": ok"), "{}", refused.stdout);
     check(&["--elsewhere"]).ok();
 
     machine.run(["systemctl", "reload", "reeve"]).ok();

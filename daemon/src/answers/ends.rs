@@ -2,6 +2,8 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
+
 use super::offline::stand_in;
 use crate::{
     identity::SpiffeId,
@@ -18,23 +20,45 @@ pub(super) struct End<'a> {
     /// Its identity.
     pub(super) id: Option<SpiffeId>,
     /// Where it is: at least one address.
-    pub(super) addresses: Vec<IpAddr>,
+    pub(super) addresses: Vec<Place>,
     /// The workload of this node that it is.
     pub(super) local: Option<&'a Arc<RunningWorkload>>,
     /// Whether it is behind a tunnel.
     pub(super) tunnel: bool,
 }
 
+/// An address for which a verdict is asked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub(super) address: IpAddr,
+    /// The network for whose addresses it stands, except those of longer prefixes that are named.
+    pub(super) network: Option<IpNet>,
+}
+
+impl From<IpAddr> for Place {
+    fn from(address: IpAddr) -> Self {
+        Self {
+            address,
+            network: None,
+        }
+    }
+}
+
 // === impl End ===
 
 impl<'a> End<'a> {
-    /// Finds who is meant by a name, SPIFFE ID or address.
+    /// Finds who is meant by a name, SPIFFE ID or address. `asked` is the protocol and port of a
+    /// destination: where several share its address, they tell which of them is meant.
     ///
     /// # Errors
     /// A sentence that says what would be right.
-    pub(super) fn find(snapshot: &'a Snapshot, text: &str) -> Result<Self, String> {
+    pub(super) fn find(
+        snapshot: &'a Snapshot,
+        text: &str,
+        asked: Option<(u8, u16)>,
+    ) -> Result<Self, String> {
         if let Ok(address) = text.parse::<IpAddr>() {
-            return Ok(Self::at(snapshot, address.to_canonical()));
+            return Ok(Self::at(snapshot, address.to_canonical(), asked));
         }
         if text.contains("://") {
             let id = SpiffeId::parse(text).map_err(|error| format!("`{text}`: {error}"))?;
@@ -47,7 +71,7 @@ impl<'a> End<'a> {
             return Ok(Self::local(running));
         }
         if let Some(peer) = snapshot.peers().find(|peer| peer.name == text) {
-            return Ok(Self::peer(peer));
+            return Ok(Self::peer(snapshot, peer));
         }
         let mut what = format!("no workload and no peer has the name `{text}`");
         let names = snapshot.peers().map(|peer| peer.name.as_str());
@@ -60,13 +84,14 @@ impl<'a> End<'a> {
 
     fn local(running: &'a Arc<RunningWorkload>) -> Self {
         let workload = &running.workload;
-        let mut addresses = running.addresses.clone();
+        let mut addresses = &running.addresses;
         if addresses.is_empty() {
-            addresses.clone_from(&workload.addresses);
+            addresses = &workload.addresses;
         }
+        let mut addresses: Vec<_> = addresses.iter().copied().map(Place::from).collect();
         if addresses.is_empty() {
             // It does not run; what will be said of it holds for any address.
-            addresses.push(stand_in(workload.id));
+            addresses.push(stand_in(workload.id).into());
         }
         Self {
             name: workload.name.clone(),
@@ -77,36 +102,58 @@ impl<'a> End<'a> {
         }
     }
 
-    fn peer(peer: &Peer) -> Self {
-        let address = |network: &ipnet::IpNet| network.hosts().next().unwrap_or(network.addr());
+    fn peer(snapshot: &Snapshot, peer: &Peer) -> Self {
+        let places = |network: &IpNet| -> Vec<Place> {
+            if network.prefix_len() == network.max_prefix_len() {
+                return vec![network.addr().into()];
+            }
+            let parts = snapshot.parts(*network).into_iter();
+            parts
+                .map(|(network, address)| Place {
+                    address,
+                    network: Some(network),
+                })
+                .collect()
+        };
         Self {
             name: peer.name.clone(),
             id: peer.attributes.as_ref().map(|a| a.spiffe_id.clone()),
-            addresses: peer.addresses.iter().map(address).collect(),
+            addresses: peer.addresses.iter().flat_map(places).collect(),
             local: None,
             tunnel: peer.tunnel_port.is_some(),
         }
     }
 
-    fn at(snapshot: &'a Snapshot, address: IpAddr) -> Self {
-        let mut end = Self {
-            name: address.to_string(),
-            id: None,
-            addresses: Vec::new(),
-            local: None,
-            tunnel: false,
+    fn at(snapshot: &'a Snapshot, address: IpAddr, asked: Option<(u8, u16)>) -> Self {
+        let there: Vec<&Peer> = match asked {
+            Some((protocol, port)) => {
+                let owner = snapshot.peer_at(address, protocol, port);
+                owner.into_iter().map(AsRef::as_ref).collect()
+            }
+            None => snapshot.peers_at(address).map(AsRef::as_ref).collect(),
         };
-        let local = snapshot
-            .workloads()
-            .find(|running| running.addresses.contains(&address));
-        // Where several share an address, it does not say which of them is meant.
-        let mut there = snapshot.peers_at(address);
-        if let (Some(running), 1) = (local, snapshot.peers_at(address).count()) {
-            end = Self::local(running);
-        } else if let (Some(peer), None) = (there.next(), there.next()) {
-            end = Self::peer(peer);
-        }
-        end.addresses = vec![address];
+        let mut end = match there[..] {
+            [one] => match snapshot.workload(one.id) {
+                Some(running) => Self::local(running),
+                None => Self::peer(snapshot, one),
+            },
+            // A source's address does not say which of them is meant.
+            ref several => {
+                let names: Vec<_> = several.iter().map(|peer| peer.name.as_str()).collect();
+                let name = match names.is_empty() {
+                    true => address.to_string(),
+                    false => format!("{address} (shared by {})", names.join(", ")),
+                };
+                Self {
+                    name,
+                    id: None,
+                    addresses: Vec::new(),
+                    local: None,
+                    tunnel: false,
+                }
+            }
+        };
+        end.addresses = vec![address.into()];
         end
     }
 
@@ -118,11 +165,11 @@ impl<'a> End<'a> {
             return Self::local(running);
         }
         match snapshot.peer_with_id(&id) {
-            Some(peer) => Self::peer(peer),
+            Some(peer) => Self::peer(snapshot, peer),
             None => Self {
                 name: id.to_string(),
                 id: Some(id),
-                addresses: vec![stand_in(0)],
+                addresses: vec![stand_in(0).into()],
                 local: None,
                 tunnel: true,
             },

@@ -2,10 +2,14 @@
 
 use std::net::IpAddr;
 
-use reeve_common::{Action, Direction, Reason, WorkloadId, protocol};
+use ipnet::IpNet;
+use reeve_common::{Action, Direction, DryRun, Reason, WorkloadId, protocol};
 use serde::{Deserialize, Serialize};
 
-use super::{ends::End, offline::is_stand_in};
+use super::{
+    ends::{End, Place},
+    offline::is_stand_in,
+};
 use crate::{
     config::Ports,
     identity::SpiffeId,
@@ -31,6 +35,9 @@ pub struct Enquiry {
     /// The source has no reeve: what it sends comes as plaintext, whoever it is.
     #[serde(default)]
     pub plaintext: bool,
+    /// As if the policies in dry run were in force.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// What becomes of it.
@@ -59,8 +66,34 @@ pub struct Explanation {
     pub verdict: Verdict,
     /// Each end that is a workload of this node.
     pub halves: Vec<Half>,
+    /// Whether some of the addresses that were asked about are allowed, and others are not.
+    #[serde(default)]
+    pub differs: bool,
     /// What else is to be said, a sentence each.
     pub notes: Vec<String>,
+    /// The newest attempt, where that failed and the daemon still knows of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<LastFailure>,
+    /// What would allow it, a sentence for each end that denies it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub would_allow: Vec<String>,
+}
+
+/// An attempt that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastFailure {
+    /// When, RFC 3339.
+    pub time: String,
+    /// `egress` or `ingress`: which end says so.
+    pub direction: String,
+    /// Why: a name of the closed set of reasons.
+    pub reason: String,
+    /// The same in a sentence.
+    pub because: String,
+    /// What there is to say beyond the reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// What one end says.
@@ -73,8 +106,12 @@ pub struct Half {
     pub workload: String,
     /// The far end.
     pub far_end: String,
-    /// Address of the far end.
-    pub address: IpAddr,
+    /// Address of the far end; none where no address of it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// The part of a network for which this holds: all of its addresses but those of other parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
     /// Its identity.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub far_end_id: Option<SpiffeId>,
@@ -172,8 +209,12 @@ pub fn explain(
     kernel: Option<&dyn Kernel>,
 ) -> Result<Explanation, String> {
     let (from, to) = (
-        End::find(snapshot, &enquiry.from)?,
-        End::find(snapshot, &enquiry.to)?,
+        End::find(snapshot, &enquiry.from, None)?,
+        End::find(
+            snapshot,
+            &enquiry.to,
+            Some((enquiry.protocol, enquiry.port)),
+        )?,
     );
     let explainer = Explainer {
         snapshot,
@@ -198,9 +239,10 @@ impl Explainer<'_> {
         let mut notes = Vec::new();
         let mut halves = Vec::new();
         let same = match (from.local, to.local) {
-            (Some(from), Some(to)) => from.workload.id == to.workload.id,
+            // In a shared namespace the kernel does not know whose an address is: it asks the policy.
+            (Some(from), Some(to)) => from.workload.id == to.workload.id && from.owns_netns,
             _ => false,
-        } || to.addresses.iter().all(IpAddr::is_loopback);
+        } || to.addresses.iter().all(|place| place.address.is_loopback());
         if same {
             notes.push("it stays in the workload: never in question".to_owned());
         } else {
@@ -216,7 +258,7 @@ impl Explainer<'_> {
             }
         }
         for end in [from, to] {
-            if end.addresses.iter().copied().any(is_stand_in) {
+            if end.addresses.iter().any(|place| is_stand_in(place.address)) {
                 notes.push(format!(
                     "no address of {} is known here: a rule by `cidr` may decide otherwise",
                     end.name
@@ -224,6 +266,21 @@ impl Explainer<'_> {
             }
         }
         let allowed = halves.iter().all(|half| half.verdict == Verdict::Allow);
+        let differs = ["egress", "ingress"].iter().any(|direction| {
+            let of = halves.iter().filter(|half| half.direction == *direction);
+            let mut verdicts = of.map(|half| half.verdict);
+            let first = verdicts.next();
+            verdicts.any(|verdict| Some(verdict) != first)
+        });
+        if differs {
+            notes.push(
+                "the answer differs between the addresses that were asked about: ask about one of them"
+                    .to_owned(),
+            );
+        }
+        let denied = halves.iter().filter(|half| half.verdict == Verdict::Deny);
+        let mut would_allow: Vec<_> = denied.filter_map(|half| self.would_allow(half)).collect();
+        would_allow.dedup();
         Ok(Explanation {
             from: from.name.clone(),
             to: to.name.clone(),
@@ -231,7 +288,10 @@ impl Explainer<'_> {
             port: self.enquiry.port,
             verdict: Verdict::of(allowed),
             halves,
+            differs,
             notes,
+            last_failure: None,
+            would_allow,
         })
     }
 
@@ -241,7 +301,8 @@ impl Explainer<'_> {
             return Ok(());
         };
         let (protocol, port) = (self.enquiry.protocol, self.enquiry.port);
-        for address in &to.addresses {
+        for place in &to.addresses {
+            let address = &place.address;
             let question = Question {
                 workload: running.workload.id,
                 direction: Direction::Egress,
@@ -250,11 +311,12 @@ impl Explainer<'_> {
                 protocol,
                 port,
             };
-            let decision = self.snapshot.judge(&question);
+            let enforced = self.snapshot.judge(&question);
+            let decision = self.asked(enforced);
             let there = self.snapshot.peer_at(*address, protocol, port);
             let tunnel =
                 protocol == protocol::TCP && there.is_some_and(|there| there.tunnel_port.is_some());
-            let mut half = self.half(&question, decision, tunnel, &from.name, to);
+            let mut half = self.half(&question, decision, tunnel, &from.name, (to, place));
             if decision.action == Action::Allow {
                 if tunnel && port == self.ports.tunnel {
                     half.refuse(Reason::ReservedPort);
@@ -266,7 +328,7 @@ impl Explainer<'_> {
                     });
                 }
             }
-            half.kernel = self.kernel(&question, decision)?;
+            half.kernel = self.kernel(&question, enforced)?;
             push(halves, half);
         }
         Ok(())
@@ -279,7 +341,8 @@ impl Explainer<'_> {
         };
         let (protocol, port) = (self.enquiry.protocol, self.enquiry.port);
         let tunnel = protocol == protocol::TCP && from.tunnel && !self.enquiry.plaintext;
-        for address in &from.addresses {
+        for place in &from.addresses {
+            let address = &place.address;
             let plaintext = Question {
                 workload: running.workload.id,
                 direction: Direction::Ingress,
@@ -292,9 +355,9 @@ impl Explainer<'_> {
                 client: from.id.as_ref().filter(|_| tunnel),
                 ..plaintext
             };
-            let decision = self.snapshot.judge(&question);
+            let decision = self.asked(self.snapshot.judge(&question));
             let tunnel = question.client.is_some();
-            let mut half = self.half(&question, decision, tunnel, &to.name, from);
+            let mut half = self.half(&question, decision, tunnel, &to.name, (from, place));
             if tunnel && [self.ports.outbound, self.ports.tunnel].contains(&port) {
                 half.refuse(Reason::ReservedPort);
             } else if !tunnel && decision.action == Action::Allow {
@@ -306,6 +369,9 @@ impl Explainer<'_> {
             }
             // The kernel's part is to refuse what does not come through the tunnel.
             half.kernel = self.kernel(&plaintext, self.snapshot.judge(&plaintext))?;
+            if let Some(kernel) = half.kernel.as_mut().filter(|_| tunnel) {
+                kernel.holds = format!("what comes past the tunnel: {}", kernel.holds);
+            }
             push(halves, half);
         }
         Ok(())
@@ -317,7 +383,7 @@ impl Explainer<'_> {
         decision: Decision,
         tunnel: bool,
         workload: &str,
-        far_end: &End<'_>,
+        (far_end, place): (&End<'_>, &Place),
     ) -> Half {
         let allowed = decision.allows();
         let nearest = if decision.reason == Reason::NoPolicy {
@@ -325,22 +391,83 @@ impl Explainer<'_> {
         } else {
             Vec::new()
         };
-        let place = self.snapshot.rule_place(decision.rule);
+        let written = self.snapshot.rule_place(decision.rule);
         Half {
             direction: direction_name(question.direction).to_owned(),
             workload: workload.to_owned(),
             far_end: far_end.name.clone(),
-            address: question.address,
+            address: Some(place.address).filter(|address| !is_stand_in(*address)),
+            network: place.network.map(|network| network.to_string()),
             far_end_id: far_end.id.clone(),
             verdict: Verdict::of(allowed),
             transport: if tunnel { "tunnel" } else { "plaintext" }.to_owned(),
             reason: decision.reason.as_str().to_owned(),
             because: decision.reason.describe().to_owned(),
             rule: self.snapshot.rule_name(decision.rule).to_owned(),
-            rule_at: place.map(|place| place.to_string()),
+            rule_at: written.map(|place| place.to_string()),
             nearest: nearest.into_iter().map(NearRule::from).collect(),
             kernel: None,
         }
+    }
+
+    /// The decision that is asked for: what the policies in dry run would make of it, or what it is.
+    fn asked(&self, decision: Decision) -> Decision {
+        if !self.enquiry.dry_run || decision.dry_run == DryRun::Same {
+            return decision;
+        }
+        let (action, reason) = match (decision.dry_run, decision.dry_run_rule) {
+            (DryRun::Allow, _) => (Action::Allow, Reason::Policy),
+            (_, 0) => (Action::Deny, Reason::NoPolicy),
+            _ => (Action::Deny, Reason::PolicyDeny),
+        };
+        Decision {
+            action,
+            reason,
+            rule: decision.dry_run_rule,
+            ..decision
+        }
+    }
+
+    /// What would allow what an end denies; none where nothing that can be written would.
+    fn would_allow(&self, half: &Half) -> Option<String> {
+        let Enquiry { protocol, port, .. } = self.enquiry;
+        let egress = half.direction == "egress";
+        let (list, item) = if egress {
+            ("egress", "to")
+        } else {
+            ("ingress", "from")
+        };
+        let far_end = match (&half.far_end_id, &half.network, half.address) {
+            (Some(id), ..) => format!("identity: {id}"),
+            (None, Some(network), _) => format!("cidr: {network}"),
+            (None, None, Some(address)) => format!("cidr: {}", IpNet::from(address)),
+            (None, None, None) => return None,
+        };
+        let name = ProtocolName(*protocol).to_string().to_uppercase();
+        let ports = if *port == 0 {
+            format!("{{protocol: {name}}}")
+        } else {
+            format!("{{protocol: {name}, port: {port}}}")
+        };
+        let workload = &half.workload;
+        let at = half.rule_at.as_ref();
+        let rule = at.map_or_else(|| half.rule.clone(), |at| format!("{} ({at})", half.rule));
+        Some(match half.reason.as_str() {
+            "no_policy" => format!(
+                "a ConnectionPolicy for {workload} with {list}: [{{{item}: [{{{far_end}}}], ports: [{ports}]}}]"
+            ),
+            "policy_deny" => format!(
+                "that {rule} no longer denies it: no policy that allows goes before one that denies"
+            ),
+            "plaintext_refused" => format!(
+                "a tunnel: {rule} allows the identity only, so let reeve run where {} is; or allow its address \
+                 with a `cidr`",
+                half.far_end
+            ),
+            "map_failure" => "room in the kernel's maps: see `reeve status`".to_owned(),
+            "reserved_port" => format!("nothing: port {port} is reeve's own"),
+            _ => return None,
+        })
     }
 
     /// What the kernel's maps say of what the snapshot decided.

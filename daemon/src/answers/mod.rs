@@ -13,7 +13,9 @@ mod list;
 mod offline;
 
 pub use cases::{Expected, Outcome, run as run_cases};
-pub use explain::{Enquiry, Explanation, Half, Kernel, KernelVerdict, NearRule, Verdict, explain};
+pub use explain::{
+    Enquiry, Explanation, Half, Kernel, KernelVerdict, LastFailure, NearRule, Verdict, explain,
+};
 pub use lint::{Finding, FindingKind, lint};
 pub use list::{PolicyRow, RuleRow, list};
 pub use offline::Offline;

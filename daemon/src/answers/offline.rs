@@ -13,9 +13,9 @@ use crate::{
     yaml::Document,
 };
 
-/// Stands in for the addresses that a workload will have when it runs. In 240.0.0.0/4, which
-/// nobody uses, so that only the widest blocks of policies hold it.
-const FIRST_STAND_IN: u32 = 0xf000_0001;
+/// Stand in for the addresses that a workload will have when it runs: 0.0.0.0/8, in which no host has an
+/// address, so that only the widest blocks of policies hold them. They are never shown.
+const STAND_INS: u32 = 0x00ff_fffe;
 
 /// A configuration and its policies, compiled as if all workloads ran.
 #[derive(Debug)]
@@ -80,12 +80,12 @@ impl Offline {
 
 /// Whether an address is only a stand-in.
 pub(super) fn is_stand_in(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V4(v4) if v4.to_bits() >> 28 == 0xf)
+    matches!(address, IpAddr::V4(v4) if v4.to_bits() >> 24 == 0)
 }
 
 /// An address for somebody of whom none is known.
 pub(super) fn stand_in(number: u32) -> IpAddr {
-    Ipv4Addr::from_bits(FIRST_STAND_IN.saturating_add(number)).into()
+    Ipv4Addr::from_bits(number % STAND_INS + 1).into()
 }
 
 /// The workloads as they will run: alone in their namespaces, but for units, which share the

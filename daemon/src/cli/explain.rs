@@ -39,6 +39,9 @@ pub struct Explain {
     /// The source has no reeve: what it sends comes as plaintext, whoever it is
     #[arg(long)]
     plaintext: bool,
+    /// As if the policies in dry run were in force
+    #[arg(long)]
+    dry_run: bool,
     /// Answer from this configuration and its policies, without a daemon
     #[arg(long, short, value_name = "FILE", num_args = 0..=1, default_missing_value = DEFAULT_CONFIG)]
     config: Option<PathBuf>,
@@ -71,6 +74,7 @@ fn ask(words: &Explain) -> Result<Explanation, ExitCode> {
         port: words.port.unwrap_or_default(),
         protocol: words.protocol,
         plaintext: words.plaintext,
+        dry_run: words.dry_run,
     };
     if let Some(file) = &words.config {
         let offline = Offline::load(file).map_err(|mistakes| wrong(&mistakes.to_string()))?;
@@ -154,6 +158,20 @@ fn write(page: &mut String, explanation: &Explanation) -> std::fmt::Result {
     for note in &explanation.notes {
         writeln!(page, "  note: {note}")?;
     }
+    if let Some(failure) = &explanation.last_failure {
+        write!(
+            page,
+            "  the last attempt failed, {} ({}): {}: {}",
+            failure.time, failure.direction, failure.reason, failure.because
+        )?;
+        match &failure.error {
+            Some(error) => writeln!(page, " {error}")?,
+            None => writeln!(page)?,
+        }
+    }
+    for what in &explanation.would_allow {
+        writeln!(page, "  would allow it: {what}")?;
+    }
     Ok(())
 }
 
@@ -168,8 +186,12 @@ fn write_half(page: &mut String, half: &Half) -> std::fmt::Result {
         "  {} of {} {to} {}",
         half.direction, half.workload, half.far_end
     )?;
-    if half.far_end != half.address.to_string() {
-        write!(page, " at {}", half.address)?;
+    match (&half.network, half.address) {
+        (Some(network), _) => write!(page, " in {network}")?,
+        (None, Some(address)) if half.far_end != address.to_string() => {
+            write!(page, " at {address}")?;
+        }
+        _ => {}
     }
     writeln!(
         page,

@@ -132,10 +132,10 @@ pub fn check(config: &Path, elsewhere: bool) -> ExitCode {
                     config.display()
                 );
             }
-            if !unknown.is_empty() {
-                return ExitCode::from(EXIT_USAGE);
-            }
-            let mut text = format!("{}: {summary}\n", config.display());
+            let mut text = match unknown.is_empty() {
+                true => format!("{}: {summary}\n", config.display()),
+                false => String::new(),
+            };
             let warnings = [
                 datapath::untested_kernel(),
                 datapath::gap_of_running_kernel(),
@@ -145,7 +145,10 @@ pub fn check(config: &Path, elsewhere: bool) -> ExitCode {
             for warning in warnings.chain(running.into_iter().flatten()) {
                 text.push_str(&format!("warning: {warning}\n"));
             }
-            print(&text)
+            match print(&text) {
+                printed if unknown.is_empty() => printed,
+                _ => ExitCode::from(EXIT_USAGE),
+            }
         }
         Err(mistakes) => {
             let _ = writeln!(io::stderr(), "{mistakes}");

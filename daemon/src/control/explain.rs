@@ -2,13 +2,14 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use reeve_common::{Direction, WorkloadId};
+use reeve_common::{Direction, Reason, WorkloadId};
 
 use super::{Daemon, reconcile::describe};
 use crate::{
-    answers::{self, Enquiry, Explanation, Kernel},
+    answers::{self, Enquiry, Explanation, Kernel, LastFailure},
     datapath::Datapath,
     policy::Snapshot,
+    telemetry::{Facts, Happening},
 };
 
 /// A change reaches the kernel a moment before the tunnels: for as long as this, a difference is
@@ -33,7 +34,32 @@ impl Daemon {
             tokio::time::sleep(SETTLE).await;
             explanation = self.explain_now(enquiry)?;
         }
+        explanation.last_failure = self.last_failure(&explanation);
         Ok(explanation)
+    }
+
+    /// How the newest attempt at such a connection ended, where that is known and it failed.
+    fn last_failure(&self, explanation: &Explanation) -> Option<LastFailure> {
+        // That the kernel lets a connection go on says nothing of what the tunnel makes of it.
+        let newest = self.observers.newest(|happening| match happening {
+            Happening::Opened(facts) | Happening::Refused(facts) => is_about(explanation, facts),
+            Happening::Allowed(facts) => {
+                facts.transport == "plaintext" && is_about(explanation, facts)
+            }
+            _ => false,
+        })?;
+        let Happening::Refused(facts) = &newest.happening else {
+            return None;
+        };
+        let mut reasons = Reason::ALL.iter();
+        let reason = reasons.find(|reason| reason.as_str() == facts.reason);
+        Some(LastFailure {
+            time: humantime::format_rfc3339_seconds(newest.time).to_string(),
+            direction: facts.direction.clone(),
+            reason: facts.reason.clone(),
+            because: reason.map_or("", |reason| reason.describe()).to_owned(),
+            error: facts.error.clone(),
+        })
     }
 
     fn explain_now(&self, enquiry: &Enquiry) -> Result<Explanation, String> {
@@ -74,4 +100,23 @@ impl Kernel for ReadBack<'_> {
         }
         Ok(true)
     }
+}
+
+/// Whether an event is of such a connection as was asked about.
+fn is_about(explanation: &Explanation, facts: &Facts) -> bool {
+    let destination = facts.destination_address;
+    let port = destination.map_or(0, |address| address.port());
+    let mut halves = explanation.halves.iter();
+    facts.protocol == explanation.protocol
+        && port == explanation.port
+        && halves.any(|half| {
+            let (here, there, address) = match half.direction.as_str() {
+                "egress" => (&facts.source, &facts.destination, destination),
+                _ => (&facts.destination, &facts.source, facts.source_address),
+            };
+            let same_address = address.map(|address| address.ip()) == half.address;
+            half.direction == facts.direction
+                && *here == half.workload
+                && (*there == half.far_end || same_address)
+        })
 }
