@@ -254,13 +254,12 @@ impl ConnectionLog {
         );
     }
 
-    /// A tunnel with the peer at `from` was not proven again, and ends with the certificates that
+    /// A tunnel with a peer, at an address, was not proven again, and ends with the certificates that
     /// proved it last unless another attempt succeeds. All of them share one allowance.
     pub fn proof_failed(
         &self,
         role: Role,
-        from: SocketAddr,
-        peer: &SpiffeId,
+        (from, peer): (SocketAddr, &SpiffeId),
         own: &SpiffeId,
         until: SystemTime,
         result: &str,

@@ -368,8 +368,7 @@ fn tell(worker: &Worker, link: &Link, result: &Result<Outcome, ProofError>) {
         ),
         Err(error) => worker.shared.log.proof_failed(
             ends.role,
-            ends.remote,
-            &ends.peer,
+            (ends.remote, &ends.peer),
             &ends.own,
             link.not_after(),
             name,
