@@ -8,9 +8,10 @@ use reeve::config::EbpfLog;
 
 use crate::world::World;
 
-/// Instructions that the verifier may follow in one program: two fifths of what every kernel allows.
-/// The most so far: 328,039, for `reeve_egress` on Linux 6.1.
-const MOST: u32 = 400_000;
+/// Instructions that the verifier may follow in one program: three fifths of what every kernel allows.
+/// The most so far: 310,223, for `reeve_egress` on Linux 6.18; Linux 6.1 followed half as many again when
+/// it was last asked.
+const MOST: u32 = 600_000;
 
 #[test]
 fn the_verifier_follows_few_instructions_of_each_program() {
