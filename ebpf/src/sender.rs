@@ -120,8 +120,8 @@ pub fn may_be_onward(skb: *mut __sk_buff) -> bool {
     field(unsafe { &raw const (*skb).mark }) == ONWARD_MARK && is_on_loopback(skb)
 }
 
-/// Judges such a packet: whose socket takes the connection is asked where it begins. `owner` is the workload of the socket at which it arrives,
-/// [`NO_WORKLOAD`] where that is in no workload.
+/// Judges such a packet: whose socket takes the connection is asked where it begins. `owner` is the
+/// workload of the socket at which it arrives, [`NO_WORKLOAD`] where that is in no workload.
 #[inline(never)]
 pub fn onward(skb: *mut __sk_buff, owner: WorkloadId, listening: bool, generation: u32) -> Onward {
     let (Some(arriving), Some(packet)) = (ARRIVING.get_ptr_mut(0), LISTENERS_PACKET.get_ptr_mut(0))
