@@ -250,6 +250,11 @@ fn what_the_kernel_had_no_room_for_is_told_with_its_number() {
         let events = events(&observer.stdout()).into_iter();
         events.filter(|event| event["event"] == "refused").count() as f64
     };
+    // Events come in their order: with this one, all before it have been told.
+    let last = pair.server.addresses().port4(8083);
+    is_denied(&pair.client, last);
+    let last = last.to_string();
+    eventually("it is told", || observer.stdout().contains(&last));
     let (verdicts_before, told_before) = (verdicts(), told());
     // Nobody reads while it is stopped: far more than there is room for.
     one.signal(Signal::SIGSTOP);

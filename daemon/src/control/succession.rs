@@ -53,10 +53,13 @@ pub(super) struct Succession {
     pub(super) old_cgroups: Vec<(u64, u32)>,
     /// The daemons before.
     pub(super) predecessors: Predecessors,
-    /// Those of them that were told to end since there were too many: process and start.
+    /// Those of them that are to end since there were too many: process and start. It stays: while one
+    /// moves here nobody tells of it.
     too_many: HashSet<(u32, u64)>,
     /// How long those before may go on, where a command has said so.
     end_old_after: Option<Duration>,
+    /// The same, once this daemon has taken over.
+    end_old_at: Option<Instant>,
     /// The kernel's maps are another daemon's.
     pub(super) frozen: bool,
     /// Another daemon serves, and this one what it has accepted: there is no way back.
@@ -106,6 +109,7 @@ impl Succession {
             predecessors: Predecessors::new(),
             too_many: HashSet::new(),
             end_old_after,
+            end_old_at: None,
             frozen: false,
             has_handed_over: false,
             events_paused: watch::Sender::new(false),
@@ -189,9 +193,8 @@ impl Control {
             "took over from another daemon, which drains"
         );
         self.daemon.is_service.store(true, Ordering::Relaxed);
-        if let Some(patience) = self.succession.end_old_after {
-            before.tell(within(patience));
-        }
+        let now = Instant::now();
+        self.succession.end_old_at = self.succession.end_old_after.map(|after| now + after);
         self.hear(before);
         self.endpoints.serve(&self.daemon)?;
         self.begin()?;
@@ -488,6 +491,10 @@ impl Control {
     fn hear(&mut self, before: Before) {
         // Where this one was started with another configuration.
         before.tell(Word::Reload);
+        // One that was on its way here has not heard it from the one before.
+        if let Some(at) = self.succession.end_old_at {
+            before.tell(within(at.saturating_duration_since(Instant::now())));
+        }
         for cgroup in &before.own_cgroups {
             if !self.succession.old_cgroups.contains(cgroup) {
                 self.succession.old_cgroups.push(*cgroup);
@@ -516,25 +523,32 @@ impl Control {
         were_last
     }
 
-    /// Ends the oldest of the daemons before, where there are more than may be.
+    /// Ends the oldest of the daemons before, where there are more than may be. One that is on its way
+    /// here hears nobody, so that each is told until it says itself when it ends.
     fn bound_predecessors(&mut self) {
         let config = self.daemon.config.load_full();
         let (most, patience) = (config.limits.predecessors, config.timeouts.drain);
         let all = self.daemon.predecessors.load();
         let too_many = &mut self.succession.too_many;
-        too_many.retain(|told| all.iter().any(|daemon| id(daemon) == *told));
         let staying = all.iter().filter(|daemon| !too_many.contains(&id(daemon)));
-        let staying: Vec<_> = staying.cloned().collect();
-        for oldest in staying.iter().skip(most) {
+        let oldest: Vec<_> = staying.skip(most).map(id).collect();
+        for daemon in all.iter().filter(|daemon| oldest.contains(&id(daemon))) {
             tracing::warn!(
                 most,
                 patience = %humantime::format_duration(patience),
-                "more old daemons than `limits.predecessors`: the oldest lets its connections end: {oldest}"
+                "more old daemons than `limits.predecessors`: the oldest lets its connections end: {daemon}"
             );
-            too_many.insert(id(oldest));
+        }
+        too_many.extend(oldest);
+        let goes_on = |daemon: &&Draining| {
+            let left = daemon.left.as_ref().and_then(|left| left.seconds);
+            left.is_none_or(|seconds| seconds > patience.as_secs())
+        };
+        let told = all.iter().filter(|daemon| too_many.contains(&id(daemon)));
+        for daemon in told.filter(goes_on) {
             self.succession.predecessors.tell(Word::EndOne {
-                process: oldest.process,
-                started: oldest.started,
+                process: daemon.process,
+                started: daemon.started,
                 seconds: patience.as_secs(),
             });
         }
