@@ -60,8 +60,9 @@ pub mod protocol {
 #[cfg(feature = "user")]
 mod user {
     use crate::{
-        Arriving, Event, Flow, FlowEntry, FlowKey, FlowSlot, NamespaceEntry, Origin, PeerEntry,
-        PeerPortKey, Settings, SocketTag, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
+        Arriving, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey, FlowSlot,
+        NamespaceEntry, Origin, PeerEntry, PeerPortKey, Settings, SocketTag, ToldKey, VerdictEntry,
+        VerdictKey, WorkloadEntry,
     };
 
     macro_rules! pod {
@@ -77,6 +78,8 @@ mod user {
     pod!(
         Arriving,
         Event,
+        FailingEntry,
+        FailingKey,
         Flow,
         FlowEntry,
         FlowKey,

@@ -512,6 +512,40 @@ pub struct ToldKey {
     pub reserved: u32,
 }
 
+/// `FAILING`: LRU hash. A destination to which a workload's connections through a tunnel have just failed.
+/// Written by the daemon, read at `connect()`, which fails at once meanwhile. It decides nothing else: one
+/// that is not there costs an application a connection that is reset.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FailingKey {
+    /// Address of the far end.
+    pub remote: Address,
+    /// Whose connections: what one workload was refused is nothing to another.
+    pub workload: WorkloadId,
+    /// Port of the far end, host byte order.
+    pub remote_port: u16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// Value of `FAILING`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FailingEntry {
+    /// `CLOCK_MONOTONIC` nanoseconds until which calls fail. The first one after it is let through to try,
+    /// and others fail for [`FAILING_TRIAL_NANOSECONDS`] more; 0: the destination serves again.
+    pub until: u64,
+    /// How: the number of an error of `connect()`, as of `ECONNREFUSED`.
+    pub error: u32,
+    /// Why: [`crate::Reason`] as a number.
+    pub reason: u32,
+}
+
+/// How long one connection tries by itself whether a destination serves again.
+pub const FAILING_TRIAL_NANOSECONDS: u64 = 1_000_000_000;
+/// A destination that nobody has tried for this long counts as one that has not failed.
+pub const FAILING_FORGOTTEN_NANOSECONDS: u64 = 10 * 1_000_000_000;
+
 /// A flow without packets for longer than this is forgotten: its next packet is judged anew.
 pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
 
@@ -533,5 +567,7 @@ const _: () = {
     assert!(size_of::<Translated>() == 24);
     assert!(size_of::<Arriving>() == 100);
     assert!(size_of::<ToldKey>() == 16);
+    assert!(size_of::<FailingKey>() == 24);
+    assert!(size_of::<FailingEntry>() == 16);
     assert!(size_of::<crate::Event>() == 96);
 };

@@ -18,6 +18,7 @@ use reeve_common::{
 use crate::{
     address::{self, field, is_loopback, is_mapped, is_unspecified, to_words},
     event::{Connection, Outcome, count_verdict, report},
+    failing,
     judge::{self, is_reeve, is_unknown},
     maps::{NAMESPACES, set_tag, settings, tag},
     packet::{is_reeves_port, port},
@@ -177,6 +178,10 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
                 return REFUSE;
             }
             return PROCEED;
+        }
+        if let Some(failure) = failing::fail(&connection) {
+            report(&connection, failure);
+            return REFUSE;
         }
         remembered.flags |= TAG_REDIRECTED;
     } else if connection.protocol == protocol::TCP && is_unspecified(&source) {

@@ -10,9 +10,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use reeve_common::{
-    Address, Arriving, COUNTER_SLOTS, Event, Flow, FlowEntry, FlowKey, FlowSlot, LocalAddressEntry,
-    NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey, PeerPortKey, Settings, SocketTag,
-    ToldKey, Translated, VerdictEntry, VerdictKey, WorkloadEntry, WorkloadId,
+    Address, Arriving, COUNTER_SLOTS, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
+    FlowSlot, LocalAddressEntry, NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey,
+    PeerPortKey, Settings, SocketTag, ToldKey, Translated, VerdictEntry, VerdictKey, WorkloadEntry,
+    WorkloadId,
 };
 
 use crate::{address::field, parse::Packet};
@@ -104,6 +105,13 @@ const TOLD_SOCKETS: usize = 1024;
 
 #[btf_map]
 pub static TOLD: LruHashMap<ToldKey, u32, TOLD_SOCKETS> = LruHashMap::new();
+
+/// More destinations than fail for all workloads of a node at one moment; one that pushes out another
+/// costs it a connection that is reset.
+const FAILING_DESTINATIONS: usize = 4096;
+
+#[btf_map]
+pub static FAILING: LruHashMap<FailingKey, FailingEntry, FAILING_DESTINATIONS> = LruHashMap::new();
 
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { COUNTER_SLOTS as usize }> = PerCpuArray::new();

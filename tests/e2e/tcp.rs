@@ -10,7 +10,7 @@ use harness::{Captured, Network, Node, Process, Workload, eventually};
 use serde_json::json;
 
 use crate::arrange::{
-    PORT, Pair, TCP, denials, fails_fast, is_denied, mapped, of, say, serve, tcp,
+    PORT, Pair, TCP, answers, denials, fails_fast, is_denied, mapped, of, say, send, serve, tcp,
 };
 
 const SECRET: &str = "nobody else needs to know";
@@ -238,6 +238,41 @@ fn a_server_that_does_not_listen_shows_as_a_reset() {
         pair.server.addresses().port4(PORT),
         "and then it does",
     );
+}
+
+#[test]
+fn a_far_end_that_is_down_fails_at_connect_from_the_second_connection_on() {
+    let (pair, one, mut two) = Pair::started();
+    let try_it = |to: SocketAddr| send(&pair.client, to, &["--text", "hello"]).fails();
+    for to in [
+        pair.server.addresses().port4(PORT),
+        pair.server.addresses().port6(PORT),
+    ] {
+        is_reset(&pair.client, to);
+        eventually("connect() says that nobody listens", || {
+            try_it(to).contains("Connection refused")
+        });
+    }
+    let labels = [
+        ("verdict", "deny"),
+        ("direction", "egress"),
+        ("reason", "peer_failed"),
+    ];
+    one.wait_for_metric("reeve_verdicts_total", &labels, 2.0);
+
+    // It is found as soon as it is there, and then nothing fails any more.
+    let _echo = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT);
+    eventually("one has tried", || answers(&pair.client, to));
+    for number in 0..10 {
+        say(&pair.client, to, &number.to_string());
+    }
+
+    // The same for a node whose reeve is not there.
+    two.kill();
+    eventually("connect() says that nobody is there", || {
+        try_it(to).contains("Connection refused")
+    });
 }
 
 #[test]

@@ -8,7 +8,8 @@ use std::{
 
 use tokio::task::block_in_place;
 
-use super::{Control, reconcile::describe, revoke::monotonic_nanoseconds};
+use super::{Control, reconcile::describe};
+use crate::datapath::monotonic_nanoseconds;
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(60);

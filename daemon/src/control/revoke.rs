@@ -24,7 +24,7 @@ use tokio::task::block_in_place;
 use self::dry_runs::Standing;
 use super::{Control, desired, reconcile::describe};
 use crate::{
-    datapath::{self, KernelState, LiveSocket, Remembered, netns::Netns},
+    datapath::{self, KernelState, LiveSocket, Remembered, monotonic_nanoseconds, netns::Netns},
     policy::{Decision, Snapshot},
     workload::cgroup::CgroupTree,
 };
@@ -342,15 +342,4 @@ impl Plain {
 
 fn ip(address: &Address) -> IpAddr {
     Ipv6Addr::from(*address).to_canonical()
-}
-
-/// The kernel's clock for events and flows.
-pub(super) fn monotonic_nanoseconds() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
-    // The clock is there on every Linux; without it, everything is new.
-    now.map_or(0, |now| {
-        let seconds = u64::try_from(now.tv_sec()).unwrap_or_default();
-        let rest = u64::try_from(now.tv_nsec()).unwrap_or_default();
-        seconds * 1_000_000_000 + rest
-    })
 }

@@ -50,9 +50,10 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, Direction, Flow, FlowEntry, FlowKey, FlowSlot, LAYOUT_VERSION, NameDigest,
-    NamespaceEntry, NamespaceSource, Origin, SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER,
-    ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
+    Address, Direction, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey, FlowSlot,
+    LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, SocketTag, TAG_ONWARD,
+    TAG_REEVE, TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
+    protocol,
 };
 use tokio::sync::Notify;
 
@@ -138,6 +139,8 @@ pub struct Datapath {
     tags: OwnedFd,
     /// `TOLD`.
     told: Mutex<maps::HashMap<MapData, ToldKey, u32>>,
+    /// `FAILING`.
+    failing: Mutex<maps::HashMap<MapData, FailingKey, FailingEntry>>,
     /// Maps that only the programs fill, and their capacities.
     flows: (maps::HashMap<MapData, FlowSlot, Flow>, u32),
     onward: (maps::HashMap<MapData, FlowKey, FlowEntry>, u32),
@@ -223,6 +226,7 @@ impl Datapath {
             revoked: pinned_map(pins.folder(), "FLOWS")?,
             tags: pinned_map(pins.folder(), "SOCKETS")?,
             told: Mutex::new(take(&mut ebpf, "TOLD", |map| map.try_into())?.0),
+            failing: Mutex::new(take(&mut ebpf, "FAILING", |map| map.try_into())?.0),
             pins: Mutex::new(pins),
             ebpf: Mutex::new(ebpf),
             settings,
@@ -567,6 +571,12 @@ impl SocketStorage for Datapath {
         let tag = sys::of_socket::<SocketTag>(self.tags.as_fd(), socket);
         tag.is_ok_and(|tag| tag.is_some_and(|tag| tag.flags & TAG_WRONG_LISTENER != 0))
     }
+
+    fn set_failing(&self, destination: FailingKey, how: FailingEntry) -> io::Result<()> {
+        lock(&self.failing)
+            .insert(destination, how, 0)
+            .map_err(io::Error::other)
+    }
 }
 
 impl fmt::Debug for Datapath {
@@ -593,6 +603,18 @@ pub fn address(ip: IpAddr) -> Address {
         IpAddr::V4(ip) => ipv4_mapped(ip.octets()),
         IpAddr::V6(ip) => ip.octets(),
     }
+}
+
+/// The kernel's clock for events, flows and destinations that fail.
+#[must_use]
+pub fn monotonic_nanoseconds() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    // The clock is there on every Linux; without it, everything is new.
+    now.map_or(0, |now| {
+        let seconds = u64::try_from(now.tv_sec()).unwrap_or_default();
+        let rest = u64::try_from(now.tv_nsec()).unwrap_or_default();
+        seconds * 1_000_000_000 + rest
+    })
 }
 
 /// What a panicking thread left behind is whole: every step of an update is recorded when done.

@@ -1,7 +1,8 @@
 //! Sockets inside network namespaces for threads that may not enter one.
 //!
-//! Entering a namespace takes privileges that the tunnels' workers have given up, since they read
-//! what strangers send. A thread of its own opens the sockets and hands them over.
+//! Entering a namespace, and writing to a map, take privileges that the tunnels' workers have given up,
+//! since they read what strangers send. A thread of its own opens the sockets and hands them over, and
+//! writes what the workers find out of destinations.
 
 use std::{
     fmt, io,
@@ -11,14 +12,15 @@ use std::{
     thread,
 };
 
-use reeve_common::{Origin, WorkloadId};
+use reeve_common::{FailingEntry, FailingKey, Origin, WorkloadId};
 use socket2::{Domain, Socket};
 use tokio::sync::oneshot;
 
 use super::{control_congestion, netns::Netns};
 use crate::{config::CongestionControl, privileges::Confinement};
 
-/// What the daemon and the kernel programs tell each other of single sockets. It ends with the socket.
+/// What the daemon and the kernel programs tell each other of single connections. What is told of a
+/// socket ends with it.
 pub trait SocketStorage: fmt::Debug + Send + Sync {
     /// Where a connection that the outbound listener accepted was meant to go. None: reeve has not
     /// redirected it.
@@ -33,6 +35,12 @@ pub trait SocketStorage: fmt::Debug + Send + Sync {
     /// Whether the programs keep such a socket from its destination, since what listens there
     /// belongs to another workload, or to none. The socket itself gets no answer.
     fn met_wrong_listener(&self, socket: BorrowedFd<'_>) -> bool;
+
+    /// Has `connect()` to a destination fail at once, or no longer.
+    ///
+    /// # Errors
+    /// From the kernel.
+    fn set_failing(&self, destination: FailingKey, how: FailingEntry) -> io::Result<()>;
 }
 
 /// The thread that opens sockets. It ends with the last clone.
@@ -41,9 +49,16 @@ pub struct Sockets {
     requests: mpsc::Sender<Request>,
 }
 
+#[derive(Debug)]
+enum Request {
+    Open(Open),
+    /// [`SocketStorage::set_failing`].
+    SetFailing(FailingKey, FailingEntry),
+}
+
 /// What to open in a namespace, and whom to give it to.
 #[derive(Debug)]
-struct Request {
+struct Open {
     netns: Arc<Netns>,
     domain: Domain,
     wanted: Wanted,
@@ -77,7 +92,15 @@ impl Sockets {
                     tracing::warn!(%error, "the thread that opens sockets keeps its privileges");
                 }
                 for request in inbox {
-                    request.serve(congestion_control, &*storage);
+                    match request {
+                        Request::Open(open) => open.serve(congestion_control, &*storage),
+                        Request::SetFailing(destination, how) => {
+                            if let Err(error) = storage.set_failing(destination, how) {
+                                // Its connections are reset then, rather than refused.
+                                tracing::debug!(%error, "cannot write to the map FAILING");
+                            }
+                        }
+                    }
                 }
             })?;
         Ok(Self { requests })
@@ -107,6 +130,12 @@ impl Sockets {
             .await
     }
 
+    /// [`SocketStorage::set_failing`], some time soon.
+    pub fn set_failing(&self, destination: FailingKey, how: FailingEntry) {
+        // The thread ends with the daemon.
+        let _ = self.requests.send(Request::SetFailing(destination, how));
+    }
+
     async fn ask<T>(
         &self,
         netns: &Arc<Netns>,
@@ -114,20 +143,20 @@ impl Sockets {
         wanted: impl FnOnce(oneshot::Sender<io::Result<T>>) -> Wanted,
     ) -> io::Result<T> {
         let (answer, answered) = oneshot::channel();
-        let request = Request {
+        let request = Request::Open(Open {
             netns: netns.clone(),
             domain: Domain::for_address(to),
             wanted: wanted(answer),
-        };
+        });
         let gone = || io::Error::other("the thread that opens sockets has ended");
         self.requests.send(request).map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
 }
 
-// === impl Request ===
+// === impl Open ===
 
-impl Request {
+impl Open {
     /// Whoever asked may have given up: what is opened is closed then.
     fn serve(self, congestion_control: CongestionControl, storage: &dyn SocketStorage) {
         match self.wanted {

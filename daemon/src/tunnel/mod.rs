@@ -23,6 +23,7 @@ mod connection;
 mod copy;
 mod driver;
 mod error;
+mod failing;
 mod first;
 mod frames;
 mod inbound;

@@ -49,7 +49,14 @@ pub(super) async fn serve(
         id: Some(ConnectionId::new()),
     };
     let connected = match origin {
-        Some(origin) => connect(&worker, &netns, &mut call, &origin, &mut app).await,
+        Some(origin) => {
+            let connected = connect(&worker, &netns, &mut call, &origin, &mut app).await;
+            match &connected {
+                Ok(_) => worker.failing.stands(&origin),
+                Err(error) => worker.failing.failed(&origin, error),
+            }
+            connected
+        }
         None => Err(TunnelError::NoOrigin),
     };
     let (stream, sent, place) = match connected {

@@ -26,6 +26,7 @@ use super::{
     bounds::Bounds,
     connection::Connection,
     driver::End,
+    failing::Failing,
     link::{Link, Order},
     outbound,
     pool::Pool,
@@ -49,6 +50,7 @@ pub(super) struct Worker {
     pub(super) timeouts: Timeouts,
     pub(super) ports: Ports,
     pub(super) bounds: Arc<Bounds>,
+    pub(super) failing: Arc<Failing>,
     pub(super) pool: Pool,
     pub(super) stash: Rc<Stash>,
     pub(super) links: Rc<Registry<Link>>,
@@ -80,6 +82,7 @@ impl Worker {
         timeouts: Timeouts,
         ports: Ports,
         bounds: Arc<Bounds>,
+        failing: Arc<Failing>,
         sockets: Sockets,
     ) -> Rc<Self> {
         Rc::new(Self {
@@ -88,6 +91,7 @@ impl Worker {
             timeouts,
             ports,
             bounds,
+            failing,
             pool: Pool::default(),
             stash: Stash::new(sockets),
             links: Registry::new(),

@@ -33,6 +33,7 @@ use crate::{
 use super::{
     ServeError, Shared, StartError, TunnelStatus, TunnelsStatus,
     bounds::Bounds,
+    failing::Failing,
     sweep,
     worker::{Listeners, Worker},
 };
@@ -106,10 +107,12 @@ impl Tunnels {
         let bounds = Bounds::new(limits);
         let sockets = Sockets::start(confinement, congestion_control, shared.storage.clone())
             .map_err(StartError::Sockets)?;
+        let failing = Arc::new(Failing::new(sockets.clone()));
         let mut workers = Vec::new();
         for number in 0..worker_count(limits) {
             let (commands, inbox) = mpsc::unbounded_channel();
             let (shared, bounds) = (shared.clone(), bounds.clone());
+            let failing = failing.clone();
             let sockets = sockets.clone();
             let (limits, timeouts) = (*limits, *timeouts);
             let (ready, started) = std::sync::mpsc::sync_channel(1);
@@ -130,7 +133,8 @@ impl Tunnels {
                     };
                     let _ = ready.send(Ok(()));
                     runtime.block_on(async {
-                        let worker = Worker::new(shared, limits, timeouts, ports, bounds, sockets);
+                        let worker =
+                            Worker::new(shared, limits, timeouts, ports, bounds, failing, sockets);
                         work(worker, inbox).await;
                     });
                 })

@@ -6,12 +6,15 @@ use std::{
     os::fd::AsFd,
 };
 
-use reeve::datapath::SocketStorage as _;
+use reeve::datapath::{SocketStorage as _, monotonic_nanoseconds};
 use reeve_common::{
-    Action, Direction, EventKind, Hook, NAMESPACE_WITHOUT_V6, PEER_TUNNEL, Reason, protocol::TCP,
+    Action, Direction, EventKind, FailingEntry, FailingKey, Hook, NAMESPACE_WITHOUT_V6,
+    PEER_TUNNEL, Reason, WorkloadId, protocol::TCP,
 };
 
 use crate::world::{CLASS, MOMENT, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
+
+const OTHER: WorkloadId = WORKLOAD + 1;
 
 #[test]
 fn who_is_not_enrolled_may_do_everything() {
@@ -198,6 +201,66 @@ fn a_tunnel_is_refused_without_a_listener() {
     let to = world.there.port4(80);
     assert_refused(world.as_workload(|| TcpStream::connect(to)));
     world.verdict_event(Hook::Connect, false, Reason::NoListener);
+}
+
+#[test]
+fn a_destination_that_has_just_failed_fails_at_once_for_its_workload_until_one_tries() {
+    let mut world = World::enrolled();
+    let (id, depth) = (world.stranger.id(), world.stranger.depth());
+    world.add_workload(id, depth, OTHER);
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Protocol(TCP));
+    let (bits, mut key, entry) = world.state.tables.verdicts[0];
+    key.workload = OTHER;
+    world.state.tables.verdicts.push((bits, key, entry));
+    world.listening();
+    world.apply();
+    let _listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+
+    for to in [world.there.port4(80), world.there.port6(80)] {
+        let key = FailingKey {
+            remote: reeve::datapath::address(to.ip()),
+            workload: WORKLOAD,
+            remote_port: 80,
+            reserved: 0,
+        };
+        let fails_until = |until| {
+            let how = FailingEntry {
+                until,
+                error: libc::ECONNREFUSED.unsigned_abs(),
+                reason: Reason::PeerFailed as u32,
+            };
+            world.datapath().set_failing(key, how).unwrap();
+        };
+        let connect = || world.as_workload(|| TcpStream::connect(to));
+        let kind = || connect().unwrap_err().kind();
+        let now = monotonic_nanoseconds();
+        fails_until(now + 60_000_000_000);
+        assert_eq!(kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(kind(), ErrorKind::ConnectionRefused);
+        // Nobody else's, and nowhere else.
+        let of_other = || TcpStream::connect(to);
+        world.here.run(&world.stranger, of_other).unwrap();
+        let elsewhere = SocketAddr::new(to.ip(), 81);
+        world.as_workload(|| TcpStream::connect(elsewhere)).unwrap();
+        // One tries, once the time is over; others fail meanwhile.
+        fails_until(now);
+        connect().unwrap();
+        assert_eq!(kind(), ErrorKind::ConnectionRefused);
+        // It serves again.
+        world
+            .datapath()
+            .set_failing(key, FailingEntry::default())
+            .unwrap();
+        connect().unwrap();
+        // What nobody has tried for long is forgotten.
+        fails_until(1);
+        connect().unwrap();
+        connect().unwrap();
+    }
+    let failed = world.count(Direction::Egress, false, Reason::PeerFailed);
+    assert_eq!(failed, 6, "each is counted");
+    world.verdict_event(Hook::Connect, false, Reason::PeerFailed);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use h2::{RecvStream, SendStream, client::ResponseFuture};
 use http::{Request, Response};
-use reeve_common::{Origin, WorkloadId};
+use reeve_common::{FailingEntry, FailingKey, Origin, WorkloadId};
 use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -44,6 +44,7 @@ use crate::{
         connection::{Call, Connection, Parties, Would},
         copy::copy,
         driver::{Driver, Incoming, sending},
+        failing::Failing,
         frames::FrameMeter,
         link::{Ends, Link, Proven},
         registry::Registered,
@@ -88,6 +89,10 @@ impl SocketStorage for Table {
 
     fn met_wrong_listener(&self, _: BorrowedFd<'_>) -> bool {
         false
+    }
+
+    fn set_failing(&self, _: FailingKey, _: FailingEntry) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -189,18 +194,20 @@ pub(super) fn worker(
         metrics,
         proofs: true,
     };
+    let sockets = Sockets::start(
+        Confinement::default(),
+        CongestionControl::default(),
+        Arc::new(Table::default()),
+    )
+    .unwrap();
     Worker::new(
         shared,
         limits,
         timeouts,
         Ports::default(),
         Bounds::new(&limits),
-        Sockets::start(
-            Confinement::default(),
-            CongestionControl::default(),
-            Arc::new(Table::default()),
-        )
-        .unwrap(),
+        Arc::new(Failing::new(sockets.clone())),
+        sockets,
     )
 }
 
