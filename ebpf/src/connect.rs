@@ -10,9 +10,9 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Direction, Hook, NAMESPACE_LISTENING, NAMESPACE_WITHOUT_V4, NAMESPACE_WITHOUT_V6,
-    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, Settings, SocketTag, TAG_ALLOWED,
-    TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE, UNKNOWN_WORKLOAD, WorkloadEntry,
-    WorkloadId, ipv4_mapped, protocol,
+    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, SocketTag, TAG_ALLOWED, TAG_DIRECTION,
+    TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE, UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId,
+    ipv4_mapped, protocol,
 };
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     failing,
     judge::{self, is_reeve, is_unknown},
-    maps::{NAMESPACES, set_tag, settings, tag},
+    maps::{NAMESPACES, Settings, set_tag, settings, tag},
     packet::{is_reeves_port, port},
 };
 

@@ -172,14 +172,13 @@ pub fn count_verdict(direction: u8, outcome: Outcome) {
 fn log(connection: &Connection, outcome: Outcome) {
     debug!(
         (),
-        "hook {} workload {} port {} remote {:i} port {} protocol {} direction {} allowed {} reason {} rule {}",
+        "hook {} workload {} port {} remote {:i} port {} protocol {} allowed {} reason {} rule {}",
         connection.hook,
         connection.workload,
         connection.local_port,
         connection.remote,
         connection.remote_port,
         connection.protocol,
-        connection.direction,
         u8::from(outcome.allowed()),
         outcome.reason(),
         connection.rule

@@ -5,15 +5,14 @@ use core::hint::black_box;
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use reeve_common::{
-    Direction, FLOW_IDLE_NANOSECONDS, FLOW_WAYS, Flow, FlowSlot, Reason, Settings, WorkloadId,
-    protocol,
+    Direction, FLOW_IDLE_NANOSECONDS, FLOW_WAYS, Flow, FlowSlot, Reason, WorkloadId, protocol,
 };
 
 use crate::{
     address::to_words,
     event::{Connection, Outcome, report},
     judge::judge,
-    maps::{FLOW_SETS, FLOWS},
+    maps::{FLOW_SETS, FLOWS, Settings},
 };
 
 /// How old `last_seen` may be before it is written again: a busy flow's entry then stays in every

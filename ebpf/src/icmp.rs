@@ -4,13 +4,14 @@
 use aya_ebpf::{
     bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes, programs::SkBuffContext,
 };
-use reeve_common::{Address, Direction, Hook, Settings, WorkloadId, ipv4_mapped, protocol};
+use reeve_common::{Address, Direction, Hook, WorkloadId, ipv4_mapped, protocol};
 
 use crate::{
     connect::LOCALHOST_V6,
     event::Connection,
     flow,
     judge::{is_unknown, judge},
+    maps::Settings,
     packet::{Subject, flow},
     parse::{Packet, has_ports},
     segment,

@@ -9,8 +9,8 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id},
 };
 use reeve_common::{
-    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, PEER_BY_PORT, PEER_NO_ROOM, PEER_TUNNEL,
-    PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
+    Action, Address, Direction, DryRun, MAX_CGROUP_DEPTH, NO_WORKLOAD, PEER_BY_PORT, PEER_NO_ROOM,
+    PEER_TUNNEL, PeerEntry, PeerPortKey, Reason, VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey,
     WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key, protocol,
 };
 
@@ -75,17 +75,42 @@ fn deepest(depths: u32, ancestor: impl Fn(i32) -> u64) -> Option<WorkloadEntry> 
 /// The workload that alone has this address on the node.
 #[inline(always)]
 pub fn workload_at(address: &Address) -> Option<WorkloadId> {
-    if is_like_a_key(address) {
-        return None;
+    match owner_of(address, NO_WORKLOAD) {
+        NO_WORKLOAD => None,
+        owner => Some(owner),
     }
-    workload_with(address)
 }
 
-/// The same by a key, that of [`link_local_key`] for an address that means something on its link only.
+/// The same, or none of them. Of an address that means something on its link only: `workload`, if it has
+/// one like it.
+///
+/// The work is in a function that the verifier looks at once, see [`judge`]: a packet is asked this
+/// several times.
 #[inline(always)]
-fn workload_with(key: &Address) -> Option<WorkloadId> {
+fn owner_of(address: &Address, workload: WorkloadId) -> WorkloadId {
+    // SAFETY: a reference is never null.
+    unsafe { reeve_owner_of(address, workload) }
+}
+
+/// # Safety
+///
+/// `address` is null or may be read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn reeve_owner_of(address: *const Address, workload: WorkloadId) -> WorkloadId {
+    // SAFETY: as the caller promises.
+    let Some(address) = (unsafe { address.as_ref() }) else {
+        return NO_WORKLOAD;
+    };
+    let key = match link_local_key(address, workload) {
+        Some(key) => key,
+        None if is_like_a_key(address) => return NO_WORKLOAD,
+        None => *address,
+    };
     // SAFETY: as in `deepest`.
-    unsafe { LOCAL_ADDRESSES.get(key) }.copied()
+    unsafe { LOCAL_ADDRESSES.get(&key) }
+        .copied()
+        .unwrap_or(NO_WORKLOAD)
 }
 
 /// Whether an address looks like the key of a link-local one, which has a workload's number where such
@@ -99,17 +124,9 @@ fn is_like_a_key(address: &Address) -> bool {
 }
 
 /// Whether an address is the workload's: one of its own, or loopback's.
-///
-/// A function of its own, for the key not to lie on the caller's stack.
 #[inline(never)]
 pub fn is_own(address: &Address, workload: WorkloadId) -> bool {
-    if is_loopback(address) {
-        return true;
-    }
-    match link_local_key(address, workload) {
-        Some(key) => workload_with(&key) == Some(workload),
-        None => workload_at(address) == Some(workload),
-    }
+    is_loopback(address) || (workload != NO_WORKLOAD && owner_of(address, workload) == workload)
 }
 
 /// Whether a source address may lead back to the workload alone: it is one of its own, or the
@@ -133,14 +150,10 @@ pub fn is_forged(
     workload: WorkloadId,
     namespace_owner: impl FnOnce() -> WorkloadId,
 ) -> bool {
-    let owner = match link_local_key(source, workload) {
-        Some(key) => workload_with(&key),
-        None => workload_at(source),
-    };
-    match owner {
-        Some(owner) => owner != workload,
+    match owner_of(source, workload) {
         // Without an address, as who asks for one by DHCP has none, nobody can be answered.
-        None => !is_unspecified(source) && namespace_owner() == workload,
+        NO_WORKLOAD => !is_unspecified(source) && namespace_owner() == workload,
+        owner => owner != workload,
     }
 }
 

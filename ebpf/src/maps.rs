@@ -12,7 +12,7 @@ use aya_ebpf::{
 use reeve_common::{
     Address, Arriving, COUNTER_SLOTS, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
     FlowSlot, LocalAddressEntry, NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey,
-    PeerPortKey, Settings, SocketTag, ToldKey, Translated, VerdictEntry, VerdictKey, WorkloadEntry,
+    PeerPortKey, SocketTag, ToldKey, Translated, VerdictEntry, VerdictKey, WorkloadEntry,
     WorkloadId,
 };
 
@@ -52,7 +52,7 @@ const PAGE: usize = 4096;
 const GROWING: usize = BPF_F_NO_PREALLOC as usize;
 
 #[btf_map]
-pub static SETTINGS: Array<Settings, 1> = Array::new();
+pub static SETTINGS: Array<reeve_common::Settings, 1> = Array::new();
 
 /// For the daemon alone.
 #[btf_map]
@@ -126,6 +126,15 @@ const TELLING_WORKLOADS: usize = 4096;
 #[btf_map]
 pub static LAST_TOLD: LruHashMap<WorkloadId, u64, TELLING_WORKLOADS> = LruHashMap::new();
 
+/// What the programs read of [`reeve_common::Settings`]; the rest would lie on their stacks.
+pub struct Settings {
+    pub generation: u32,
+    pub cgroup_depths: u32,
+    pub outbound_port: u16,
+    pub tunnel_port: u16,
+    pub flow_seed: u32,
+}
+
 /// The settings, as they are at this moment; there are always some, so none is a doubt.
 ///
 /// A copy: a verdict is remembered with the generation that was in force before it was asked for,
@@ -136,12 +145,10 @@ pub fn settings() -> Option<Settings> {
     // SAFETY: the kernel keeps the one entry of the array for as long as there are programs.
     unsafe {
         Some(Settings {
-            layout_version: 0,
             generation: field(&raw const (*settings).generation),
             cgroup_depths: field(&raw const (*settings).cgroup_depths),
             outbound_port: field(&raw const (*settings).outbound_port),
             tunnel_port: field(&raw const (*settings).tunnel_port),
-            next_id: 0,
             flow_seed: field(&raw const (*settings).flow_seed),
         })
     }

@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use reeve_common::{
-    Address, Direction, Hook, NO_WORKLOAD, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_LOCAL,
+    Address, Direction, Hook, NO_WORKLOAD, Reason, SocketTag, TAG_ALLOWED, TAG_LOCAL,
     TAG_REDIRECTED, TAG_REEVE, TAG_TUNNELLED, UNKNOWN_WORKLOAD, WORKLOAD_UNKNOWN, WorkloadEntry,
     WorkloadId, protocol,
 };
@@ -22,7 +22,7 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     flow, icmp,
     judge::{self, is_reeve, is_unknown},
-    maps::{set_tag, settings, tag},
+    maps::{Settings, set_tag, settings, tag},
     namespace,
     parse::{Packet, RST, has_ports, is_plain, parse},
     segment,

@@ -5,14 +5,14 @@ use aya_ebpf::{
     helpers::generated::bpf_get_socket_cookie,
 };
 use reeve_common::{
-    Direction, Hook, Reason, Settings, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
+    Direction, Hook, Reason, TAG_ALLOWED, TAG_DIRECTION, TAG_TUNNELLED, ToldKey, protocol,
 };
 
 use crate::{
     event::{Connection, Outcome, report},
     flow,
     judge::{is_unknown, judge},
-    maps::{ARRIVING, TOLD, tag},
+    maps::{ARRIVING, Settings, TOLD, tag},
     packet::{Subject, is_on_loopback, port, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
 };

@@ -14,15 +14,15 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Direction, FlowEntry, FlowKey, Hook, LOCAL_CONGESTION_CONTROL, NO_WORKLOAD, Reason,
-    Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD, TAG_REDIRECTED,
-    TAG_REEVE, TAG_TUNNELLED, protocol,
+    SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_LOCAL, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE,
+    TAG_TUNNELLED, protocol,
 };
 
 use crate::{
     address::{self, field},
     event::{Connection, Outcome, report, report_closed},
     judge::judge,
-    maps::{ARRIVING, ONWARD, set_origin, set_tag, settings, tag},
+    maps::{ARRIVING, ONWARD, Settings, set_origin, set_tag, settings, tag},
 };
 
 #[sock_ops]

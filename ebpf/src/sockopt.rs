@@ -11,16 +11,14 @@ use aya_ebpf::{
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
-use reeve_common::{
-    Direction, Hook, NO_WORKLOAD, Reason, Settings, WorkloadEntry, ipv4_mapped, protocol,
-};
+use reeve_common::{Direction, Hook, NO_WORKLOAD, Reason, WorkloadEntry, ipv4_mapped, protocol};
 
 use crate::{
     address::field,
     connect::{PROCEED, REFUSE, STREAM, adopt_used},
     event::{Connection, Outcome, report},
     judge::{self, is_reeve, is_unknown, judge},
-    maps::{NAMESPACES, settings},
+    maps::{NAMESPACES, Settings, settings},
 };
 
 /// `IPPROTO_IP` and `IPPROTO_IPV6`, as levels of options.

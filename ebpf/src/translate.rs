@@ -7,15 +7,15 @@
 
 use aya_ebpf::bindings::{__sk_buff, bpf_sock};
 use reeve_common::{
-    Address, Direction, Reason, Settings, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_REDIRECTED,
-    Translated, WorkloadId, protocol,
+    Address, Direction, Reason, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_REDIRECTED, Translated,
+    WorkloadId, protocol,
 };
 
 use crate::{
     address::{self, field, to_words},
     event::{Connection, Outcome, report},
     judge::{self, is_unknown},
-    maps::{set_translated, tag, translated},
+    maps::{Settings, set_translated, tag, translated},
     packet::{Subject, port},
     parse::{self, Packet},
     segment,
