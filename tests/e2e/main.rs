@@ -35,6 +35,7 @@ mod hbone_itself;
 mod health;
 mod image;
 mod interoperation;
+mod metrics_port;
 mod network_policy;
 mod no_way_round;
 mod observe;

@@ -48,6 +48,8 @@ pub struct Daemon {
     pub(super) view: ArcSwap<View>,
     /// Why what is enforced would not outlive the daemon.
     pub(super) not_pinned: ArcSwapOption<String>,
+    /// Why the metrics endpoint does not answer.
+    pub(super) no_metrics: ArcSwapOption<String>,
     /// Settings of the file that this daemon was not started with.
     pub(super) restart_needed: ArcSwap<RestartNeeded>,
     /// Another daemon takes over, and writes the kernel's maps.
@@ -116,6 +118,7 @@ impl Daemon {
             reloads: Mutex::new(Some(reloads)),
             view: ArcSwap::from_pointee(starting),
             not_pinned: ArcSwapOption::empty(),
+            no_metrics: ArcSwapOption::empty(),
             restart_needed: ArcSwap::default(),
             kernel_is_anothers: AtomicBool::new(false),
             is_service: AtomicBool::new(true),
@@ -132,6 +135,7 @@ impl Daemon {
         let view = self.view.load();
         let mut missing = view.problems.clone();
         missing.extend(self.not_pinned.load().as_deref().cloned());
+        missing.extend(self.no_metrics.load().as_deref().cloned());
         if view.draining.is_some() {
             missing.push("the daemon is shutting down".to_owned());
         }

@@ -1,8 +1,18 @@
 //! Where others ask: the metrics endpoint and the admin socket.
+//!
+//! Any process may take a port above 1023, also while reeve is restarted. So a metrics endpoint whose
+//! address is taken, or not there yet, keeps the daemon from being ready and from nothing else: it is
+//! tried again until it is there.
 
-use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use super::{Daemon, RunError};
+use super::{Daemon, RunError, port_holder::Holder};
 use crate::{
     admin::{AdminServing, AdminSocket},
     config::Config,
@@ -10,10 +20,17 @@ use crate::{
     telemetry::{HttpServer, HttpServing, Metrics, Told},
 };
 
+/// Between two attempts to listen at the metrics endpoint's address.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// Between two looks for who has that address, which read all of `/proc`.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
 /// Both, bound, and served once it is said who answers.
 #[derive(Debug)]
 pub struct Endpoints {
     http: Option<(SocketAddr, HttpServer)>,
+    /// The metrics endpoint, while its address cannot be listened on.
+    waiting: Option<Waiting>,
     admin: Option<AdminSocket>,
     /// The same sockets, for a daemon that takes over.
     shared: Vec<OwnedFd>,
@@ -21,11 +38,26 @@ pub struct Endpoints {
     admin_serving: Option<AdminServing>,
 }
 
+/// A metrics endpoint whose address is taken, or not there yet.
+#[derive(Debug)]
+struct Waiting {
+    address: SocketAddr,
+    metrics: Metrics,
+    told: Told,
+    /// When to try again.
+    next: Instant,
+    /// When to look again for who has the address.
+    next_look: Instant,
+    /// Why it cannot be listened on, in a sentence for readiness.
+    why: Arc<String>,
+}
+
 // === impl Endpoints ===
 
 impl Endpoints {
     /// Binds them, or takes over those of the daemon before. Called in the runtime in which
-    /// metrics are to be gathered, and commands to be answered.
+    /// metrics are to be gathered, and commands to be answered. A metrics endpoint whose address
+    /// another process has is [tried again](Self::try_again).
     ///
     /// # Errors
     /// When another daemon has them, or from the kernel.
@@ -35,30 +67,54 @@ impl Endpoints {
         metrics: Metrics,
         told: Told,
     ) -> Result<Self, RunError> {
-        let mut shared = Vec::new();
-        let mut http = None;
-        if let Some(address) = config.metrics.address {
-            let bound = match inherited.metrics.take() {
-                Some(listener) => HttpServer::adopt(listener, metrics, told),
-                None => HttpServer::bind(address, metrics, told),
-            };
-            let bound = bound.map_err(|source| RunError::Http { address, source })?;
-            shared.extend(bound.share());
-            http = Some((address, bound));
-        }
+        // By the admin socket a second daemon is told first.
         let path = &config.admin.socket;
         let admin = match inherited.admin.take() {
             Some(listener) => AdminSocket::adopt(listener, path)?,
             None => AdminSocket::bind(path)?,
         };
-        shared.push(admin.share()?);
-        Ok(Self {
-            http,
+        let mut endpoints = Self {
+            http: None,
+            waiting: None,
+            shared: vec![admin.share()?],
             admin: Some(admin),
-            shared,
             http_serving: None,
             admin_serving: None,
-        })
+        };
+        let Some(address) = config.metrics.address else {
+            return Ok(endpoints);
+        };
+        let bound = match inherited.metrics.take() {
+            Some(listener) => HttpServer::adopt(listener, metrics.clone(), told.clone()),
+            None => HttpServer::bind(address, metrics.clone(), told.clone()),
+        };
+        match bound {
+            Ok(http) => endpoints.keep(address, http),
+            Err(source) if passes(&source) => {
+                let holder = Holder::of(address);
+                if let Some(process) = holder.as_ref().and_then(Holder::other_reeve) {
+                    return Err(RunError::OtherReeve { address, process });
+                }
+                let why = Arc::new(explain(address, &source, holder.as_ref()));
+                tracing::error!("{why}");
+                let now = Instant::now();
+                endpoints.waiting = Some(Waiting {
+                    address,
+                    metrics,
+                    told,
+                    next: now + TRY_AGAIN,
+                    next_look: now + LOOK_AGAIN,
+                    why,
+                });
+            }
+            Err(source) => return Err(RunError::Http { address, source }),
+        }
+        Ok(endpoints)
+    }
+
+    fn keep(&mut self, address: SocketAddr, http: HttpServer) {
+        self.shared.extend(http.share());
+        self.http = Some((address, http));
     }
 
     /// Begins to answer.
@@ -66,14 +122,63 @@ impl Endpoints {
     /// # Errors
     /// When one of them cannot be served.
     pub fn serve(&mut self, daemon: &Arc<Daemon>) -> Result<(), RunError> {
+        self.serve_http(daemon)?;
         let confinement = daemon.config.load().sandbox;
+        if let Some(admin) = self.admin.take() {
+            self.admin_serving = Some(admin.start(daemon.clone(), confinement)?);
+        }
+        Ok(())
+    }
+
+    fn serve_http(&mut self, daemon: &Daemon) -> Result<(), RunError> {
         if let Some((address, http)) = self.http.take() {
-            let serving = http.start(confinement);
+            let serving = http.start(daemon.config.load().sandbox);
             let serving = serving.map_err(|source| RunError::Http { address, source })?;
             self.http_serving = Some(serving);
         }
-        if let Some(admin) = self.admin.take() {
-            self.admin_serving = Some(admin.start(daemon.clone(), confinement)?);
+        Ok(())
+    }
+
+    /// When to [try again](Self::try_again), where the metrics endpoint's address cannot be listened on.
+    pub(super) fn tries_at(&self) -> Option<Instant> {
+        self.waiting.as_ref().map(|waiting| waiting.next)
+    }
+
+    /// Why the metrics endpoint does not answer.
+    pub(super) fn missing(&self) -> Option<Arc<String>> {
+        self.waiting.as_ref().map(|waiting| waiting.why.clone())
+    }
+
+    /// Tries again to listen at the metrics endpoint's address, and answers there where the admin
+    /// socket is answered already. Called in the runtime in which metrics are to be gathered. Blocks.
+    ///
+    /// # Errors
+    /// When it listens and cannot be served.
+    pub(super) fn try_again(&mut self, daemon: &Daemon) -> Result<(), RunError> {
+        let Some(mut waiting) = self.waiting.take() else {
+            return Ok(());
+        };
+        let (address, now) = (waiting.address, Instant::now());
+        match HttpServer::bind(address, waiting.metrics.clone(), waiting.told.clone()) {
+            Ok(http) => {
+                tracing::info!(%address, "`metrics.address` is listened on now");
+                self.keep(address, http);
+                if self.admin_serving.is_some() {
+                    self.serve_http(daemon)?;
+                }
+            }
+            Err(error) => {
+                waiting.next = now + TRY_AGAIN;
+                if now >= waiting.next_look {
+                    waiting.next_look = now + LOOK_AGAIN;
+                    let why = explain(address, &error, Holder::of(address).as_ref());
+                    if *waiting.why != why {
+                        tracing::error!("{why}");
+                        waiting.why = Arc::new(why);
+                    }
+                }
+                self.waiting = Some(waiting);
+            }
         }
         Ok(())
     }
@@ -88,10 +193,45 @@ impl Endpoints {
 
     /// Leaves them to the daemon that has taken over.
     pub(super) fn leave(&mut self) {
+        self.waiting = None;
         self.http_serving = None;
         if let Some(serving) = self.admin_serving.take() {
             serving.leave();
         }
         self.shared.clear();
     }
+}
+
+/// Whether an address may be listened on later, for nothing but what others do: another process has
+/// it, or no device has it yet. Whatever else the kernel says is about the configuration or the
+/// daemon's rights, and is as it is until somebody changes these.
+fn passes(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+    )
+}
+
+fn explain(address: SocketAddr, error: &io::Error, holder: Option<&Holder>) -> String {
+    let advice = match (error.kind(), holder) {
+        (io::ErrorKind::AddrInUse, Some(holder)) => format!(
+            "{holder} has it, and answers there in reeve's place; end that process, or choose another \
+             address and restart reeve"
+        ),
+        (io::ErrorKind::AddrInUse, None) => {
+            "a process has bound it that cannot be found; end that \
+             process, or choose another address and restart reeve"
+                .to_owned()
+        }
+        (io::ErrorKind::AddrNotAvailable, _) => {
+            "no device of the host has this address; give it to \
+             one, or choose another address and restart reeve"
+                .to_owned()
+        }
+        _ => error.to_string(),
+    };
+    format!(
+        "`metrics.address` {address} cannot be listened on, and is tried every {} s: {advice}",
+        TRY_AGAIN.as_secs()
+    )
 }

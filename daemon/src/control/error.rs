@@ -38,12 +38,24 @@ pub enum RunError {
     #[error("the event loop cannot be started")]
     Runtime(#[source] io::Error),
     /// The metrics endpoint.
-    #[error("`metrics.address` {address} cannot be listened on: is another reeve running?")]
+    #[error(
+        "`metrics.address` {address} cannot be served; choose an address that this host has and this daemon may listen on (a port below 1024 takes CAP_NET_BIND_SERVICE)"
+    )]
     Http {
         /// Where it should listen.
         address: SocketAddr,
         /// From the kernel.
         source: io::Error,
+    },
+    /// Another reeve has the metrics endpoint.
+    #[error(
+        "another reeve (process {process}) has `metrics.address` {address}: stop it, or give this one another `metrics.address`, `admin.socket`, `node.bpffs` and `stateDir`, so that they do not write the same kernel maps"
+    )]
+    OtherReeve {
+        /// Where it listens.
+        address: SocketAddr,
+        /// The other daemon.
+        process: u32,
     },
     /// The admin socket.
     #[error(transparent)]

@@ -22,6 +22,7 @@ mod housekeeping;
 mod ids;
 mod own_cgroup;
 mod parents;
+mod port_holder;
 mod ports;
 mod process;
 mod reconcile;
@@ -176,6 +177,8 @@ enum Change {
     Bundles,
     Certificates,
     HostAddresses,
+    /// The metrics endpoint's address may be free now.
+    Endpoints,
     /// Something in a namespace of workloads.
     Namespaces,
     Retry,
@@ -231,6 +234,7 @@ impl Control {
         // Until this one has taken over, the service manager hears the other one.
         let is_service = parts.takeover.is_none();
         daemon.is_service.store(is_service, Ordering::Relaxed);
+        daemon.no_metrics.store(parts.endpoints.missing());
         Self {
             endpoints: parts.endpoints,
             succession: Succession::new(parts.takeover, &parts.inherited, parts.end_old_after),
@@ -329,6 +333,9 @@ impl Control {
             .retry_at
             .get_or_insert_with(|| Instant::now() + waits.retry);
         let looks_at = self.succession.looks_at();
+        // What is handed over has been said already.
+        let endpoints = self.endpoints.tries_at();
+        let endpoints = endpoints.filter(|_| !self.succession.frozen);
         tokio::select! {
             Ok(()) = self.rosters.changed() => Change::Roster,
             changed = self.discovery.changed() => match changed {
@@ -346,6 +353,7 @@ impl Control {
             Some(news) = self.succession.predecessors.news() => Change::Predecessor(news),
             Some(request) = self.succession.requests.recv() => Change::Request(request),
             () = at(looks_at) => Change::Unheard,
+            () = at(endpoints) => Change::Endpoints,
             () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
             () = sleep_until(again), if failed => Change::Retry,
             Some(answer) = waits.asked.recv() => Change::Asked(answer),
@@ -364,6 +372,7 @@ impl Control {
             }
             Change::Workloads | Change::HostAddresses => self.reconcile().await,
             Change::Namespaces => self.mend_namespaces(false).await,
+            Change::Endpoints => self.open_endpoints(),
             Change::Policies => {
                 let _ = self.reload_policies();
                 self.reconcile().await;
@@ -410,6 +419,20 @@ impl Control {
             | Change::Request(Request::Take { .. })
             | Change::RegistryEnded => {}
         }
+    }
+
+    /// Tries again to listen where metrics are told.
+    fn open_endpoints(&mut self) {
+        let daemon = self.daemon.clone();
+        let missing = match block_in_place(|| self.endpoints.try_again(&daemon)) {
+            Ok(()) => self.endpoints.missing(),
+            Err(error) => {
+                let why = reconcile::describe(&error);
+                tracing::error!("{why}");
+                Some(Arc::new(why))
+            }
+        };
+        daemon.no_metrics.store(missing);
     }
 
     async fn stop(&mut self, waits: &mut Waits) {

@@ -1,0 +1,213 @@
+//! Who holds a TCP port of the daemon's own network namespace: what an operator has to know when
+//! `metrics.address` is taken.
+
+use std::{
+    fmt, fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// The kernel's sockets of this thread's network namespace (proc_net(5)).
+const TABLES: [&str; 2] = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
+/// State of a socket that listens, as it stands in these tables.
+const LISTENS: &str = "0A";
+
+/// The owner of a socket that keeps an address from being bound.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Holder {
+    /// Number of the user who made the socket.
+    user: u32,
+    /// A process that has it open.
+    process: Option<Process>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Process {
+    id: u32,
+    name: String,
+}
+
+/// A line of the kernel's table.
+#[derive(Debug, PartialEq, Eq)]
+struct Entry {
+    local: SocketAddr,
+    listens: bool,
+    user: u32,
+    inode: u64,
+}
+
+// === impl Holder ===
+
+impl Holder {
+    /// Finds the holder of an address. None where no socket of the table explains it: the table lacks
+    /// sockets that are bound and neither listen nor are connected. Reads `/proc`.
+    pub(super) fn of(address: SocketAddr) -> Option<Self> {
+        let tables = TABLES.map(|file| fs::read_to_string(file).unwrap_or_default());
+        let entries = tables.iter().flat_map(|table| table.lines().skip(1));
+        let entry = entries
+            .filter_map(Entry::parse)
+            .filter(|entry| entry.inode != 0 && entry.keeps_from(address))
+            .max_by_key(|entry| entry.listens)?;
+        Some(Self {
+            user: entry.user,
+            process: Process::with_socket(entry.inode),
+        })
+    }
+
+    /// The process, if it is another reeve of root's, or of this one's user: the same program, so that
+    /// no container is taken for it.
+    pub(super) fn other_reeve(&self) -> Option<u32> {
+        let process = self.process.as_ref()?;
+        let program = |of: &str| {
+            let metadata = fs::metadata(format!("/proc/{of}/exe")).ok()?;
+            Some((metadata.dev(), metadata.ino()))
+        };
+        let own = program("self")?;
+        let is_ours = [0, nix::unistd::geteuid().as_raw()].contains(&self.user);
+        let is_reeve = is_ours && program(&process.id.to_string()) == Some(own);
+        (is_reeve && process.id != std::process::id()).then_some(process.id)
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.process {
+            Some(Process { id, name }) => {
+                // A process gives itself whatever name it likes.
+                write!(f, "process {id} ({})", name.escape_default())?;
+            }
+            None => write!(f, "an unknown process")?,
+        }
+        write!(f, " of user {}", self.user)
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn parse(line: &str) -> Option<Self> {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        Some(Self {
+            local: parse_address(fields.get(1)?)?,
+            listens: *fields.get(3)? == LISTENS,
+            user: fields.get(7)?.parse().ok()?,
+            inode: fields.get(9)?.parse().ok()?,
+        })
+    }
+
+    /// Whether this socket may be what keeps an address from being bound.
+    fn keeps_from(&self, address: SocketAddr) -> bool {
+        let [own, wanted] = [self.local, address].map(|at| at.ip().to_canonical());
+        let overlap = own == wanted || own.is_unspecified() || wanted.is_unspecified();
+        self.local.port() == address.port() && overlap
+    }
+}
+
+/// An address of the table: hexadecimal words in this machine's order of bytes, and the port.
+fn parse_address(text: &str) -> Option<SocketAddr> {
+    let (ip, port) = text.split_once(':')?;
+    let word = |at: usize| {
+        let digits = ip.get(at * 8..(at + 1) * 8)?;
+        Some(u32::from_str_radix(digits, 16).ok()?.to_ne_bytes())
+    };
+    let ip: IpAddr = match ip.len() {
+        8 => Ipv4Addr::from(word(0)?).into(),
+        32 => {
+            let words = [word(0)?, word(1)?, word(2)?, word(3)?].concat();
+            Ipv6Addr::from(<[u8; 16]>::try_from(words).ok()?).into()
+        }
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
+}
+
+// === impl Process ===
+
+impl Process {
+    /// A process that has the socket with this inode open.
+    fn with_socket(inode: u64) -> Option<Self> {
+        let link = PathBuf::from(format!("socket:[{inode}]"));
+        let id = fs::read_dir("/proc")
+            .ok()?
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+            .find(|id| has_open(*id, &link))?;
+        let name = fs::read_to_string(format!("/proc/{id}/comm")).unwrap_or_default();
+        let name = name.trim_end().to_owned();
+        Some(Self { id, name })
+    }
+}
+
+fn has_open(process: u32, wanted: &Path) -> bool {
+    // One that has ended meanwhile has nothing open.
+    let files = fs::read_dir(format!("/proc/{process}/fd"));
+    files.is_ok_and(|files| {
+        files
+            .flatten()
+            .any(|file| fs::read_link(file.path()).is_ok_and(|link| link == wanted))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn the_holder_of_a_port_is_found_in_either_family() {
+        for ip in ["127.0.0.1", "::1", "0.0.0.0", "::"] {
+            let listener = TcpListener::bind((ip.parse::<IpAddr>().unwrap(), 0)).unwrap();
+            let address = listener.local_addr().unwrap();
+            let holder = Holder::of(address).unwrap();
+            let process = holder.process.clone().unwrap();
+            assert_eq!(process.id, std::process::id(), "{ip}");
+            assert_eq!(holder.user, nix::unistd::geteuid().as_raw());
+            // It is this very process, and so no other reeve.
+            assert_eq!(holder.other_reeve(), None);
+            drop(listener);
+            assert_eq!(Holder::of(address), None, "{ip}");
+        }
+    }
+
+    #[test]
+    fn a_listener_goes_before_its_connections_and_whatever_is_bound_elsewhere_does_not_count() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let _client = TcpStream::connect(address).unwrap();
+        let (_server, _) = listener.accept().unwrap();
+        assert!(Holder::of(address).is_some());
+        let entry = |local: &str| Entry {
+            local: local.parse().unwrap(),
+            listens: true,
+            user: 0,
+            inode: 1,
+        };
+        let wanted = "127.0.0.1:15020".parse().unwrap();
+        for keeps in [
+            "127.0.0.1:15020",
+            "0.0.0.0:15020",
+            "[::]:15020",
+            "[::ffff:127.0.0.1]:15020",
+        ] {
+            assert!(entry(keeps).keeps_from(wanted), "{keeps}");
+        }
+        for other in ["127.0.0.2:15020", "127.0.0.1:15021", "[::1]:15020"] {
+            assert!(!entry(other).keeps_from(wanted), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_a_process_gives_itself_breaks_no_line() {
+        let holder = Holder {
+            user: 1000,
+            process: Some(Process {
+                id: 7,
+                name: "a\nb".into(),
+            }),
+        };
+        assert_eq!(holder.to_string(), r"process 7 (a\nb) of user 1000");
+        assert_eq!(Entry::parse("  sl  local_address rem_address"), None);
+    }
+}
