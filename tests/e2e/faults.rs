@@ -1,11 +1,21 @@
 //! Faults, made for real: what happens is what docs/faults.md says.
 
-use std::{fs, net::SocketAddr, process::Command, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use harness::{Cut, CutPlan, Daemon, Patience, Process, Workload, eventually};
 use serde_json::json;
 
-use crate::arrange::{PORT, Pair, Probe, TCP, is_denied, of, quickly, say, send, serve};
+use crate::arrange::{
+    PORT, Pair, Probe, TCP, is_denied, of, quickly, say, send, serve, start_sending,
+};
+
+/// Where tunnels are opened, by default.
+const TUNNEL_PORT: u16 = 15008;
 
 // === floods ===
 
@@ -44,6 +54,67 @@ fn a_flood_of_one_workload_leaves_room_for_the_others() {
             .status
             .success()
     });
+}
+
+#[test]
+fn peers_that_stay_silent_keep_no_other_workload_from_opening_tunnels() {
+    const HANDSHAKES: usize = 4;
+    const PATIENCE: Duration = Duration::from_secs(12);
+    let pair = Pair::new();
+    let (other, silent) = (pair.one.pod("other"), pair.two.pod("silent"));
+    // Each address of a network takes connections and says nothing.
+    let here = ["ip", "route", "add", "local", "10.78.0.0/24", "dev", "lo"];
+    silent.exec(here).ok();
+    let via = silent.addresses().v4.to_string();
+    let there = ["ip", "route", "add", "10.78.0.0/24", "via", &via];
+    pair.client.exec(there).ok();
+    let hold = serve(&silent, TUNNEL_PORT, &["--mode", "hold"]);
+    let calls = of(&pair.client)
+        .calls(&pair.server, TCP)
+        .calls(&silent, TCP);
+    let one = pair
+        .at_one()
+        .policy(&calls.text())
+        .peer_with(
+            &silent,
+            json!({"addresses": ["10.78.0.0/24"], "tunnel": true}),
+        )
+        .enrol(&other)
+        .policy(&of(&other).calls(&pair.server, TCP).text())
+        .set("/limits/handshakes", json!(HANDSHAKES))
+        .set(
+            "/timeouts/handshake",
+            json!(format!("{}s", PATIENCE.as_secs())),
+        )
+        .start();
+    let hears = of(&pair.server).hears(&pair.client, TCP).hears(&other, TCP);
+    let _two = pair.at_two().peer(&other).policy(&hears.text()).start();
+    let _server = serve(&pair.server, PORT, &[]);
+    let waiting: Vec<_> = (1..=4 * HANDSHAKES)
+        .map(|host| {
+            let to = format!("10.78.0.{host}:{PORT}");
+            start_sending(&pair.client, to, &["--text", "anybody?"])
+        })
+        .collect();
+    let accepted = |line: &&str| line.starts_with("accepted ");
+    eventually("all of them wait", || {
+        hold.stdout().lines().filter(accepted).count() == waiting.len()
+    });
+    let begun = Instant::now();
+    say(
+        &other,
+        pair.server.addresses().port4(PORT),
+        "for me there is room",
+    );
+    let taken = begun.elapsed();
+    assert!(taken < PATIENCE / 2, "it waited: {taken:?}");
+    // Of the others, those for which there was none are told apart.
+    let beyond = [("role", "client"), ("reason", "limit")];
+    let least = (2 * HANDSHAKES) as f64;
+    one.wait_for_metric("reeve_tls_handshakes_total", &beyond, least);
+    one.wait_for_log(&["no tunnel", "share of `limits.handshakes`", "limit"]);
+    let share = [("limit", "handshakesPerWorkload")];
+    one.wait_for_metric("reeve_limit_refusals_total", &share, 1.0);
 }
 
 #[test]

@@ -44,6 +44,8 @@ pub enum Limit {
     Handshakes,
     /// TLS handshakes that one address began.
     HandshakesPerAddress,
+    /// A workload's share of TLS handshakes towards peers: no field of its own in the configuration.
+    HandshakesPerWorkload,
     /// Tunnels that peers opened, in all.
     Tunnels,
     /// Tunnels that one peer's identity opened.
@@ -142,12 +144,13 @@ impl Role {
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Connections,
         Self::ConnectionsPerWorkload,
         Self::ConnectionsPerIdentity,
         Self::Handshakes,
         Self::HandshakesPerAddress,
+        Self::HandshakesPerWorkload,
         Self::Tunnels,
         Self::TunnelsPerIdentity,
         Self::Proofs,
@@ -162,6 +165,7 @@ impl Limit {
             Self::ConnectionsPerIdentity => "connectionsPerIdentity",
             Self::Handshakes => "handshakes",
             Self::HandshakesPerAddress => "handshakesPerAddress",
+            Self::HandshakesPerWorkload => "handshakesPerWorkload",
             Self::Tunnels => "tunnels",
             Self::TunnelsPerIdentity => "tunnelsPerIdentity",
             Self::Proofs => "proofs",

@@ -9,6 +9,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use reeve_common::WorkloadId;
@@ -16,13 +17,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{config::Limits, identity::SpiffeId, telemetry::Limit};
 
-use super::TunnelError;
+use super::{
+    TunnelError,
+    places::{NoPlace, SharedPlace, SharedPlaces},
+};
 
 /// Proofs of tunnels that may be under way at once: those that this node asks for, those that peers ask
 /// for, and of these those of one identity. Strangers cannot ask for any.
 const ASKING: usize = 64;
 const PROOFS: usize = 256;
 const PROOFS_PER_IDENTITY: usize = 128;
+
+/// Who opens tunnels, and has them: an identity in a network namespace.
+pub(super) type Opener = (u64, SpiffeId);
 
 /// Counters of what all workers share.
 #[derive(Debug)]
@@ -33,8 +40,8 @@ pub(super) struct Bounds {
     /// Connections by the identity of the peer that opened them.
     callers: Arc<Shares<SpiffeId>>,
     most_handshakes: usize,
-    /// One permit for each TLS handshake that may be under way towards peers.
-    pub(super) opening: Arc<Semaphore>,
+    /// A place for each TLS handshake that may be under way towards peers.
+    opening: Arc<SharedPlaces<Opener>>,
     /// The same for those of peers: whoever floods these keeps nobody here from opening tunnels.
     accepting: Arc<Semaphore>,
     addresses: Arc<Shares<IpAddr>>,
@@ -42,10 +49,11 @@ pub(super) struct Bounds {
     tunnels: Arc<Semaphore>,
     /// The same by their identities.
     tunnellers: Arc<Shares<SpiffeId>>,
-    /// One permit for each proof of a tunnel that may be under way towards peers, and of peers.
-    pub(super) asking: Arc<Semaphore>,
+    /// A place for each proof of a tunnel that may be under way towards peers.
+    asking: Arc<SharedPlaces<Opener>>,
+    /// One permit for each of those of peers.
     proofs: Arc<Semaphore>,
-    /// The latter by their identities.
+    /// The same by their identities.
     provers: Arc<Shares<SpiffeId>>,
 }
 
@@ -107,12 +115,12 @@ impl Bounds {
             workloads: Shares::new(limits.connections_per_workload),
             callers: Shares::new(limits.connections_per_identity),
             most_handshakes,
-            opening: Arc::new(Semaphore::new(most_handshakes)),
+            opening: SharedPlaces::new(most_handshakes),
             accepting: Arc::new(Semaphore::new(most_handshakes)),
             addresses: Shares::new(limits.handshakes_per_address),
             tunnels: Arc::new(Semaphore::new(permits(limits.tunnels))),
             tunnellers: Shares::new(limits.tunnels_per_identity),
-            asking: Arc::new(Semaphore::new(ASKING)),
+            asking: SharedPlaces::new(ASKING),
             proofs: Arc::new(Semaphore::new(PROOFS)),
             provers: Shares::new(PROOFS_PER_IDENTITY),
         })
@@ -145,6 +153,24 @@ impl Bounds {
         Ok(place)
     }
 
+    /// Leave for one more handshake towards a peer, which is waited for no longer than this.
+    pub(super) async fn opening(
+        &self,
+        opener: &Opener,
+        patience: Duration,
+    ) -> Result<SharedPlace<Opener>, Limit> {
+        let place = self.opening.take_within(opener, patience).await;
+        place.map_err(|why| match why {
+            NoPlace::AllTaken => Limit::Handshakes,
+            NoPlace::ShareTaken => Limit::HandshakesPerWorkload,
+        })
+    }
+
+    /// Leave for one more proof that a peer is asked for, once there is one.
+    pub(super) async fn asking(&self, opener: &Opener) -> Option<SharedPlace<Opener>> {
+        self.asking.take(opener).await
+    }
+
     /// Leave for one more handshake that a peer at this address began, unless it has enough of
     /// them under way, or all have.
     pub(super) fn arriving(&self, from: IpAddr) -> Result<Arriving, Limit> {
@@ -171,11 +197,9 @@ impl Bounds {
 
     /// Whether there is a connection, or a handshake that may bring some.
     pub(super) fn is_busy(&self) -> bool {
-        let handshakes = [&self.opening, &self.accepting];
         self.connections() > 0
-            || handshakes
-                .iter()
-                .any(|permits| permits.available_permits() < self.most_handshakes)
+            || self.opening.is_used()
+            || self.accepting.available_permits() < self.most_handshakes
     }
 
     /// Connections open now.
@@ -309,7 +333,7 @@ mod tests {
             Limit::Handshakes,
             "in all"
         );
-        assert_eq!(bounds.opening.available_permits(), 3);
+        assert!(!bounds.opening.is_used());
         assert!(bounds.is_busy());
         drop((held, other));
         assert!(!bounds.is_busy());

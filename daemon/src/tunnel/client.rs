@@ -27,7 +27,7 @@ use crate::{
         ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, least_skew, server_name_for,
         skew_by_alert,
     },
-    telemetry::{ConnectionId, Handshake, HandshakeReason, Limit, Role},
+    telemetry::{ConnectionId, Handshake, HandshakeReason, Role},
 };
 
 use super::{
@@ -102,9 +102,17 @@ pub(super) async fn open(worker: &Rc<Worker>, target: &Target) -> Result<Tunnel,
     let late = |stage, limit| TunnelError::Timeout { stage, to, limit };
     // A peer that is not there holds no place from which others would shake hands.
     let tcp = connect(worker, target).await?;
-    let _permit = timeout(limits.handshake, worker.bounds.opening.acquire())
-        .await
-        .map_err(|_| TunnelError::Limit(Limit::Handshakes))?;
+    let opener = (target.netns.cookie, target.svid.id.clone());
+    let waited = Instant::now();
+    let place = worker.bounds.opening(&opener, limits.handshake).await;
+    let _place = place.map_err(|limit| {
+        worker.shared.metrics.handshake(Handshake {
+            role: Role::Client,
+            reason: HandshakeReason::Limit,
+            duration: waited.elapsed(),
+        });
+        TunnelError::Limit(limit)
+    })?;
     let started = Instant::now();
     let result = match timeout(limits.handshake, shake(worker, target, tcp)).await {
         Ok(result) => result,

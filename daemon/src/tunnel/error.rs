@@ -1,6 +1,7 @@
 //! What can go wrong in the data path, with the [`Reason`] that each is logged and counted under.
 
 use std::{
+    borrow::Cow,
     fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -195,7 +196,7 @@ pub enum TunnelError {
     #[error("the port is held by a listener that does not belong to the workload")]
     WrongListener,
     /// A limit was reached.
-    #[error("the limit `limits.{}` is reached", .0.as_str())]
+    #[error("{}", reached(*.0))]
     Limit(Limit),
     /// No longer allowed before it stood.
     #[error("it was revoked before it stood")]
@@ -245,6 +246,18 @@ fn probable(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => {
             "the host answers and the port is closed: does reeve run there, and is the workload enrolled?"
+/// Which limit is reached.
+fn reached(limit: Limit) -> Cow<'static, str> {
+    match limit {
+        Limit::HandshakesPerWorkload => {
+            "the workload has its share of `limits.handshakes`: as many \
+             handshakes as there is room for wait for its peers to answer"
+                .into()
+        }
+        _ => format!("the limit `limits.{}` is reached", limit.as_str()).into(),
+    }
+}
+
         }
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
             "there is no way to the host: is it up, and is there a route?"

@@ -29,6 +29,7 @@ mod frames;
 mod inbound;
 mod link;
 mod outbound;
+mod places;
 mod pool;
 mod proof;
 mod registry;

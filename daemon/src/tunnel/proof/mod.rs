@@ -129,8 +129,8 @@ async fn ask_in_time(
     link: &Link,
     request: SendRequest<Bytes>,
 ) -> Result<Outcome, ProofError> {
-    // Closed never.
-    let _permit = worker.bounds.asking.acquire().await;
+    let opener = (link.ends.netns, link.ends.own.clone());
+    let _place = worker.bounds.asking(&opener).await;
     link.plan
         .asked(SystemTime::now(), worker.timeouts.tunnel_age);
     let limit = limit(worker, link);
