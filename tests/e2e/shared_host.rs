@@ -90,6 +90,66 @@ fn the_address_that_a_client_has_bound_tells_it_from_others_with_its_identity() 
     }
 }
 
+#[test]
+fn a_service_without_declared_addresses_speaks_from_none_that_another_of_its_identity_declares() {
+    let network = Network::new();
+    let (one, two) = (Node::new(&network, "one"), Node::new(&network, "two"));
+    let (good, bad) = (one.service("good"), one.service("bad"));
+    let server = two.pod("server");
+    let of_good = one.addresses().both();
+    let nobodys: [IpAddr; 2] = ["10.77.200.1", "fd00:77::c801"].map(|ip| ip.parse().unwrap());
+    with_addresses(&one, nobodys);
+    let shared = json!({"serviceAccount": "shared"});
+    let daemon = one
+        .reeve()
+        .enrol_with(
+            &good,
+            json!({"serviceAccount": "shared", "addresses": of_good}),
+        )
+        .enrol_with(&bad, shared)
+        .peer(&server)
+        .policy(&of(&good).calls(&server, TCP).text())
+        .policy(&of(&bad).calls(&server, TCP).text())
+        .start();
+    let as_good = json!({"serviceAccount": "shared", "addresses": of_good, "tunnel": true});
+    let hears_good = json!({
+        "apiVersion": "reeve.dev/v1alpha1",
+        "kind": "ConnectionPolicy",
+        "metadata": {"name": "hears-good"},
+        "spec": {
+            "workloads": {"names": ["server"]},
+            "ingress": [{"from": [{"namespace": "default", "labels": {"app": "good"}}]}],
+        },
+    });
+    let far = two
+        .reeve()
+        .enrol(&server)
+        .peer_with(&good, as_good)
+        .policy(&hears_good.to_string())
+        .start();
+    let echo = serve(&server, PORT, &[]);
+    let to = [
+        server.addresses().port4(PORT),
+        server.addresses().port6(PORT),
+    ];
+    for ((to, of_good), nobodys) in to.into_iter().zip(of_good).zip(nobodys) {
+        say(&good, to, "from its own address");
+        // Neither where it is the kernel's choice nor where it is bound.
+        is_reset(&bad, None, to);
+        is_reset(&bad, Some(of_good), to);
+        // From one that is nobody's it gets as far as to the peer, which takes it for nobody. That
+        // may be the kernel's choice, too.
+        is_reset(&bad, Some(nobodys), to);
+    }
+    let accepted = |line: &&str| line.starts_with("accepted ");
+    assert_eq!(echo.stdout().lines().filter(accepted).count(), 2);
+    let forged = [("reason", "forged_source"), ("transport", "tunnel")];
+    daemon.wait_for_metric("reeve_connections_failed_total", &forged, 3.0);
+    daemon.wait_for_log(&["another workload of this identity declares"]);
+    let refused = [("reason", "no_policy"), ("transport", "tunnel")];
+    far.wait_for_metric("reeve_connections_failed_total", &refused, 2.0);
+}
+
 #[track_caller]
 fn say_from(client: &Workload, from: IpAddr, to: SocketAddr) {
     let from = SocketAddr::new(from, 0).to_string();

@@ -1,7 +1,7 @@
 //! Who is where and who may talk: one immutable value, swapped as a whole.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     net::{IpAddr, SocketAddr},
     path::Path,
@@ -94,6 +94,8 @@ pub struct Snapshot {
     workloads: Vec<Arc<RunningWorkload>>,
     workload_places: HashMap<WorkloadId, usize>,
     by_namespace: HashMap<u64, Vec<usize>>,
+    /// Addresses that workloads declare, by their identities.
+    declared: HashMap<SpiffeId, HashSet<IpAddr>>,
     peers: HashMap<u32, Arc<Peer>>,
     peers_by_identity: HashMap<SpiffeId, Arc<Peer>>,
     /// Place of the rule with a number.
@@ -163,6 +165,14 @@ impl Snapshot {
                 by_namespace.entry(netns.cookie).or_default().push(place);
             }
         }
+        let mut declared: HashMap<SpiffeId, HashSet<IpAddr>> = HashMap::new();
+        for workload in workloads.iter().map(|running| &running.workload) {
+            if !workload.addresses.is_empty() {
+                let id = workload.attributes.spiffe_id.clone();
+                let addresses = workload.addresses.iter().map(IpAddr::to_canonical);
+                declared.entry(id).or_default().extend(addresses);
+            }
+        }
         let mut peers_by_identity = HashMap::new();
         for peer in &peers {
             if let Some(attributes) = &peer.attributes {
@@ -179,6 +189,7 @@ impl Snapshot {
                 .collect(),
             workloads: workloads.to_vec(),
             by_namespace,
+            declared,
             peers: peers.into_iter().map(|peer| (peer.id, peer)).collect(),
             peers_by_identity,
             rule_places: compiled.rule_numbers.iter().copied().zip(0..).collect(),
@@ -241,6 +252,20 @@ impl Snapshot {
     ) -> Option<&Arc<RunningWorkload>> {
         self.in_namespace(netns_cookie)
             .find(|running| running.workload.attributes.spiffe_id == *id)
+    }
+
+    /// The workload that is alone in a namespace of its own.
+    #[must_use]
+    pub fn owner_of(&self, netns_cookie: u64) -> Option<&Arc<RunningWorkload>> {
+        self.in_namespace(netns_cookie)
+            .find(|running| running.owns_netns)
+    }
+
+    /// Whether a workload of this node with this SPIFFE ID declares an address.
+    #[must_use]
+    pub fn is_declared(&self, id: &SpiffeId, ip: IpAddr) -> bool {
+        let declared = self.declared.get(id);
+        declared.is_some_and(|declared| declared.contains(&ip.to_canonical()))
     }
 
     /// The peer with this number. Local workloads are peers of each other.

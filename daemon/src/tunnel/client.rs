@@ -27,6 +27,7 @@ use crate::{
         ALPN, PROVABLE_ALPN, RejectReason, SpiffeId, Svid, judged, least_skew, server_name_for,
         skew_by_alert,
     },
+    policy::Snapshot,
     telemetry::{ConnectionId, Handshake, HandshakeReason, Role},
 };
 
@@ -92,6 +93,32 @@ struct Unanswered {
     control: WireControl,
     ends: Ends,
     proven: Proven,
+}
+
+// === impl Target ===
+
+impl Target {
+    /// Whether a tunnel may come from an address.
+    ///
+    /// Who rules its own namespace says there by which address the kernel speaks, also by one of another
+    /// workload of its identity, whose labels it would have at the far end; and in a namespace that
+    /// several share, the kernel may choose one that another workload of the identity declares.
+    pub(super) fn speaks_from_own(
+        &self,
+        snapshot: &Snapshot,
+        from: IpAddr,
+    ) -> Result<(), TunnelError> {
+        match snapshot.owner_of(self.netns.cookie) {
+            Some(owner) if !owner.addresses.contains(&from.to_canonical()) => {
+                Err(TunnelError::ForgedSource(from))
+            }
+            // The one that was asked for is the workload's.
+            None if self.source.is_none() && snapshot.is_declared(&self.svid.id, from) => {
+                Err(TunnelError::DeclaredSource(from))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 // === Opening ===
@@ -181,24 +208,8 @@ async fn connect(worker: &Worker, target: &Target) -> Result<TcpStream, TunnelEr
         to,
         source: source.into(),
     })?;
-    speaks_from_own(worker, target, from.ip())?;
+    target.speaks_from_own(&worker.shared.snapshot.load(), from.ip())?;
     Ok(tcp)
-}
-
-/// Who rules its own namespace says there by which address the kernel speaks, also by one of another
-/// workload of its identity, whose labels it would have at the far end.
-fn speaks_from_own(worker: &Worker, target: &Target, from: IpAddr) -> Result<(), TunnelError> {
-    let snapshot = worker.shared.snapshot.load();
-    let owner = snapshot.workloads().find(|running| {
-        let netns = running.netns.as_ref();
-        running.owns_netns && netns.is_some_and(|netns| netns.cookie == target.netns.cookie)
-    });
-    match owner {
-        Some(owner) if !owner.addresses.contains(&from.to_canonical()) => {
-            Err(TunnelError::ForgedSource(from))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// TLS and HTTP/2 until the peer has answered.

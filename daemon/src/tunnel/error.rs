@@ -92,6 +92,11 @@ pub enum TunnelError {
     /// The client is bound to an address that the workload has no right to.
     #[error("{0} is not an address of the workload")]
     ForgedSource(IpAddr),
+    /// The tunnel would come from an address that another workload of the identity declares.
+    #[error(
+        "{0} is an address that another workload of this identity declares; declare this one's in `workloads[].addresses` as well"
+    )]
+    DeclaredSource(IpAddr),
     /// The workload has none of the addresses that it declares in the destination's family.
     #[error("the workload declares no address from which {0} can be reached")]
     NoSource(SocketAddr),
@@ -241,11 +246,6 @@ impl fmt::Display for Said<'_> {
     }
 }
 
-/// What is probable where a connection to a tunnel port fails.
-fn probable(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused => {
-            "the host answers and the port is closed: does reeve run there, and is the workload enrolled?"
 /// Which limit is reached.
 fn reached(limit: Limit) -> Cow<'static, str> {
     match limit {
@@ -258,6 +258,11 @@ fn reached(limit: Limit) -> Cow<'static, str> {
     }
 }
 
+/// What is probable where a connection to a tunnel port fails.
+fn probable(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => {
+            "the host answers and the port is closed: does reeve run there, and is the workload enrolled?"
         }
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
             "there is no way to the host: is it up, and is there a route?"
@@ -272,7 +277,9 @@ impl TunnelError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::NoOrigin => Reason::NoOrigin,
-            Self::ForgedSource(_) | Self::NoSource(_) => Reason::ForgedSource,
+            Self::ForgedSource(_) | Self::DeclaredSource(_) | Self::NoSource(_) => {
+                Reason::ForgedSource
+            }
             Self::Stale(_) | Self::Revoked => Reason::Revoked,
             Self::Denied(decision) => decision.reason,
             Self::NoCertificate(_) => Reason::NoCertificate,

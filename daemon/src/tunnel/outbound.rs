@@ -145,7 +145,7 @@ fn identify(
     };
     let port = port.ok_or(TunnelError::Stale("the peer"))?;
     let decision = call.judge(snapshot)?;
-    let source = source::of_tunnel(running, call.source.ip(), call.destination)?;
+    let source = source::of_tunnel(snapshot, running, call.source.ip(), call.destination)?;
     let peer = SocketAddr::new(call.destination.ip(), port);
     Ok((peer, source, decision))
 }

@@ -244,9 +244,16 @@ impl Pool {
     /// tunnels for those who have waited for a stream of it.
     pub(super) fn sweep(&self, worker: &Rc<Worker>, now: Instant) {
         let limits = &worker.timeouts;
+        let snapshot = worker.shared.snapshot.load();
         self.entries.borrow_mut().retain(|_, entry| {
+            let target = entry.target.borrow();
             for tunnel in &*entry.tunnels.borrow() {
                 let link = &tunnel.link;
+                // Its address may have become another workload's.
+                let from = link.ends.local.ip();
+                if target.speaks_from_own(&snapshot, from).is_err() {
+                    link.retire();
+                }
                 let idle = link.idle(now);
                 let (_, age) = link.proofs(now);
                 // One that carries something and can be proven again is, at that age.
@@ -255,6 +262,7 @@ impl Pool {
                     link.retire();
                 }
             }
+            drop(target);
             entry.forget_retired();
             entry.serve_waiting();
             entry.waiting.borrow_mut().retain(|one| !one.is_closed());

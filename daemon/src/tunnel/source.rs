@@ -2,11 +2,12 @@
 //!
 //! Where several workloads share an identity, the address tells the peer which of them it is and what
 //! labels it has. So a connection goes through a tunnel from the address that its client is bound to,
-//! and a workload that declares its addresses never speaks from another one.
+//! a workload that declares its addresses never speaks from another one, and one that declares none
+//! never speaks from those that another workload of its identity declares.
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::workload::RunningWorkload;
+use crate::{policy::Snapshot, workload::RunningWorkload};
 
 use super::TunnelError;
 
@@ -18,17 +19,22 @@ use super::TunnelError;
 ///
 /// The address is not the workload's, or it has none in this family.
 pub(super) fn of_tunnel(
+    snapshot: &Snapshot,
     running: &RunningWorkload,
     client: IpAddr,
     destination: SocketAddr,
 ) -> Result<Option<IpAddr>, TunnelError> {
     let own = &running.addresses;
     if !client.is_loopback() {
-        return if own.contains(&client) {
-            Ok(Some(client))
-        } else {
-            Err(TunnelError::ForgedSource(client))
-        };
+        if !own.contains(&client) {
+            return Err(TunnelError::ForgedSource(client));
+        }
+        // Of a namespace that several share, each has all addresses but those that it declares.
+        let declares_none = !running.owns_netns && running.workload.addresses.is_empty();
+        if declares_none && snapshot.is_declared(&running.workload.attributes.spiffe_id, client) {
+            return Err(TunnelError::DeclaredSource(client));
+        }
+        return Ok(Some(client));
     }
     if running.owns_netns || running.workload.addresses.is_empty() {
         return Ok(None);
@@ -59,7 +65,8 @@ mod tests {
     use super::*;
     use crate::{
         identity::SpiffeId,
-        workload::{Attributes, CgroupSelector, NamedPorts, Workload},
+        policy::{Inputs, PolicySet, Unselected},
+        workload::{Attributes, CgroupSelector, NamedPorts, Namespaces, Workload},
     };
 
     /// A workload with addresses, declared or found, in a namespace of its own or one that is shared.
@@ -91,7 +98,28 @@ mod tests {
     }
 
     fn source(running: &RunningWorkload, client: &str, to: &str) -> Result<Option<String>, String> {
-        let found = of_tunnel(running, client.parse().unwrap(), to.parse().unwrap());
+        source_beside(&[], running, client, to)
+    }
+
+    /// As [`source`], beside other workloads.
+    fn source_beside(
+        others: &[RunningWorkload],
+        running: &RunningWorkload,
+        client: &str,
+        to: &str,
+    ) -> Result<Option<String>, String> {
+        let workloads: Vec<_> = others.iter().cloned().map(Arc::new).collect();
+        let snapshot = Snapshot::compile(&Inputs {
+            workloads: &workloads,
+            peers: &[],
+            namespaces: &Namespaces::default(),
+            policies: &PolicySet::default(),
+            unselected: Unselected::Deny,
+            node_addresses: &[],
+            tunnel_port: 15008,
+        });
+        let (client, to) = (client.parse().unwrap(), to.parse().unwrap());
+        let found = of_tunnel(&snapshot, running, client, to);
         found
             .map(|ip| ip.map(|ip| ip.to_string()))
             .map_err(|error| error.reason().as_str().to_owned())
@@ -107,6 +135,36 @@ mod tests {
             let forged = Err("forged_source".to_owned());
             assert_eq!(from("10.0.0.3", "10.0.0.9:80"), forged);
             assert_eq!(from("fd00::3", "[fd00::9]:80"), forged);
+        }
+    }
+
+    #[test]
+    fn a_workload_that_declares_none_speaks_from_no_address_that_another_of_its_identity_declares()
+    {
+        let declaring = running(&["10.0.0.1"], true, false);
+        let mut stranger = declaring.clone();
+        let mut workload = Workload::clone(&stranger.workload);
+        workload.attributes.spiffe_id = SpiffeId::parse("spiffe://example.org/other").unwrap();
+        stranger.workload = Arc::new(workload);
+        let addresses = ["10.0.0.1", "10.0.0.2"];
+        for (other, declares, owns_netns, is_refused) in [
+            (&declaring, false, false, true),
+            // It may be shared.
+            (&declaring, true, false, false),
+            // What it has in its own namespace nobody else declares.
+            (&declaring, false, true, false),
+            // A certificate tells them apart.
+            (&stranger, false, false, false),
+        ] {
+            let web = running(&addresses, declares, owns_netns);
+            let others = std::slice::from_ref(other);
+            let from = |client| source_beside(others, &web, client, "10.0.0.9:80");
+            let expected = match is_refused {
+                true => Err("forged_source".to_owned()),
+                false => Ok(Some("10.0.0.1".to_owned())),
+            };
+            assert_eq!(from("10.0.0.1"), expected);
+            assert_eq!(from("10.0.0.2"), Ok(Some("10.0.0.2".to_owned())));
         }
     }
 
