@@ -4,10 +4,11 @@ use std::{
     fs,
     net::SocketAddr,
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
-use harness::{Cut, CutPlan, Daemon, Patience, Process, Workload, eventually};
+use harness::{Cut, CutPlan, Daemon, Network, Node, Patience, Process, Workload, eventually};
 use serde_json::json;
 
 use crate::arrange::{
@@ -115,6 +116,52 @@ fn peers_that_stay_silent_keep_no_other_workload_from_opening_tunnels() {
     one.wait_for_log(&["no tunnel", "share of `limits.handshakes`", "limit"]);
     let share = [("limit", "handshakesPerWorkload")];
     one.wait_for_metric("reeve_limit_refusals_total", &share, 1.0);
+}
+
+#[test]
+fn a_workload_that_makes_thousands_of_cgroups_takes_little_of_the_daemons_time() {
+    const CGROUPS: usize = 3000;
+    const WATCHED: Duration = Duration::from_secs(10);
+    let node = Node::new(&Network::new(), "one");
+    let crowd = node.pod("crowd");
+    let process = crowd.spawn(["sleep", "600"]);
+    let daemon = node.reeve().enrol(&crowd).start();
+    for number in 0..CGROUPS {
+        fs::create_dir(crowd.cgroup().path().join(number.to_string())).unwrap();
+    }
+    // What is made and removed wakes the daemon again and again; else it looks once a second.
+    let folder = crowd.cgroup().path().display().to_string();
+    let script = format!("while :; do mkdir {folder}/new; sleep 0.02; rmdir {folder}/new; done");
+    let mut makes = Some(crowd.spawn(["sh", "-c", &script]));
+    let used = || processor_time(&daemon, "workloads");
+    for (what, most) in [("others come and go", 0.2), ("nothing changes", 0.1)] {
+        thread::sleep(Duration::from_secs(4));
+        let before = used();
+        thread::sleep(WATCHED);
+        let part = (used() - before).as_secs_f64() / WATCHED.as_secs_f64();
+        let percent = part * 100.0;
+        println!("{CGROUPS} empty cgroups take {percent:.1} % of a processor while {what}");
+        assert!(part < most, "{what}: {part}");
+        makes = None;
+    }
+    drop(makes);
+    // A process in one of them is seen all the same.
+    let last = crowd.cgroup().child("last");
+    let place = crowd.with_cgroup(std::sync::Arc::new(last));
+    drop(process);
+    let _moved = place.spawn(["sleep", "600"]);
+    eventually("it is found", || {
+        daemon.status()["workloads"][0]["state"] == "running"
+    });
+}
+
+/// What a thread of the daemon has used.
+fn processor_time(daemon: &Daemon, thread: &str) -> Duration {
+    let threads = daemon.threads();
+    let thread = threads.iter().find(|one| one.name == thread).unwrap();
+    let file = format!("/proc/{}/task/{}/schedstat", daemon.id(), thread.id);
+    let text = fs::read_to_string(file).unwrap();
+    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! The node's cgroup2 tree: where it is mounted, ids and depths of cgroups, their processes.
 
+mod members;
 mod mount;
 mod namespace;
 
+pub use members::{Members, Processes};
 pub use namespace::{ViewError, enter_host_view, require_process_numbers};
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
@@ -21,7 +23,7 @@ pub const OWN_CGROUP: &str = "reeve.daemon";
 const ROOT_INODE: u64 = 1;
 
 /// Cgroups of one workload that are looked at; a workload with more is found by the first ones.
-const MAX_CGROUPS: usize = 4096;
+const MAX_CGROUPS: u32 = 4096;
 
 /// The cgroup2 hierarchy as this process sees it.
 #[derive(Clone, Debug)]
@@ -339,46 +341,7 @@ pub fn id(folder: &Path) -> io::Result<u64> {
 /// Processes of a cgroup and of all below it. What goes away while it is read is left out.
 #[must_use]
 pub fn processes(folder: &Path) -> Vec<u32> {
-    let mut pids: Vec<u32> = Vec::new();
-    // From the top: what is made further down, by whoever may, hides nothing above it.
-    let mut waiting = VecDeque::from([folder.to_path_buf()]);
-    let mut seen = 0;
-    while let Some(folder) = waiting.pop_front() {
-        if let Ok(text) = fs::read_to_string(folder.join("cgroup.procs")) {
-            // 0 is a process that this pid namespace cannot see.
-            pids.extend(
-                text.lines()
-                    .filter_map(|line| line.parse::<u32>().ok())
-                    .filter(|pid| *pid != 0),
-            );
-        }
-        seen += 1;
-        if seen >= MAX_CGROUPS {
-            break;
-        }
-        waiting.extend(children(&folder));
-    }
-    pids
-}
-
-/// Whether a cgroup, or one below it, has processes of which this process's PID namespace has no
-/// number.
-#[must_use]
-pub fn hides_processes(folder: &Path) -> bool {
-    let mut waiting = vec![folder.to_path_buf()];
-    let mut seen = 0;
-    while let Some(folder) = waiting.pop() {
-        let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-        if text.lines().any(|line| line == "0") {
-            return true;
-        }
-        seen += 1;
-        if seen >= MAX_CGROUPS {
-            break;
-        }
-        waiting.extend(children(&folder));
-    }
-    false
+    members::walk(folder).0.numbers
 }
 
 /// Path of this process's cgroup, from the root of its cgroup namespace.

@@ -179,7 +179,7 @@ fn started(pid: u32) -> Option<u64> {
 }
 
 /// A zombie has no namespace any more.
-fn inode(pid: u32) -> Option<u64> {
+pub(super) fn inode(pid: u32) -> Option<u64> {
     fs::metadata(format!("/proc/{pid}/ns/net"))
         .ok()
         .map(|metadata| metadata.ino())

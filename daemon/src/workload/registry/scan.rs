@@ -19,7 +19,7 @@ use crate::{
     datapath::{InterfaceAddress, netns::Netns},
     workload::{
         CgroupSelector, RunningWorkload, Workload,
-        cgroup::{self, CgroupTree},
+        cgroup::{self, CgroupTree, Members, Processes},
         namespace::{self, Namespaces, Trust},
     },
 };
@@ -52,6 +52,8 @@ pub(super) struct Scanner {
     /// What is known of the processes of each workload, by name.
     alive: HashMap<String, Alive>,
     claims: Claims,
+    /// What is known of the processes in each cgroup of a workload, by its id.
+    members: HashMap<u64, Members>,
     /// Addresses of the namespaces that workloads were found in, the last that could be read.
     read: HashMap<u64, Vec<InterfaceAddress>>,
     pub(super) remarks: Remarks,
@@ -79,6 +81,7 @@ struct Notes {
     folders: HashSet<PathBuf>,
     problems: Vec<String>,
     settling: HashMap<String, Instant>,
+    members: HashMap<u64, Members>,
     remarks: BTreeMap<String, Vec<Remark>>,
 }
 
@@ -110,6 +113,7 @@ impl Scanner {
             folders: HashSet::new(),
             alive: HashMap::new(),
             claims: Claims::new(held),
+            members: HashMap::new(),
             read: HashMap::new(),
             remarks: Remarks::default(),
             told: Told::default(),
@@ -158,6 +162,7 @@ impl Scanner {
             self.remarks.store(Arc::new(notes.remarks));
         }
         self.settling = notes.settling;
+        self.members = notes.members;
         self.folders = notes.folders;
         self.first = false;
         let is_declared = |name: &str| workloads.iter().any(|found| found.workload.name == name);
@@ -191,16 +196,11 @@ impl Scanner {
     ) -> RunningWorkload {
         let whose = format!("workload {}", workload.name);
         let found = self.find(&whose, &workload.selector, notes);
-        let pids: Vec<u32> = found
-            .iter()
-            .flat_map(|cgroup| cgroup::processes(&cgroup.folder))
-            .collect();
+        let last = before.and_then(|running| running.netns.clone());
+        let processes = self.processes(&found, last.as_deref(), now, notes);
         // Its cgroup is enforced all the same, but nothing that a namespace is needed for.
-        if pids.is_empty()
-            && found
-                .iter()
-                .any(|cgroup| cgroup::hides_processes(&cgroup.folder))
-        {
+        let is_hidden = |found: &Processes| found.numbers.is_empty() && found.hidden;
+        if processes.as_ref().is_some_and(is_hidden) {
             notes.problems.push(format!(
                 "{whose}: its processes have no numbers here, as in a container with process numbers \
                  of its own; start reeve with the host's (`hostPID: true`, `--pid=host`)"
@@ -210,10 +210,17 @@ impl Scanner {
         let is_there = !cgroups.is_empty();
         self.note_absence(&workload, is_there, now, notes);
 
-        let last = before.and_then(|running| running.netns.clone());
-        let netns = match self.namespace(&workload, &cgroups, &pids, last.as_ref(), now, notes) {
-            Some(netns) => self.settled(&workload, netns, last.as_ref(), now, notes),
-            None => self.without_process(&workload, last, is_there, now),
+        let netns = match processes {
+            Some(Processes { numbers, .. }) => {
+                match self.namespace(&workload, &cgroups, &numbers, last.as_ref(), now, notes) {
+                    Some(netns) => self.settled(&workload, netns, last.as_ref(), now, notes),
+                    None => self.without_process(&workload, last, is_there, now),
+                }
+            }
+            None => {
+                self.keep(&workload, notes);
+                last
+            }
         };
         RunningWorkload {
             addresses: workload.addresses.clone(),
@@ -222,6 +229,61 @@ impl Scanner {
             netns,
             owns_netns: false,
             link_local: Vec::new(),
+        }
+    }
+
+    /// The processes of a workload's cgroups. None where it has some, and they do not say that it is
+    /// still where it was: those that would are looked for soon.
+    fn processes(
+        &mut self,
+        cgroups: &[Cgroup],
+        last: Option<&Netns>,
+        now: Instant,
+        notes: &mut Notes,
+    ) -> Option<Processes> {
+        let mut all = Processes {
+            all: true,
+            ..Processes::default()
+        };
+        let mut unknown = false;
+        for cgroup in cgroups {
+            let id = cgroup.ids.first().map_or(0, |(id, _)| *id);
+            // Workloads may name the same cgroup.
+            let known = notes.members.remove(&id);
+            let known = known.or_else(|| self.members.remove(&id));
+            let mut members = known.unwrap_or_default();
+            match members.look(&cgroup.folder, now) {
+                Some(found) => {
+                    all.numbers.extend(found.numbers);
+                    all.hidden |= found.hidden;
+                    all.all &= found.all;
+                }
+                None => unknown = true,
+            }
+            notes.members.insert(id, members);
+        }
+        all.all &= !unknown;
+        let is_confirmed = || {
+            let mut inodes = all.numbers.iter().map(|pid| namespace::inode(*pid));
+            last.is_some_and(|last| inodes.any(|inode| inode == Some(last.inode)))
+        };
+        let says_enough = all.all || is_confirmed();
+        says_enough.then_some(all)
+    }
+
+    /// Keeps what was noted of a workload that is as it was.
+    fn keep(&self, workload: &Workload, notes: &mut Notes) {
+        let name = &workload.name;
+        if let Some(since) = self.settling.get(name) {
+            notes.settling.insert(name.clone(), *since);
+        }
+        let before = self.remarks.load();
+        if before
+            .get(name)
+            .is_some_and(|before| before.contains(&Remark::OwnNamespace))
+        {
+            let remarks = notes.remarks.entry(name.clone()).or_default();
+            remarks.push(Remark::OwnNamespace);
         }
     }
 
