@@ -88,6 +88,8 @@ fn what_a_connected_socket_sends_encrypted_is_judged_as_what_it_is() {
         let other = SocketAddr::new(to.ip(), 54);
         world.as_workload(|| socket.connect(other)).unwrap();
         assert_refused(socket.send(b"x"));
+        let event = world.verdict_event(Hook::PacketEgress, false, Reason::NoPolicy);
+        assert_eq!((event.protocol, event.remote_port), (UDP, 54));
     }
     world.state.tables.verdicts.clear();
     world.apply();
