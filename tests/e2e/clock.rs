@@ -1,14 +1,9 @@
 //! A wall clock that is moved under a running daemon, by hours: what is valid is judged by the
 //! clock as it is. The daemon is the real one, whose C library tells it another time.
 
-use std::{
-    fs,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use harness::{certs::Issued, eventually};
-use serde_json::json;
+use harness::{WallClock, certs::Issued, eventually};
 
 use crate::opposite::{CLIENT, Guarded};
 
@@ -71,10 +66,10 @@ fn a_daemon_notices_at_once_that_the_clock_was_set() {
     );
 }
 
-/// A daemon whose clock is moved by a file.
+/// A daemon whose clock is moved.
 struct Moved {
     guarded: Guarded,
-    file: PathBuf,
+    clock: WallClock,
     /// Certificates of the client: for an hour, and for days on both sides of now.
     short: Issued,
     long: Issued,
@@ -82,21 +77,12 @@ struct Moved {
 
 impl Moved {
     fn start() -> Self {
-        let mut file = PathBuf::new();
+        let mut clock = None;
         let guarded = Guarded::with(|reeve| {
-            file = reeve.folder().join("clock");
             // The authority is not new.
-            fs::write(&file, "-10d").unwrap();
+            let (reeve, its) = WallClock::of(reeve, "-10d");
+            clock = Some(its);
             reeve
-                .environment("LD_PRELOAD", library())
-                .environment("FAKETIME_TIMESTAMP_FILE", &file)
-                .environment("FAKETIME_NO_CACHE", "1")
-                // Time goes on as ever; it is the wall clock that is set.
-                .environment("DONT_FAKE_MONOTONIC", "1")
-                .environment("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-                // The threads that carry tunnels have to read that file.
-                .set("/sandbox/landlock", json!("off"))
-                .set("/sandbox/seccomp", json!("off"))
         });
         let lasting = |hours: i64| {
             guarded.root.leaf_with(CLIENT, |params| {
@@ -109,7 +95,7 @@ impl Moved {
             short: lasting(1),
             long: lasting(48),
             guarded,
-            file,
+            clock: clock.unwrap(),
         };
         moved.to("+0");
         moved.serves();
@@ -118,7 +104,7 @@ impl Moved {
 
     /// Moves the clock to so much before or after the real time.
     fn to(&self, offset: &str) {
-        fs::write(&self.file, offset).unwrap();
+        self.clock.set(offset);
     }
 
     /// Fails the test unless a client is served whose certificate is valid at any of these times.
@@ -140,13 +126,4 @@ fn closed(guarded: &Guarded, reason: &str) {
     guarded
         .daemon
         .wait_for_metric("reeve_tunnels_closed_total", &labels, 1.0);
-}
-
-/// What moves the clock of one program, of the package `faketime`.
-fn library() -> PathBuf {
-    let folders = fs::read_dir("/usr/lib").unwrap().flatten();
-    folders
-        .map(|folder| folder.path().join("faketime/libfaketime.so.1"))
-        .find(|file| file.exists())
-        .expect("`cargo xtask setup` installs the package `faketime`")
 }

@@ -93,7 +93,12 @@ impl Daemon {
             OsStr::new("--config"),
             self.config.as_os_str(),
         ];
-        let words = words.into_iter().chain(more.iter().map(OsStr::new));
+        let environment = self.environment.iter().map(OsString::as_os_str);
+        let words = [OsStr::new("env")]
+            .into_iter()
+            .chain(environment)
+            .chain(words)
+            .chain(more.iter().map(OsStr::new));
         let new = self.place.spawn(words);
         self.process.replace(new).expect("the daemon runs")
     }
@@ -275,12 +280,7 @@ impl Daemon {
     /// Bytes of memory that it has.
     #[must_use]
     pub fn resident(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()));
-        let status = status.expect("the daemon runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.expect("the kernel tells this").trim();
-        let kib = kib.trim_end_matches(" kB").parse::<u64>();
-        kib.expect("it is a number") << 10
+        resident(self.id()).expect("the daemon runs")
     }
 
     /// A path as it is for the daemon, whatever is mounted there.
@@ -336,6 +336,16 @@ impl Daemon {
     fn process_mut(&mut self) -> &mut Process {
         self.process.as_mut().expect("the daemon runs")
     }
+}
+
+/// Bytes of memory that a process has; none of a process that has ended.
+pub(crate) fn resident(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib = line.trim().trim_end_matches(" kB").parse::<u64>();
+    Some(kib.expect("it is a number") << 10)
 }
 
 /// A thread of a process.

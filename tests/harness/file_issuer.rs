@@ -7,12 +7,14 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::Programs;
+use crate::{Programs, clock};
 
 /// A CA of the `reeve` command, which writes certificates to folders.
 #[derive(Debug)]
 pub struct FileIssuer {
     ca: PathBuf,
+    /// Offset of its clock from the machine's, if it has one.
+    clock: Option<String>,
 }
 
 // === impl FileIssuer ===
@@ -21,16 +23,21 @@ impl FileIssuer {
     /// Makes a CA for `example.org` in a folder that is not there yet.
     #[must_use]
     pub fn new(ca: PathBuf) -> Self {
-        let folder = ca.to_str().expect("a path is text");
-        reeve([
-            "ca",
-            "init",
-            "--trust-domain",
-            "example.org",
-            "--dir",
-            folder,
-        ]);
-        Self { ca }
+        let issuer = Self { ca, clock: None };
+        issuer.ca(&["init", "--trust-domain", "example.org"], None);
+        issuer
+    }
+
+    /// The same with a clock that is behind the machine's by an offset as in `-2h`: what it issues is
+    /// valid since then.
+    #[must_use]
+    pub fn behind(ca: PathBuf, offset: &str) -> Self {
+        let issuer = Self {
+            ca,
+            clock: Some(offset.to_owned()),
+        };
+        issuer.ca(&["init", "--trust-domain", "example.org"], None);
+        issuer
     }
 
     /// Writes `svid.pem`, `svid.key` and `bundle.pem`, one after the other.
@@ -40,20 +47,30 @@ impl FileIssuer {
 
     /// The same with another lifetime.
     pub fn issue_for(&self, id: &str, out: &Path, lifetime: &str) {
-        let (ca, out) = (self.ca.to_str(), out.to_str());
-        let (ca, out) = (ca.expect("a path is text"), out.expect("a path is text"));
-        reeve([
-            "ca",
-            "issue",
-            "--dir",
-            ca,
-            "--id",
-            id,
-            "--out",
-            out,
-            "--lifetime",
-            lifetime,
-        ]);
+        self.ca(&["issue", "--id", id, "--lifetime", lifetime], Some(out));
+    }
+
+    /// A step of the root's replacement: none prepares the next root, then `--switch` and `--finish`.
+    pub fn rotate(&self, step: &[&str]) {
+        self.ca(&[&["rotate"], step].concat(), None);
+    }
+
+    fn ca(&self, words: &[&str], out: Option<&Path>) {
+        let mut command = Command::new(&Programs::get().reeve);
+        command.arg("ca").args(words).arg("--dir").arg(&self.ca);
+        if let Some(out) = out {
+            command.arg("--out").arg(out);
+        }
+        if let Some(offset) = &self.clock {
+            command.envs(clock::at(offset));
+        }
+        let output = command.output().expect("`reeve` can be run");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "`reeve ca {words:?}` of {}: {error}",
+            self.ca.display()
+        );
     }
 
     /// The source of a configuration that reads what this writes, a folder below `base` for each
@@ -67,11 +84,4 @@ impl FileIssuer {
             "bundle": "bundle.pem",
         }})
     }
-}
-
-fn reeve<const N: usize>(words: [&str; N]) {
-    let output = Command::new(&Programs::get().reeve).args(words).output();
-    let output = output.expect("`reeve` can be run");
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "`reeve {words:?}`: {error}");
 }

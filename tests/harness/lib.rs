@@ -26,6 +26,7 @@ mod capture;
 #[cfg(feature = "certificates")]
 pub mod certs;
 mod cgroup;
+mod clock;
 mod config;
 mod cut;
 mod daemon;
@@ -49,6 +50,7 @@ mod workload;
 
 pub use capture::{Capture, Captured};
 pub use cgroup::Cgroup;
+pub use clock::WallClock;
 pub use config::Reeve;
 pub use cut::{Cut, CutPlan, Patience};
 pub use daemon::{Daemon, Thread};
@@ -61,7 +63,7 @@ pub use nginx::Nginx;
 pub use node::Node;
 pub use process::{Output, Place, Process};
 pub use programs::Programs;
-pub use soak::{Course, Sample, Soak};
+pub use soak::{Course, Happening, Kind, Sample, Soak, Tally};
 pub use storm::Storm;
 pub use wait::{SOON, eventually, holds_for};
 pub use workload::Workload;

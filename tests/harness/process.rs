@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
+    io::{Read, Seek, SeekFrom},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
@@ -169,6 +170,21 @@ impl Process {
     #[must_use]
     pub fn stderr(&self) -> String {
         read(&self.stderr)
+    }
+
+    /// The last whole line that it has printed until now. Costs the same however much it has printed.
+    #[must_use]
+    pub fn last_line(&self) -> Option<String> {
+        const TAIL: i64 = 4096;
+        let mut file = File::open(&self.stdout).expect("a program's output is there");
+        let length = file.metadata().map_or(0, |about| about.len());
+        let tail = TAIL.min(i64::try_from(length).unwrap_or(TAIL));
+        file.seek(SeekFrom::End(-tail)).ok()?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).ok()?;
+        let text = String::from_utf8_lossy(&text);
+        let (whole, _) = text.rsplit_once('\n')?;
+        whole.lines().last().map(str::to_owned)
     }
 
     /// Waits until its output has this text.

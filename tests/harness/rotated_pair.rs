@@ -7,80 +7,86 @@ use serde_json::json;
 
 use crate::{Daemon, FileIssuer, Network, Node, Process, Reeve, Workload};
 
-/// A client at one node, a server at the other, and a daemon at each.
+/// A client at one node and a server at the other.
 pub(crate) struct RotatedPair {
     pub(crate) client: Workload,
     pub(crate) server: Workload,
-    pub(crate) daemons: [Daemon; 2],
-    issuer: FileIssuer,
+    pub(crate) issuer: FileIssuer,
     certificates: PathBuf,
-    lifetime: String,
     _nodes: [Node; 2],
-    _network: Network,
+    pub(crate) network: Network,
 }
 
 impl RotatedPair {
-    /// `lifetime` is that of each certificate; `configure` adds to both daemons' configuration.
+    /// Starts a daemon at each node: the client's, and the server's. `issuer` makes who issues in a
+    /// folder, `lifetime` is that of the first certificates, and `configure` adds to the configuration of
+    /// the daemon of each number.
     pub(crate) fn start(
         policy: &str,
+        issuer: impl FnOnce(PathBuf) -> FileIssuer,
         lifetime: &str,
-        configure: impl for<'n> Fn(Reeve<'n>) -> Reeve<'n>,
-    ) -> Self {
+        configure: impl for<'n> Fn(usize, Reeve<'n>) -> Reeve<'n>,
+    ) -> (Self, [Daemon; 2]) {
         let network = Network::new();
         let (one, two) = (Node::new(&network, "one"), Node::new(&network, "two"));
         let (client, server) = (one.pod("client"), two.pod("server"));
         let certificates = one.folder().join("certificates");
-        let issuer = FileIssuer::new(one.folder().join("issuer"));
+        let issuer = issuer(one.folder().join("issuer"));
         for workload in [&client, &server] {
             issue(&issuer, workload, &certificates, lifetime);
         }
         let source = json!([FileIssuer::source(&certificates)]);
-        let daemon = |node: &Node, own: &Workload, other: &Workload| {
-            configure(node.reeve().set("/certificates/sources", source.clone()))
+        let daemon = |number, node: &Node, own: &Workload, other: &Workload| {
+            let reeve = node.reeve().set("/certificates/sources", source.clone());
+            configure(number, reeve)
                 .enrol(own)
                 .peer(other)
                 .policy(policy)
                 .start()
         };
         let daemons = [
-            daemon(&one, &client, &server),
-            daemon(&two, &server, &client),
+            daemon(0, &one, &client, &server),
+            daemon(1, &two, &server, &client),
         ];
         for place in [&*client, &*server] {
             place.sysctl("ipv4/tcp_tw_reuse", "1");
             place.sysctl("ipv4/ip_local_port_range", "16384 65535");
         }
-        Self {
+        let pair = Self {
             client,
             server,
-            daemons,
             issuer,
             certificates,
-            lifetime: lifetime.to_owned(),
             _nodes: [one, two],
-            _network: network,
-        }
+            network,
+        };
+        (pair, daemons)
     }
 
     /// Replaces every certificate.
-    pub(crate) fn rotate(&self) {
+    pub(crate) fn rotate(&self, lifetime: &str) {
         for workload in [&self.client, &self.server] {
-            issue(&self.issuer, workload, &self.certificates, &self.lifetime);
+            issue(&self.issuer, workload, &self.certificates, lifetime);
         }
     }
 
     /// A TCP server of the tests' own program.
     pub(crate) fn serve(&self, port: u16, mode: &str) -> Process {
-        let words = ["serve", &format!("[::]:{port}"), "--mode", mode];
-        let mut server = self.server.spawn_peer(words);
-        server.wait_for("listening");
-        server
+        serve(&self.server, port, mode)
     }
 
     /// The server's address, as an argument.
     pub(crate) fn to(&self, port: u16) -> String {
         self.server.addresses().port4(port).to_string()
     }
+}
+
+/// A TCP server of the tests' own program.
+pub(crate) fn serve(at: &Workload, port: u16, mode: &str) -> Process {
+    let words = ["serve", &format!("[::]:{port}"), "--mode", mode];
+    let mut server = at.spawn_peer(words);
+    server.wait_for("listening");
+    server
 }
 
 fn issue(issuer: &FileIssuer, workload: &Workload, base: &std::path::Path, lifetime: &str) {

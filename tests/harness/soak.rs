@@ -1,30 +1,32 @@
-//! Mixed traffic between two daemons for as long as it is wanted, and what they hold meanwhile.
+//! Mixed traffic between two daemons for as long as it is wanted, while everything is done to them that
+//! a node lives through, and what they hold meanwhile. Plain TCP goes beside: what it keeps, reeve keeps.
+
+mod course;
+mod lasting;
+mod scene;
+mod schedule;
+mod traffic;
 
 use std::{
-    fmt, fs, thread,
+    collections::BTreeMap,
+    fmt, thread,
     time::{Duration, Instant},
 };
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::{
-    Daemon, Metrics, Process,
-    rotated_pair::{RotatedPair, transferred},
-    wait,
+pub use self::{
+    course::{Course, Sample},
+    lasting::Kind,
+    schedule::Happening,
 };
-
-/// Between two rotations of every certificate, and as long before the next change of a policy.
-const EVERY: Duration = Duration::from_secs(4);
-/// Bytes of one of the transfers that follow each other.
-const TRANSFER: u64 = 16 << 20;
-/// Bytes per second of the one transfer that lasts all the while: 64 KiB every 100 ms.
-const TRICKLE: u64 = (64 << 10) * 10;
-/// Connections that say something now and then.
-const IDLE: usize = 10;
-/// For what was begun to end.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Share of a run in which pools, caches and the allocator may still fill.
-const WARM_UP: f64 = 0.2;
+use self::{
+    lasting::{FIRST, NEXT, Twins},
+    scene::{Old, Scene},
+    schedule::{Event, Schedule},
+    traffic::{Short, Tried},
+};
+use crate::{Daemon, wait};
 
 const ANSWER: u16 = 7001;
 const HASH: u16 = 7002;
@@ -32,15 +34,10 @@ const ECHO: u16 = 7003;
 const UDP: u16 = 7004;
 const DENIED: u16 = 7999;
 
-const POLICY: &str = "
-apiVersion: reeve.dev/v1alpha1
-kind: ConnectionPolicy
-metadata: {name: between-the-two}
-spec:
-  workloads: {names: [client, server]}
-  ingress: [{from: [{serviceAccount: client}], ports: [{port: 7001, endPort: 7003}, {protocol: UDP, port: 7004}]}]
-  egress: [{to: [{serviceAccount: server}], ports: [{port: 7001, endPort: 7003}, {protocol: UDP, port: 7004}]}]
-";
+/// For an old daemon to end after its last connection.
+const LEAVES: Duration = Duration::from_secs(30);
+/// Of the sentences about what went wrong: who reads more than these learns nothing more.
+const MOST_WRONG: usize = 100;
 
 /// What came of a soak.
 #[derive(Clone, Debug, Default)]
@@ -49,16 +46,24 @@ pub struct Soak {
     pub samples: Vec<Sample>,
     /// Short connections that worked.
     pub connections: u64,
+    /// Those of plain TCP, and how many of them failed.
+    pub plain: [u64; 2],
     /// Attempts that were denied, as they should be.
     pub denied: u64,
     /// Transfers whose contents arrived whole.
     pub transfers: u64,
     /// Datagrams that were answered.
     pub datagrams: u64,
-    /// Times that every certificate was replaced.
-    pub rotations: u64,
-    /// Times that the policies changed.
-    pub changes: u64,
+    /// What failed during a cut: short connections, transfers and datagrams.
+    pub excused: u64,
+    /// How long after the end of each cut a short connection worked: plain TCP, and reeve.
+    pub recovered: [Vec<Duration>; 2],
+    /// What was done to the nodes.
+    pub happened: BTreeMap<Happening, Tally>,
+    /// Long connections of each kind, and how many were kept until the end: plain TCP, and reeve.
+    pub long: BTreeMap<Kind, Tally>,
+    /// Old daemons that had left by themselves before the end, and that left with their last connection.
+    pub left: [usize; 2],
     /// Whatever went wrong, one sentence each.
     pub wrong: Vec<String>,
     /// What the daemons say of it: how connections and tunnels ended, and their warnings. Empty where
@@ -66,137 +71,428 @@ pub struct Soak {
     pub said: String,
 }
 
-/// What both daemons held at one moment.
-#[derive(Clone, Copy, Debug)]
-pub struct Sample {
-    /// Since the beginning.
-    pub at: Duration,
-    /// Bytes of resident memory.
-    pub resident: f64,
-    /// File descriptors.
-    pub files: f64,
-    /// Entries of the kernel's maps, without those that stay until they are pushed out.
-    pub entries: f64,
-    /// Tunnels.
-    pub tunnels: f64,
-    /// Connections in them.
-    pub streams: f64,
+/// What was counted of one thing; arrays are of plain TCP and of reeve.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// How often it was.
+    pub times: usize,
+    /// Long connections that it met, over all times.
+    pub met: [usize; 2],
+    /// Those that did not outlive it.
+    pub lost: [usize; 2],
 }
 
-/// How one figure went over a run.
-#[derive(Clone, Copy, Debug)]
-pub struct Course {
-    /// What it is.
-    pub name: &'static str,
-    /// Of the first third, once warm: the median, of map entries the largest.
-    pub first: f64,
-    /// The same of the last third.
-    pub last: f64,
-    /// Largest of all.
-    pub most: f64,
-    /// By how much it grows in an hour, by least squares.
-    pub per_hour: f64,
-    /// What the last third may have more than the first.
-    pub allowed: f64,
+/// The times of a run.
+struct Times {
+    begun: Instant,
+    duration: Duration,
+    idle: Duration,
+    cut: Duration,
+}
+
+/// A run under way.
+struct Running<'s> {
+    scene: &'s Scene,
+    times: Times,
+    schedule: std::iter::Peekable<std::vec::IntoIter<(Duration, Event)>>,
+    daemons: &'s mut [Daemon; 2],
+    old: Vec<Old>,
+    long: Vec<Twins>,
+    short: [Short; 2],
+    denied: Short,
+    /// Since the end of the last cut, and what had worked by then.
+    recovering: [Option<(Instant, u64)>; 2],
+    /// What was done last, the newest at the end.
+    recent: Vec<(Duration, Happening)>,
+    soak: Soak,
 }
 
 // === impl Soak ===
 
 impl Soak {
-    /// Carries short connections, transfers, silent connections, datagrams and denied attempts
-    /// between two daemons, while certificates and policies change.
+    /// Carries long and short connections, transfers, datagrams and denied attempts between two daemons,
+    /// while nodes are upgraded, the wire is cut, a clock steps, and leaves, roots and policies change.
     #[must_use]
     pub fn run(duration: Duration) -> Self {
-        let scene = Scene::new(duration);
-        let mut soak = Self::default();
-        let mut traffic = Traffic::start(&scene, duration);
-        let started = Instant::now();
+        let schedule = Schedule::of(duration);
+        let (scene, mut daemons) = Scene::new(schedule.leaf);
+        let times = Times {
+            begun: Instant::now(),
+            duration,
+            idle: schedule.idle,
+            cut: schedule.cut,
+        };
+        let end = times.begun + duration;
+        scene.renew(schedule.leaf);
         thread::scope(|scope| {
-            let wrong = scope.spawn(|| scene.transfers(started + duration));
-            let datagrams = scope.spawn(|| scene.datagrams(started + duration));
-            let mut next = EVERY;
-            while started.elapsed() < duration {
-                soak.samples.push(scene.sample(started.elapsed()));
-                if started.elapsed() >= next {
-                    scene.pair.rotate();
-                    scene.change_policy(soak.changes.is_multiple_of(2));
-                    soak.rotations += 1;
-                    soak.changes += 1;
-                    next += EVERY;
-                }
-                // Some hundred samples of a run, and at least one a second.
-                let pause = (duration / 500).max(Duration::from_millis(200));
-                thread::sleep(pause.min(Duration::from_secs(1)));
+            let transfers = scope.spawn(|| traffic::transfers(&scene, end));
+            let datagrams = scope.spawn(|| traffic::datagrams(&scene, end));
+            let mut running = Running {
+                scene: &scene,
+                times,
+                schedule: schedule.events.into_iter().peekable(),
+                daemons: &mut daemons,
+                old: Vec::new(),
+                long: Vec::new(),
+                short: Short::start(&scene),
+                denied: Short::denied(&scene),
+                recovering: [None; 2],
+                recent: Vec::new(),
+                soak: Self::default(),
+            };
+            running.open(&FIRST);
+            running.go_on();
+            let transfers = transfers.join().expect("transfers can be tried");
+            let datagrams = datagrams.join().expect("datagrams can be tried");
+            running.soak.transfers = transfers.worked;
+            running.soak.datagrams = datagrams.worked;
+            for tried in [transfers, datagrams] {
+                running.tried(tried);
             }
-            let (transfers, mut failed) = wrong.join().expect("transfers can be tried");
-            soak.transfers = transfers;
-            soak.wrong.append(&mut failed);
-            let (answered, mut failed) = datagrams.join().expect("datagrams can be tried");
-            soak.datagrams = answered;
-            soak.wrong.append(&mut failed);
-        });
-        traffic.end(&mut soak);
-        soak.check();
-        if !soak.wrong.is_empty() {
-            soak.said = scene.pair.daemons.iter().map(testimony).collect();
-        }
-        soak
+            running.finish()
+        })
     }
 
     /// How each figure went.
     #[must_use]
     pub fn courses(&self) -> Vec<Course> {
-        const MIB: f64 = (1 << 20) as f64;
-        // Allowed: what the figure moves by itself, for what goes on at the moment differs.
-        let course =
-            |name, figure: fn(&Sample) -> f64, of: fn(&[f64]) -> f64, share: f64, slack| {
-                let warm = (self.samples.len() as f64 * WARM_UP) as usize;
-                let samples = self.samples.get(warm..).unwrap_or_default();
-                let values: Vec<_> = samples.iter().map(figure).collect();
-                let third = values.len() / 3;
-                let first = of(&values[..third]);
-                Course {
-                    name,
-                    first,
-                    last: of(&values[values.len() - third..]),
-                    most: largest(&values),
-                    per_hour: slope(samples.iter().map(|s| s.at.as_secs_f64()), &values) * 3600.0,
-                    allowed: first * share + slack,
-                }
-            };
-        vec![
-            course("resident bytes", |s| s.resident, median, 0.05, 4.0 * MIB),
-            course("descriptors", |s| s.files, median, 0.1, 16.0),
-            // A policy comes and goes with its entries: between these two levels a median tells nothing.
-            course("map entries", |s| s.entries, largest, 0.05, 16.0),
-            course("tunnels", |s| s.tunnels, median, 0.1, 8.0),
-            course("streams", |s| s.streams, median, 0.1, 8.0),
-        ]
+        course::courses(&self.samples)
     }
 
-    fn check(&mut self) {
-        for course in self.courses() {
-            if course.last > course.first + course.allowed {
-                self.wrong.push(format!("it grows: {course}"));
-            }
-        }
+    /// How often something happened.
+    #[must_use]
+    pub fn times(&self, happening: Happening) -> usize {
+        self.happened.get(&happening).map_or(0, |tally| tally.times)
     }
 }
 
+// === impl Running ===
+
+impl Running<'_> {
+    /// Until the end of the run.
+    fn go_on(&mut self) {
+        // Some hundred samples of a run, and at least one a second.
+        let pause = (self.times.duration / 500).max(Duration::from_millis(200));
+        let pause = pause.min(Duration::from_secs(1));
+        let mut next = Duration::ZERO;
+        while self.times.elapsed() < self.times.duration {
+            while let Some((at, event)) = self.schedule.peek().copied()
+                && at <= self.times.elapsed()
+            {
+                self.schedule.next();
+                // What the last event has ended is its own.
+                self.look();
+                self.happens(event);
+            }
+            if self.times.elapsed() >= next {
+                self.look();
+                self.soak.left[0] += self.forget();
+                let at = self.times.elapsed();
+                let sample = scene::sample(at, &*self.daemons, &self.old);
+                self.soak.samples.push(sample);
+                next = self.times.elapsed() + pause;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn happens(&mut self, event: Event) {
+        let happening = event.happening();
+        let tally = self.soak.happened.entry(happening).or_default();
+        tally.times += 1;
+        for twins in &self.long {
+            for (met, kept) in tally.met.iter_mut().zip(twins.kept()) {
+                *met += usize::from(kept);
+            }
+        }
+        let times = tally.times;
+        self.recent.push((self.times.elapsed(), happening));
+        match event {
+            Event::Renewal(valid) => self.scene.renew(valid),
+            Event::Policy => scene::change_policy(&*self.daemons, times % 2 == 1),
+            Event::Upgrade(node) => self.upgrade(node),
+            Event::Cut => self.scene.cut(),
+            Event::Mend => {
+                self.scene.mend();
+                let worked = self.short.each_ref().map(|short| short.worked);
+                self.recovering = worked.map(|worked| Some((Instant::now(), worked)));
+            }
+            Event::Clock(offset) => self.scene.clock.set(offset),
+            Event::Root(step) => self.scene.pair.issuer.rotate(step),
+            Event::Away => {}
+        }
+    }
+
+    fn upgrade(&mut self, node: usize) {
+        let daemon = &mut self.daemons[node];
+        let process = daemon.start_taking_over();
+        // Its log does not say so: it has warnings alone.
+        let serves = || {
+            let said = daemon.command(["status", "--json"]);
+            let status: Value = serde_json::from_str(&said.stdout).unwrap_or_default();
+            (status["process"] == daemon.id()).then_some(())
+        };
+        if wait::until(wait::SOON, serves).is_none() {
+            let log = daemon.log();
+            self.wrong(format!("no daemon took over at node {node}: {log}"));
+        }
+        self.old.push(Old { process, node });
+        self.open(&NEXT);
+    }
+
+    fn open(&mut self, kinds: &[(Kind, usize)]) {
+        let first = self.long.len();
+        for &(kind, number) in kinds {
+            for number in 0..number {
+                let twins = Twins::open(kind, number, self.scene.ends(), &self.times);
+                self.long.push(twins);
+            }
+        }
+        let begun = || {
+            let mut new = self.long[first..].iter();
+            new.all(Twins::have_begun).then_some(())
+        };
+        // Those that do not begin end with an error that is seen then.
+        let _ = wait::until(wait::SOON, begun);
+    }
+
+    /// Looks at everything that may have failed since the last time.
+    fn look(&mut self) {
+        let ended: Vec<_> = self
+            .long
+            .iter_mut()
+            .map(|twins| (twins.kind, twins.look()))
+            .collect();
+        for (number, (kind, ended)) in ended.into_iter().enumerate() {
+            self.ended(number, kind, ended);
+        }
+        let failed = self.short.each_mut().map(Short::look);
+        let [_, of_reeve] = failed;
+        let excused = self.scene.weather.excuses(Instant::now());
+        for (error, number) in of_reeve {
+            if excused {
+                self.soak.excused += number;
+            } else {
+                self.wrong(format!("{number} short connections failed: {error}"));
+            }
+        }
+        for (error, number) in self.denied.look() {
+            if error.contains("not permitted") {
+                self.soak.denied += number;
+            } else {
+                self.wrong(format!("{number} attempts were denied otherwise: {error}"));
+            }
+        }
+        let sides = self.short.iter().zip(&mut self.recovering);
+        for ((short, recovering), recovered) in sides.zip(&mut self.soak.recovered) {
+            if let Some((since, worked)) = *recovering
+                && short.worked > worked
+            {
+                recovered.push(since.elapsed());
+                *recovering = None;
+            }
+        }
+    }
+
+    /// Forgets old daemons that have ended. Their connections are told already.
+    fn forget(&mut self) -> usize {
+        let before = self.old.len();
+        self.old.retain_mut(|old| old.process.ended().is_none());
+        before - self.old.len()
+    }
+
+    /// Tells of long connections that have ended before their time.
+    fn ended(&mut self, number: usize, kind: Kind, ended: [Option<String>; 2]) {
+        let cause = self.cause();
+        for (side, error) in ended.into_iter().enumerate() {
+            let Some(error) = error else { continue };
+            if let Some(cause) = cause {
+                let tally = self.soak.happened.entry(cause).or_default();
+                tally.lost[side] += 1;
+            }
+            let [plain, _] = self.long[number].kept();
+            let whose = ["of plain TCP", "through reeve"][side];
+            let what =
+                format!("a long connection {whose} ({kind}, number {number}) ended: {error}");
+            if side == 1 && plain {
+                self.wrong(what);
+            } else {
+                eprintln!("{}", self.stamped(&what));
+            }
+        }
+    }
+
+    /// What has ended connections that end now, as far as can be told from the time.
+    fn cause(&self) -> Option<Happening> {
+        let rare = self.recent.iter().rev().find(|it| !it.1.is_frequent());
+        let now = self.times.elapsed();
+        match rare {
+            Some((at, happening)) if now < *at + self.times.duration / 40 + self.times.cut => {
+                Some(*happening)
+            }
+            _ => self.recent.last().map(|(_, happening)| *happening),
+        }
+    }
+
+    fn tried(&mut self, tried: Tried) {
+        self.soak.excused += tried.excused;
+        for (at, error) in tried.wrong {
+            let at = at.saturating_duration_since(self.times.begun);
+            let what = format!("{:.1} s: {error}", at.as_secs_f64());
+            self.wrong(what);
+        }
+    }
+
+    fn wrong(&mut self, what: impl AsRef<str>) {
+        // Where the environment asks for it, programs print more than their error.
+        let what = what.as_ref().split("Stack backtrace").next();
+        let what = self.stamped(what.unwrap_or_default().trim());
+        eprintln!("{what}");
+        if self.soak.wrong.len() < MOST_WRONG {
+            self.soak.wrong.push(what);
+        }
+    }
+
+    /// When it is, and what was done shortly before.
+    fn stamped(&self, what: &str) -> String {
+        let now = self.times.elapsed();
+        let before: Vec<_> = self
+            .recent
+            .iter()
+            .rev()
+            .take(4)
+            .map(|(at, happening)| {
+                let ago = now.saturating_sub(*at).as_secs_f64();
+                format!("{happening} {ago:.1} s ago")
+            })
+            .collect();
+        format!(
+            "[{:.1} s] {what} ({})",
+            now.as_secs_f64(),
+            before.join(", ")
+        )
+    }
+
+    /// All that lasts closes now, and old daemons leave with it.
+    fn finish(mut self) -> Soak {
+        let patience = self.times.patience();
+        let late: Vec<_> = self
+            .long
+            .iter_mut()
+            .map(|twins| (twins.kind, twins.finish(patience)))
+            .collect();
+        for (number, (kind, ended)) in late.into_iter().enumerate() {
+            self.ended(number, kind, ended);
+        }
+        self.look();
+        for twins in &self.long {
+            let tally = self.soak.long.entry(twins.kind).or_default();
+            tally.times += 1;
+            for ((met, lost), kept) in tally.met.iter_mut().zip(&mut tally.lost).zip(twins.kept()) {
+                *met += 1;
+                *lost += usize::from(!kept);
+            }
+        }
+        let gone = wait::until(LEAVES, || {
+            self.forget();
+            self.old.is_empty().then_some(())
+        });
+        self.soak.left[1] =
+            self.soak.times(Happening::Upgrade) - self.soak.left[0] - self.old.len();
+        if gone.is_none() {
+            let nodes: Vec<_> = self.old.iter().map(|old| old.node).collect();
+            self.wrong(format!(
+                "old daemons have not left {LEAVES:?} after their last connection, at nodes {nodes:?}"
+            ));
+        }
+        let [plain, reeve] = &self.short;
+        self.soak.plain = [plain.worked, plain.failed()];
+        self.soak.connections = reeve.worked;
+        if self.denied.worked > 0 {
+            let worked = self.denied.worked;
+            self.wrong(format!("{worked} connections were not denied"));
+        }
+        let cuts = self.soak.times(Happening::Mend);
+        if self.soak.recovered[1].len() < cuts {
+            self.wrong("no short connection worked after a cut, until the next one".to_owned());
+        }
+        for course in self.soak.courses() {
+            if course.grows() {
+                self.wrong(format!("it grows: {course}"));
+            }
+        }
+        if !self.soak.wrong.is_empty() {
+            self.soak.said = self.daemons.iter().map(testimony).collect();
+            for old in &self.old {
+                self.soak.said += &old.process.stderr();
+            }
+        }
+        self.soak
+    }
+}
+
+// === impl Times ===
+
+impl Times {
+    fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    fn left(&self) -> Duration {
+        self.duration.saturating_sub(self.elapsed())
+    }
+
+    /// For an answer: what was sent into a cut is sent again after as long once more.
+    fn patience(&self) -> Duration {
+        self.cut * 4 + Duration::from_secs(60)
+    }
+}
+
+// === Report ===
+
 impl fmt::Display for Soak {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [plain, failed] = self.plain;
         writeln!(
             f,
-            "{} connections, {} transfers, {} datagrams, {} denied attempts; {} rotations and {} \
-             changes of policy; {} samples",
+            "{} short connections ({plain} of plain TCP beside, {failed} failed), {} transfers, {} \
+             datagrams, {} denied attempts; {} failed during a cut; {} samples",
             self.connections,
             self.transfers,
             self.datagrams,
             self.denied,
-            self.rotations,
-            self.changes,
+            self.excused,
             self.samples.len()
         )?;
+        let of = |tally: &Tally, side: usize| {
+            let met = tally.met[side];
+            format!("{} of {met}", met.saturating_sub(tally.lost[side]))
+        };
+        writeln!(
+            f,
+            "\ndone                        times   kept by plain TCP       kept by reeve"
+        )?;
+        for (happening, tally) in &self.happened {
+            let (plain, reeve) = (of(tally, 0), of(tally, 1));
+            writeln!(f, "{happening:28}{:5}{plain:>20}{reeve:>20}", tally.times)?;
+        }
+        writeln!(
+            f,
+            "\nlong connections            opened  kept by plain TCP       kept by reeve"
+        )?;
+        for (kind, tally) in &self.long {
+            let (plain, reeve) = (of(tally, 0), of(tally, 1));
+            writeln!(f, "{kind:28}{:5}{plain:>20}{reeve:>20}", tally.times)?;
+        }
+        let most = |of: &[Duration]| of.iter().max().map_or(0.0, Duration::as_secs_f64);
+        let [plain, reeve] = self.recovered.each_ref().map(|of| most(of));
+        writeln!(
+            f,
+            "\na short connection worked at most {plain:.1} s after a cut by plain TCP, {reeve:.1} s \
+             through reeve; old daemons: {} left before the end, {} with their last connection at it",
+            self.left[0], self.left[1]
+        )?;
+        writeln!(f, "\n{}", Course::HEAD)?;
         for course in self.courses() {
             writeln!(f, "{course}")?;
         }
@@ -204,253 +500,21 @@ impl fmt::Display for Soak {
     }
 }
 
-impl fmt::Display for Course {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: {:.0} in the first third, {:.0} in the last ({:.0} more are allowed), {:.0} at \
-             most, {:+.0} an hour",
-            self.name, self.first, self.last, self.allowed, self.most, self.per_hour
-        )
-    }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
-}
-
-fn largest(values: &[f64]) -> f64 {
-    values.iter().copied().fold(0.0, f64::max)
-}
-
 /// How a daemon's connections and tunnels ended, and what it warned of.
 fn testimony(daemon: &Daemon) -> String {
-    const ENDS: [&str; 4] = [
+    const TOLD: [&str; 6] = [
         "reeve_connections_closed_total",
         "reeve_connections_failed_total",
         "reeve_tunnels_closed_total",
         "reeve_tls_handshakes_total",
+        "reeve_tunnel_proofs_total",
+        "reeve_map_entries",
     ];
     let metrics = daemon.get("/metrics").unwrap_or_default();
-    let ends: String = metrics
+    let told: String = metrics
         .lines()
-        .filter(|line| ENDS.iter().any(|name| line.starts_with(name)))
+        .filter(|line| TOLD.iter().any(|name| line.starts_with(name)))
         .map(|line| format!("{line}\n"))
         .collect();
-    format!("{}:\n{ends}{}", daemon.config().display(), daemon.log())
-}
-
-/// Slope of the line that fits best.
-fn slope(at: impl Iterator<Item = f64> + Clone, values: &[f64]) -> f64 {
-    let number = values.len().max(1) as f64;
-    let (mean_at, mean) = (
-        at.clone().sum::<f64>() / number,
-        values.iter().sum::<f64>() / number,
-    );
-    let (mut together, mut alone) = (0.0, 0.0);
-    for (at, value) in at.zip(values) {
-        together += (at - mean_at) * (value - mean);
-        alone += (at - mean_at).powi(2);
-    }
-    if alone == 0.0 { 0.0 } else { together / alone }
-}
-
-// === The scene ===
-
-struct Scene {
-    pair: RotatedPair,
-    _servers: Vec<Process>,
-}
-
-impl Scene {
-    fn new(duration: Duration) -> Self {
-        // A connection ends with its tunnel's certificates, and some are to last.
-        let lifetime = format!("{}s", duration.as_secs() * 2 + 3600);
-        let pair = RotatedPair::start(POLICY, &lifetime, |reeve| {
-            reeve
-                .set("/log/level", json!("warn"))
-                // So that a short run sees each of these as well.
-                .set("/timeouts/drain", json!("3s"))
-                .set("/timeouts/tunnelIdle", json!("3s"))
-        });
-        let mut servers = vec![
-            pair.serve(ANSWER, "answer"),
-            pair.serve(HASH, "hash"),
-            pair.serve(ECHO, "echo"),
-        ];
-        let mut udp = pair
-            .server
-            .spawn_peer(["udp-serve", &format!("[::]:{UDP}")]);
-        udp.wait_for("listening");
-        servers.push(udp);
-        Self {
-            pair,
-            _servers: servers,
-        }
-    }
-
-    /// Adds a policy that changes nothing for what is carried, or takes it away.
-    fn change_policy(&self, adds: bool) {
-        const ANOTHER: &str = "
-apiVersion: reeve.dev/v1alpha1
-kind: ConnectionPolicy
-metadata: {name: another}
-spec:
-  workloads: {names: [client, server]}
-  egress: [{to: [{cidr: 192.0.2.0/24}], ports: [{port: 1, endPort: 999}]}]
-";
-        for daemon in &self.pair.daemons {
-            let file = daemon.policies().join("another.yaml");
-            let changed = if adds {
-                fs::write(&file, ANOTHER)
-            } else {
-                fs::remove_file(&file)
-            };
-            changed.expect("policies can be changed");
-        }
-    }
-
-    fn sample(&self, at: Duration) -> Sample {
-        let metrics = self.pair.daemons.each_ref().map(Daemon::metrics);
-        let sum = |name| metrics.iter().map(|m| m.sum(name, &[])).sum::<f64>();
-        // What these hold stays until they are full and what is newer pushes it out.
-        let passing = ["FLOWS", "ONWARD"].map(|map| [("map", map)]);
-        let entries = |m: &Metrics| {
-            let passing = passing.iter().map(|map| m.sum("reeve_map_entries", map));
-            m.sum("reeve_map_entries", &[]) - passing.sum::<f64>()
-        };
-        Sample {
-            at,
-            resident: sum("process_resident_memory_bytes"),
-            files: sum("process_open_fds"),
-            entries: metrics.iter().map(entries).sum(),
-            tunnels: sum("reeve_tunnels_open"),
-            streams: sum("reeve_streams_open"),
-        }
-    }
-
-    fn transfers(&self, until: Instant) -> (u64, Vec<String>) {
-        let (mut whole, mut wrong) = (0, Vec::new());
-        while Instant::now() < until {
-            let bytes = TRANSFER.to_string();
-            let words = ["send", &self.pair.to(HASH), "--bytes", &bytes];
-            match transferred(self.pair.client.spawn_peer(words), PATIENCE) {
-                Ok(()) => whole += 1,
-                Err(error) => wrong.push(error),
-            }
-            thread::sleep(Duration::from_millis(200));
-        }
-        (whole, wrong)
-    }
-
-    fn datagrams(&self, until: Instant) -> (u64, Vec<String>) {
-        let (mut answered, mut wrong) = (0, Vec::new());
-        let to = [
-            self.pair.to(UDP),
-            self.pair.server.addresses().port6(UDP).to_string(),
-        ];
-        while Instant::now() < until {
-            for to in &to {
-                let words = ["udp-send", to, "--patience", "10000"];
-                let output = self.pair.client.peer(words);
-                if output.status.success() {
-                    answered += 1;
-                } else {
-                    wrong.push(format!("a datagram was lost: {}", output.stderr));
-                }
-            }
-            thread::sleep(Duration::from_millis(200));
-        }
-        (answered, wrong)
-    }
-}
-
-// === Traffic ===
-
-/// What goes on all the while.
-struct Traffic {
-    connections: Process,
-    denied: Process,
-    idle: Vec<Process>,
-    lasting: Process,
-    /// For the lasting transfer to end: its pauses are longer than asked for on a machine that does
-    /// much else.
-    patience: Duration,
-}
-
-impl Traffic {
-    fn start(scene: &Scene, duration: Duration) -> Self {
-        let client = &scene.pair.client;
-        let probe =
-            |port, pause| client.spawn_peer(["probe", &scene.pair.to(port), "--pause", pause]);
-        let mut idle: Vec<_> = (0..IDLE)
-            .map(|_| client.spawn_peer(["heartbeat", &scene.pair.to(ECHO), "--every", "5000"]))
-            .collect();
-        idle.iter_mut().for_each(|one| {
-            one.wait_for("beat 1");
-        });
-        let bytes = (TRICKLE * duration.as_secs()).to_string();
-        let to = scene.pair.to(HASH);
-        let words = ["send", &to, "--bytes", &bytes, "--trickle", "100"];
-        let patience = duration / 2 + PATIENCE * 2;
-        // The answer comes when all is sent.
-        let silence = (duration + patience).as_secs().to_string();
-        Self {
-            connections: probe(ANSWER, "5"),
-            denied: probe(DENIED, "50"),
-            idle,
-            lasting: client.spawn_peer(words.into_iter().chain(["--patience", &silence])),
-            patience,
-        }
-    }
-
-    fn end(&mut self, soak: &mut Soak) {
-        for one in &mut self.idle {
-            if one.ended().is_some() {
-                soak.wrong
-                    .push(format!("a silent connection failed: {}", one.stderr()));
-            }
-        }
-        let ended = wait::until(self.patience, || self.lasting.ended());
-        let seen = serde_json::from_str::<Value>(&self.lasting.stdout()).unwrap_or_default();
-        let whole = seen["received"]["head"] == seen["sent"]["sha256"];
-        if !(ended.is_some_and(|status| status.success()) && whole && seen.is_object()) {
-            let said = self.lasting.stderr();
-            soak.wrong
-                .push(format!("the lasting transfer failed: {said}"));
-        }
-        let (worked, failed) = probed(&self.connections);
-        soak.connections = worked;
-        soak.wrong.extend(
-            failed
-                .iter()
-                .map(|(error, number)| format!("{number} connections failed: {error}")),
-        );
-        let (worked, denied) = probed(&self.denied);
-        if worked > 0 {
-            soak.wrong
-                .push(format!("{worked} connections were not denied"));
-        }
-        for (error, number) in denied {
-            if error.contains("not permitted") {
-                soak.denied += number;
-            } else {
-                soak.wrong
-                    .push(format!("{number} were denied otherwise: {error}"));
-            }
-        }
-    }
-}
-
-/// Connections of a probe that worked, and those that did not.
-fn probed(probe: &Process) -> (u64, Vec<(String, u64)>) {
-    let printed = probe.stdout();
-    let whole = printed.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    let last = whole.lines().last().unwrap_or("{}");
-    let seen: Value = serde_json::from_str(last).unwrap_or_default();
-    let failed = seen["failed"].as_object().into_iter().flatten();
-    let failed = failed.map(|(error, number)| (error.clone(), number.as_u64().unwrap_or(0)));
-    (seen["worked"].as_u64().unwrap_or(0), failed.collect())
+    format!("{}:\n{told}{}", daemon.config().display(), daemon.log())
 }

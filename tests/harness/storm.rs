@@ -9,12 +9,14 @@ use std::{
 use serde_json::json;
 
 use crate::{
-    Daemon, Process,
+    Daemon, FileIssuer, Process,
     rotated_pair::{RotatedPair, transferred},
 };
 
 /// Between two rotations of every certificate.
 const EVERY: Duration = Duration::from_secs(1);
+/// Of each certificate.
+const LIFETIME: &str = "1h";
 /// Bytes of one of the transfers that follow each other.
 const TRANSFER: u64 = 16 << 20;
 /// Connections at the same time, besides transfers.
@@ -61,7 +63,9 @@ impl Storm {
     /// two daemons whose workloads' certificates are replaced every second.
     #[must_use]
     pub fn run(duration: Duration) -> Self {
-        let pair = RotatedPair::start(POLICY, "1h", |reeve| reeve.set("/log/level", json!("info")));
+        let (pair, daemons) = RotatedPair::start(POLICY, FileIssuer::new, LIFETIME, |_, reeve| {
+            reeve.set("/log/level", json!("info"))
+        });
         let _servers = [pair.serve(ANSWER, "answer"), pair.serve(HASH, "hash")];
         let mut storm = Self::default();
         let done = AtomicBool::new(false);
@@ -70,7 +74,7 @@ impl Storm {
                 let mut rotations = 0;
                 while !done.load(Ordering::Relaxed) {
                     let started = Instant::now();
-                    pair.rotate();
+                    pair.rotate(LIFETIME);
                     rotations += 1;
                     thread::sleep(EVERY.saturating_sub(started.elapsed()));
                 }
@@ -80,7 +84,7 @@ impl Storm {
             done.store(true, Ordering::Relaxed);
             storm.rotations = rotations.join().expect("certificates can be written");
         });
-        for daemon in &pair.daemons {
+        for daemon in &daemons {
             storm.count(daemon);
         }
         storm

@@ -5,7 +5,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpStream},
     path::PathBuf,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -26,6 +26,9 @@ pub(crate) struct Options {
     /// Bytes to send
     #[arg(long, default_value_t = 0)]
     bytes: u64,
+    /// Send for so many seconds, however many bytes that is
+    #[arg(long = "for", conflicts_with = "bytes")]
+    lifetime: Option<u64>,
     /// Text to send, before the bytes
     #[arg(long, default_value = "")]
     text: String,
@@ -99,6 +102,7 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
         options.bytes,
         Duration::from_millis(options.trickle),
     );
+    let lifetime = options.lifetime.map(Duration::from_secs);
     let close = !options.keep_open && !options.reset;
     if options.leave {
         // What is sent is the kernel's then.
@@ -109,7 +113,12 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
         (&sending).write_all(text.as_bytes())?;
         let mut sent = Digest::default();
         sent.add(text.as_bytes());
-        source(&sending, bytes, trickle, &mut sent)?;
+        match lifetime {
+            Some(lifetime) => {
+                source_until(&sending, Instant::now() + lifetime, trickle, &mut sent)?
+            }
+            None => source(&sending, bytes, trickle, &mut sent)?,
+        }
         if close {
             sending.shutdown(Shutdown::Write)?;
         }
@@ -183,15 +192,42 @@ fn transfer(stream: &mut TcpStream, options: &Options) -> Result<serde_json::Val
 
 /// Sends bytes that look random and are always the same, with a pause after each write.
 pub(crate) fn source(
-    mut stream: &TcpStream,
+    stream: &TcpStream,
     bytes: u64,
     trickle: Duration,
     digest: &mut Digest,
 ) -> io::Result<()> {
+    let mut left = bytes;
+    write_while(stream, trickle, digest, || {
+        let length = usize::try_from(left).unwrap_or(BUFFER).min(BUFFER);
+        left -= length as u64;
+        length
+    })
+}
+
+/// The same for a time.
+fn source_until(
+    stream: &TcpStream,
+    end: Instant,
+    trickle: Duration,
+    digest: &mut Digest,
+) -> io::Result<()> {
+    write_while(stream, trickle, digest, || match Instant::now() < end {
+        true => BUFFER,
+        false => 0,
+    })
+}
+
+/// Writes as many bytes as it is told each time, until it is told none.
+fn write_while(
+    mut stream: &TcpStream,
+    trickle: Duration,
+    digest: &mut Digest,
+    mut length: impl FnMut() -> usize,
+) -> io::Result<()> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut buffer = vec![0; BUFFER];
-    let mut left = bytes;
-    while left > 0 {
+    loop {
         for word in buffer.chunks_exact_mut(8) {
             // xorshift64: cheap, and nothing a tunnel could get right by accident.
             state ^= state << 13;
@@ -199,14 +235,14 @@ pub(crate) fn source(
             state ^= state << 17;
             word.copy_from_slice(&state.to_le_bytes());
         }
-        let length = usize::try_from(left).unwrap_or(BUFFER).min(BUFFER);
-        let part = buffer.get(..length).unwrap_or_default();
+        let part = buffer.get(..length()).unwrap_or_default();
+        if part.is_empty() {
+            return Ok(());
+        }
         stream.write_all(part)?;
         digest.add(part);
-        left -= length as u64;
         thread::sleep(trickle);
     }
-    Ok(())
 }
 
 /// Length and SHA-256 of what passed.
