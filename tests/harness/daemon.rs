@@ -283,6 +283,12 @@ impl Daemon {
         resident(self.id()).expect("the daemon runs")
     }
 
+    /// Processor time of it, of those before it and of the commands that talk to them.
+    #[must_use]
+    pub fn processor_time(&self) -> Duration {
+        self.place.cgroup().processor_time()
+    }
+
     /// A path as it is for the daemon, whatever is mounted there.
     #[must_use]
     pub fn sees(&self, path: &Path) -> PathBuf {

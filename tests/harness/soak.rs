@@ -100,6 +100,8 @@ struct Running<'s> {
     long: Vec<Twins>,
     short: [Short; 2],
     denied: Short,
+    /// When the leaves expire that are in force.
+    leaves_until: Duration,
     /// Since the end of the last cut, and what had worked by then.
     recovering: [Option<(Instant, u64)>; 2],
     /// What was done last, the newest at the end.
@@ -136,6 +138,7 @@ impl Soak {
                 long: Vec::new(),
                 short: Short::start(&scene),
                 denied: Short::denied(&scene),
+                leaves_until: schedule.leaf,
                 recovering: [None; 2],
                 recent: Vec::new(),
                 soak: Self::default(),
@@ -208,7 +211,7 @@ impl Running<'_> {
         let times = tally.times;
         self.recent.push((self.times.elapsed(), happening));
         match event {
-            Event::Renewal(valid) => self.scene.renew(valid),
+            Event::Renewal(valid) => self.renew(valid),
             Event::Policy => scene::change_policy(&*self.daemons, times % 2 == 1),
             Event::Upgrade(node) => self.upgrade(node),
             Event::Cut => self.scene.cut(),
@@ -221,6 +224,19 @@ impl Running<'_> {
             Event::Root(step) => self.scene.pair.issuer.rotate(step),
             Event::Away => {}
         }
+    }
+
+    fn renew(&mut self, valid: Duration) {
+        let until = self.times.elapsed() + valid;
+        self.scene.renew(valid);
+        let late = self.times.elapsed().saturating_sub(self.leaves_until);
+        if !late.is_zero() {
+            self.wrong(format!(
+                "leaves were replaced {late:?} after they had expired: this machine does too much else \
+                 for the run to tell anything of the connections that ended"
+            ));
+        }
+        self.leaves_until = until;
     }
 
     fn upgrade(&mut self, node: usize) {

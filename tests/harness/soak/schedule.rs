@@ -81,7 +81,7 @@ impl Schedule {
         let rounds = u32::try_from(rounds).expect("they are few");
         let length = duration / rounds;
         // A minute's leaves in a round of five minutes, renewed three times a minute.
-        let renewal = (length / 15).clamp(Duration::from_secs(6), Duration::from_secs(20));
+        let renewal = (length / 15).clamp(Duration::from_secs(10), Duration::from_secs(20));
         let mut schedule = Self {
             events: Vec::new(),
             cut: length / 10,
