@@ -23,6 +23,8 @@ use crate::arrange::{PORT, Pair, say, send, serve};
 const LIFETIME: Duration = Duration::from_secs(10);
 /// After which an end gets its next one.
 const RENEWED_AFTER: Duration = Duration::from_secs(4);
+/// Between two words of a connection that says little.
+const RARELY: Duration = Duration::from_secs(5);
 const TRUST_DOMAIN: &str = "example.org";
 
 #[test]
@@ -40,6 +42,37 @@ fn connections_live_through_ten_renewals_of_both_ends_at_the_same_moment() {
     }
     let status = proven.daemons[0].command(["status"]).stdout;
     assert!(status.contains("PROOFS"), "{status}");
+}
+
+#[test]
+fn a_pair_has_the_same_tunnels_after_a_hundred_renewals_with_a_long_connection_opened_at_each() {
+    const RENEWALS: usize = 100;
+    const EVERY: Duration = Duration::from_millis(900);
+    let proven = Proven::start(|reeve| reeve);
+    let mut beating = proven.beating();
+    let mut longest = 2;
+    for _ in 0..RENEWALS {
+        let begun = Instant::now();
+        proven.renew(&proven.pair.client);
+        proven.renew(&proven.pair.server);
+        beating.push(proven.rarely());
+        longest = longest.max(proven.tunnels().len());
+        thread::sleep(EVERY.saturating_sub(begun.elapsed()));
+    }
+    // A word from each now, and all of them are where they were.
+    thread::sleep(RARELY);
+    for beating in &mut beating {
+        assert!(beating.ended().is_none(), "{}", beating.stderr());
+    }
+    proven.is_in_one_tunnel();
+    assert_eq!(longest, 2, "tunnels at one moment");
+    let streams = |tunnel: &Value| tunnel["streams"].as_u64();
+    let streams: u64 = proven.tunnels().iter().filter_map(streams).sum();
+    assert_eq!(streams, RENEWALS as u64 + 2);
+    for daemon in &proven.daemons {
+        let ok = [("result", "ok")];
+        daemon.wait_for_metric("reeve_tunnel_proofs_total", &ok, RENEWALS as f64);
+    }
 }
 
 #[test]
@@ -308,6 +341,59 @@ fn many_tunnels_are_proven_at_the_same_moment() {
     proven.daemons[1].wait_for_metric("reeve_tunnel_proofs_total", &labels, proofs);
 }
 
+#[test]
+#[ignore = "measures: run it alone, by name and with --nocapture"]
+fn what_a_thousand_tunnels_cost_that_are_proven_at_the_same_moment() {
+    const TUNNELS: &str = "1000";
+    let proven = Proven::made(false, Duration::from_secs(3600), |reeve| {
+        reeve
+            .set("/limits/streamsPerTunnel", json!(1))
+            .set("/limits/tunnelsPerPeer", json!(1024))
+    });
+    // Proves nothing before the tunnels are there.
+    thread::sleep(Duration::from_secs(2));
+    let to = proven.pair.server.addresses().port4(PORT).to_string();
+    let words = ["flood", &to, "--connections", TUNNELS];
+    let hold = ["--hold", "60", "--again"];
+    let begun = Instant::now();
+    let mut flood = proven.pair.client.spawn_peer(words.into_iter().chain(hold));
+    flood.wait_for("open 1000");
+    let tell = |what: &str, since: Instant, before: [Duration; 2]| {
+        let used = proven.daemons.each_ref().map(Daemon::processor_time);
+        let [client, server] = [0, 1].map(|end| used[end] - before[end]);
+        eprintln!(
+            "{what}: {:?}; processor time {client:?} at the client, {server:?} at the server; \
+             memory {:?}",
+            since.elapsed(),
+            proven.daemons.each_ref().map(Daemon::resident)
+        );
+    };
+    tell("opened", begun, [Duration::ZERO; 2]);
+    let proofs = || {
+        let labels = [("role", "server"), ("result", "ok")];
+        let metrics = proven.daemons[1].metrics();
+        metrics.sum("reeve_tunnel_proofs_total", &labels)
+    };
+    for ends in [
+        vec![&proven.pair.client],
+        vec![&proven.pair.client, &proven.pair.server],
+    ] {
+        thread::sleep(Duration::from_secs(5));
+        let (before, begun) = (proofs(), Instant::now());
+        let used = proven.daemons.each_ref().map(Daemon::processor_time);
+        for end in &ends {
+            proven.renew(end);
+        }
+        while proofs() < before + 1000.0 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{}", proofs());
+            thread::sleep(Duration::from_millis(20));
+        }
+        tell(&format!("proven, {} renewed", ends.len()), begun, used);
+    }
+    let ended = flood.wait(Duration::from_secs(90)).ok();
+    assert!(ended.contains("open still 1000"), "{ended}");
+}
+
 /// Two nodes whose workloads have certificates of a lifetime.
 struct Proven {
     pair: Pair,
@@ -401,16 +487,32 @@ impl Proven {
         beating
     }
 
+    /// A connection that says something now and then.
+    fn rarely(&self) -> Process {
+        let to = self.pair.server.addresses().port4(PORT).to_string();
+        let every = RARELY.as_millis().to_string();
+        let words = ["heartbeat", &to, "--every", &every];
+        let mut beating = self.pair.client.spawn_peer(words);
+        beating.wait_for("beat 1");
+        beating
+    }
+
+    /// The tunnels of the client's daemon, which are all of this pair.
+    fn tunnels(&self) -> Vec<Value> {
+        let status = self.daemons[0].status();
+        let tunnels = status["tunnels"]["tunnels"].as_array();
+        tunnels.expect("it is a list").clone()
+    }
+
     fn beating(&self) -> Vec<Process> {
         vec![self.beat(false), self.beat(true)]
     }
 
     /// Nothing has come to need another tunnel: there is one for each family.
     fn is_in_one_tunnel(&self) {
-        let status = self.daemons[0].status();
-        let tunnels = &status["tunnels"]["tunnels"];
-        assert_eq!(tunnels.as_array().unwrap().len(), 2, "{tunnels:#}");
-        for tunnel in tunnels.as_array().unwrap() {
+        let tunnels = self.tunnels();
+        assert_eq!(tunnels.len(), 2, "{tunnels:#?}");
+        for tunnel in &tunnels {
             assert_eq!(tunnel["proof"], "bound");
             assert!(tunnel["proofs"].as_u64() >= Some(10), "{tunnel:#}");
             assert_eq!(tunnel["retired"], false);

@@ -6,8 +6,6 @@ use std::{fmt, time::Duration};
 /// `limits.predecessors` is 16 at most.
 const SHORTEST_ROUND: Duration = Duration::from_secs(45);
 const MOST_ROUNDS: u64 = 12;
-/// A stretch of leaves with a longer life begins that early, for every tunnel to be proven by them.
-const AHEAD: Duration = Duration::from_secs(3);
 /// By which the clock is stepped, see [`Event::Clock`].
 const STEP: Duration = Duration::from_secs(3600);
 
@@ -88,6 +86,9 @@ impl Schedule {
             idle: length / 2,
             leaf: renewal * 3,
         };
+        // For every tunnel to be proven by leaves that are valid for longer. Where the server was not
+        // renewed yet, the client asks again after a sixteenth of what is left.
+        let ahead = schedule.leaf / 8 + Duration::from_secs(3);
         let (mut stretches, mut away) = (Vec::new(), Vec::new());
         for round in 0..rounds {
             let at = |part: f64| length * round + length.mul_f64(part);
@@ -98,7 +99,7 @@ impl Schedule {
                 schedule.add(at(0.36), Event::Mend);
                 // What was sent into a cut is sent again after as long once more.
                 stretches.push(Stretch {
-                    from: at(0.26).saturating_sub(AHEAD),
+                    from: at(0.26).saturating_sub(ahead),
                     to: at(0.47),
                     longer: schedule.cut * 3,
                 });
@@ -107,7 +108,7 @@ impl Schedule {
                 schedule.add(at(part), Event::Clock(offset));
             }
             stretches.push(Stretch {
-                from: at(0.50).saturating_sub(AHEAD),
+                from: at(0.50).saturating_sub(ahead),
                 to: at(0.64),
                 longer: STEP,
             });

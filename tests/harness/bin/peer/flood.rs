@@ -21,6 +21,9 @@ pub(crate) struct Options {
     /// Seconds to hold them open after each has worked
     #[arg(long, default_value_t = 0)]
     hold: u64,
+    /// Let each work once more after that
+    #[arg(long)]
+    again: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -33,6 +36,23 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         stream.write_all(&number.to_le_bytes())?;
         streams.push(stream);
     }
+    echoes(&mut streams)?;
+    println!("open {}", streams.len());
+    thread::sleep(Duration::from_secs(options.hold));
+    if options.again {
+        for (number, stream) in streams.iter_mut().enumerate() {
+            stream
+                .write_all(&number.to_le_bytes())
+                .with_context(|| format!("sending by connection {number}"))?;
+        }
+        echoes(&mut streams)?;
+        println!("open still {}", streams.len());
+    }
+    Ok(())
+}
+
+/// Reads what each has sent.
+fn echoes(streams: &mut [TcpStream]) -> Result<()> {
     for (number, stream) in streams.iter_mut().enumerate() {
         let mut echo = [0; size_of::<usize>()];
         stream
@@ -43,8 +63,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             "connection {number} echoed another's bytes"
         );
     }
-    println!("open {}", streams.len());
-    thread::sleep(Duration::from_secs(options.hold));
     Ok(())
 }
 
