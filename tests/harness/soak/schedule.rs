@@ -6,6 +6,8 @@ use std::{fmt, time::Duration};
 /// `limits.predecessors` is 16 at most.
 const SHORTEST_ROUND: Duration = Duration::from_secs(45);
 const MOST_ROUNDS: u64 = 12;
+/// By so many times the length of a cut, leaves are valid for longer that meet it.
+const LONGER: u32 = 3;
 /// By which the clock is stepped, see [`Event::Clock`].
 const STEP: Duration = Duration::from_secs(3600);
 
@@ -87,8 +89,9 @@ impl Schedule {
             leaf: renewal * 3,
         };
         // For every tunnel to be proven by leaves that are valid for longer. Where the server was not
-        // renewed yet, the client asks again after a sixteenth of what is left.
-        let ahead = schedule.leaf / 8 + Duration::from_secs(3);
+        // renewed yet, the client asks again after a sixteenth of what is left, and after twice as much.
+        let longest = schedule.leaf + schedule.cut * LONGER;
+        let ahead = longest / 8 + Duration::from_secs(3);
         let (mut stretches, mut away) = (Vec::new(), Vec::new());
         for round in 0..rounds {
             let at = |part: f64| length * round + length.mul_f64(part);
@@ -101,7 +104,7 @@ impl Schedule {
                 stretches.push(Stretch {
                     from: at(0.26).saturating_sub(ahead),
                     to: at(0.47),
-                    longer: schedule.cut * 3,
+                    longer: schedule.cut * LONGER,
                 });
             }
             for (part, offset) in [(0.50, "+1h"), (0.54, "+0"), (0.58, "-1h"), (0.62, "+0")] {
