@@ -118,8 +118,22 @@ fn the_programs_speak_what_they_are_asked_to() {
         .json();
     assert_eq!(rate["failed"], 0);
 
-    let flood = client.peer(["flood", &at(4), "--connections", "500"]).ok();
-    assert!(flood.contains("open 500"));
+    let timed = client.peer(["send", &at(1), "--for", "1", "--trickle", "10"]);
+    let timed = timed.json();
+    assert!(timed["sent"]["bytes"].as_u64() > Some(64 << 10), "{timed}");
+    assert_eq!(timed["received"]["head"], timed["sent"]["sha256"]);
+
+    let flood = ["flood", &at(4), "--connections", "500", "--again"];
+    let flood = client.peer(flood).ok();
+    assert!(flood.ends_with("open still 500\n"), "{flood}");
+
+    // Whatever is said comes back, and the end after it.
+    for bytes in ["8", "1003", "65536"] {
+        let words = ["heartbeat", &at(4), "--for", "1", "--bytes", bytes];
+        let beats = client.peer(words).ok();
+        assert!(beats.ends_with("closed\n"), "{beats}");
+        assert!(beats.lines().count() > 5, "{beats}");
+    }
 
     let datagrams = at(5);
     for connected in [&[][..], &["--connect"]] {

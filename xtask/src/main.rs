@@ -48,7 +48,7 @@ enum Command {
     Bench(bench::Options),
     /// Rotate certificates every second under load, and fail if anything else does
     Storm(storm::Options),
-    /// Carry mixed traffic for as long as it is told, and fail if anything fails or grows
+    /// Upgrade, cut and re-key two nodes under traffic, and fail if anything fails or grows
     Soak(soak::Options),
     /// Cut the network for minutes, and fail if anything happens but what docs/faults.md promises
     Faults(faults::Options),

@@ -1,4 +1,5 @@
-//! `cargo xtask soak`: mixed traffic for hours, and what the daemons hold meanwhile.
+//! `cargo xtask soak`: long connections and mixed traffic for hours, while two nodes live through what
+//! nodes live through, and what the daemons hold meanwhile.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use crate::{build, duration};
 /// How long.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Options {
-    /// As in 90s, 20m or 1h
+    /// As in 90s, 20m or 1h; what happens meanwhile scales with it
     #[arg(long = "for", default_value = "1h", value_parser = duration::parse)]
     duration: Duration,
     /// Use the build of the tests, which is not optimised
@@ -18,12 +19,17 @@ pub(crate) struct Options {
     debug: bool,
 }
 
-/// Sets up, builds, and fails if a connection did or something grew.
+/// Sets up, builds, and fails if reeve ended what plain TCP keeps, anything else failed, or something grew.
 pub(crate) fn run(options: &Options) -> Result<()> {
     build::for_scenes(!options.debug)?;
     let soak = Soak::run(options.duration);
     print!("{soak}");
-    ensure!(soak.wrong.is_empty(), "{}", soak.wrong.join("; "));
-    println!("nothing failed, and nothing grew");
+    ensure!(
+        soak.wrong.is_empty(),
+        "{} things went wrong:\n{}",
+        soak.wrong.len(),
+        soak.wrong.join("\n")
+    );
+    println!("nothing failed, nothing grew, and reeve kept what plain TCP kept");
     Ok(())
 }
