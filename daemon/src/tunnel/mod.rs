@@ -13,8 +13,10 @@
 //! to no purpose, [`driver`] keeps one tunnel going,
 //! [`proof`] has its identities proven again while it carries connections,
 //! [`link`] is a tunnel as everything else sees it, and [`connection`] an application connection
-//! from its first byte to its log line. All of them run on one of the threads of [`workers`], and
-//! share what a thread owns through [`worker`] and never with another thread.
+//! from its first byte to its log line. [`failing`] has `connect()` fail where a connection has just
+//! failed, and [`places`] shares handshakes among workloads. All of them run on one of the threads of
+//! [`workers`], and share what a thread owns through [`worker`] and never with another thread, but for
+//! these two.
 
 mod authority;
 mod bounds;
