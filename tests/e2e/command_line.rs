@@ -259,7 +259,13 @@ fn a_second_daemon_does_not_start_beside_the_first() {
     let reeve = Programs::get().reeve.to_str().unwrap();
     let second = node.host().exec([reeve, "run", "--config", config]);
     assert_eq!(second.status.code(), Some(1), "{}", second.stderr);
-    assert!(second.stderr.contains("another reeve"), "{}", second.stderr);
+    assert!(
+        second
+            .stderr
+            .contains("another daemon answers on the admin socket"),
+        "{}",
+        second.stderr
+    );
     assert!(daemon.is_ready());
     assert_eq!(daemon.status()["process"], daemon.id());
 }
