@@ -535,6 +535,9 @@ pub struct FailingEntry {
     /// `CLOCK_MONOTONIC` nanoseconds until which calls fail. The first one after it is let through to try,
     /// and others fail for [`FAILING_TRIAL_NANOSECONDS`] more; 0: the destination serves again.
     pub until: u64,
+    /// The same while one tries. Written at `connect()`; it lengthens nothing beyond the time at which the
+    /// daemon, too, forgets that the destination has failed.
+    pub trial_until: u64,
     /// How: the number of an error of `connect()`, as of `ECONNREFUSED`.
     pub error: u32,
     /// Why: [`crate::Reason`] as a number.
@@ -543,7 +546,7 @@ pub struct FailingEntry {
 
 /// How long one connection tries by itself whether a destination serves again.
 pub const FAILING_TRIAL_NANOSECONDS: u64 = 1_000_000_000;
-/// A destination that nobody has tried for this long counts as one that has not failed.
+/// This long after [`FailingEntry::until`] a destination counts as one that has not failed.
 pub const FAILING_FORGOTTEN_NANOSECONDS: u64 = 10 * 1_000_000_000;
 
 /// A flow without packets for longer than this is forgotten: its next packet is judged anew.
@@ -568,6 +571,6 @@ const _: () = {
     assert!(size_of::<Arriving>() == 100);
     assert!(size_of::<ToldKey>() == 16);
     assert!(size_of::<FailingKey>() == 24);
-    assert!(size_of::<FailingEntry>() == 16);
+    assert!(size_of::<FailingEntry>() == 24);
     assert!(size_of::<crate::Event>() == 96);
 };

@@ -12,6 +12,9 @@ use crate::{
     maps::FAILING,
 };
 
+/// `MAX_ERRNO`.
+const LARGEST_ERROR: u32 = 4095;
+
 /// Has the call fail with its error if connections of the workload to its destination have just failed.
 /// Gives what is told of it.
 #[inline(always)]
@@ -28,19 +31,22 @@ pub fn fail(connection: &Connection) -> Option<Outcome> {
     // SAFETY: the entry stays readable until the program ends.
     let FailingEntry {
         until,
+        trial_until,
         error,
         reason,
     } = unsafe { *entry };
     if until == 0 || now > until.saturating_add(FAILING_FORGOTTEN_NANOSECONDS) {
         return None;
     }
-    if now >= until {
+    if now >= until && now >= trial_until {
         // This one tries. Two processors that come here at once let two of them try.
         // SAFETY: as above.
-        unsafe { (*entry).until = now + FAILING_TRIAL_NANOSECONDS };
+        unsafe { (*entry).trial_until = now + FAILING_TRIAL_NANOSECONDS };
         return None;
     }
-    // SAFETY: setting the call's error has no condition; the kernel takes none that is not one.
+    // Linux 7 wants to see that it is an error.
+    let error = error & LARGEST_ERROR;
+    // SAFETY: setting the call's error has no condition.
     unsafe { bpf_set_retval(-(error as i32)) };
     // A reason alone: refused.
     Some(Outcome::from_number(reason & u32::from(u8::MAX)))

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Daemon, RunError, port_holder::Holder};
+use super::{
+    Daemon, RunError,
+    port_holder::{self, Holder, Search},
+};
 use crate::{
     admin::{AdminServing, AdminSocket},
     config::Config,
@@ -22,7 +25,7 @@ use crate::{
 
 /// Between two attempts to listen at the metrics endpoint's address.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
-/// Between two looks for who has that address, which read all of `/proc`.
+/// Between two searches for who has that address, which read all of `/proc`.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// Both, bound, and served once it is said who answers.
@@ -46,8 +49,10 @@ struct Waiting {
     told: Told,
     /// When to try again.
     next: Instant,
-    /// When to look again for who has the address.
-    next_look: Instant,
+    /// When to search again for who has the address.
+    next_search: Instant,
+    search: Option<Search>,
+    holder: Option<Holder>,
     /// Why it cannot be listened on, in a sentence for readiness.
     why: Arc<String>,
 }
@@ -91,11 +96,10 @@ impl Endpoints {
         match bound {
             Ok(http) => endpoints.keep(address, http),
             Err(source) if passes(&source) => {
-                let holder = Holder::of(address);
-                if let Some(process) = holder.as_ref().and_then(Holder::other_reeve) {
+                if let Some(process) = port_holder::other_reeve(address) {
                     return Err(RunError::OtherReeve { address, process });
                 }
-                let why = Arc::new(explain(address, &source, holder.as_ref()));
+                let why = Arc::new(explain(address, &source, None));
                 tracing::error!("{why}");
                 let now = Instant::now();
                 endpoints.waiting = Some(Waiting {
@@ -103,7 +107,9 @@ impl Endpoints {
                     metrics,
                     told,
                     next: now + TRY_AGAIN,
-                    next_look: now + LOOK_AGAIN,
+                    next_search: now + LOOK_AGAIN,
+                    search: Some(Search::start(address)),
+                    holder: None,
                     why,
                 });
             }
@@ -169,13 +175,18 @@ impl Endpoints {
             }
             Err(error) => {
                 waiting.next = now + TRY_AGAIN;
-                if now >= waiting.next_look {
-                    waiting.next_look = now + LOOK_AGAIN;
-                    let why = explain(address, &error, Holder::of(address).as_ref());
-                    if *waiting.why != why {
-                        tracing::error!("{why}");
-                        waiting.why = Arc::new(why);
-                    }
+                if let Some(Ok(found)) = waiting.search.as_ref().map(Search::result) {
+                    waiting.search = None;
+                    waiting.holder = found;
+                }
+                if waiting.search.is_none() && now >= waiting.next_search {
+                    waiting.next_search = now + LOOK_AGAIN;
+                    waiting.search = Some(Search::start(address));
+                }
+                let why = explain(address, &error, waiting.holder.as_ref());
+                if *waiting.why != why {
+                    tracing::error!("{why}");
+                    waiting.why = Arc::new(why);
                 }
                 self.waiting = Some(waiting);
             }
@@ -219,8 +230,8 @@ fn explain(address: SocketAddr, error: &io::Error, holder: Option<&Holder>) -> S
              address and restart reeve"
         ),
         (io::ErrorKind::AddrInUse, None) => {
-            "a process has bound it that cannot be found; end that \
-             process, or choose another address and restart reeve"
+            "another process has it, and may answer there in reeve's place; end that process, or choose \
+             another address and restart reeve"
                 .to_owned()
         }
         (io::ErrorKind::AddrNotAvailable, _) => {

@@ -1,17 +1,25 @@
 //! Who holds a TCP port of the daemon's own network namespace: what an operator has to know when
 //! `metrics.address` is taken.
+//!
+//! Whoever holds it may have made the search as long as they like: many processes, with many files open. So
+//! no thread of the daemon's waits for it, and it is given up after a while.
 
 use std::{
     fmt, fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
 };
 
 /// The kernel's sockets of this thread's network namespace (proc_net(5)).
 const TABLES: [&str; 2] = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
 /// State of a socket that listens, as it stands in these tables.
 const LISTENS: &str = "0A";
+/// For the search for a process, all in all.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The owner of a socket that keeps an address from being bound.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,33 +48,84 @@ struct Entry {
 // === impl Holder ===
 
 impl Holder {
-    /// Finds the holder of an address. None where no socket of the table explains it: the table lacks
-    /// sockets that are bound and neither listen nor are connected. Reads `/proc`.
-    pub(super) fn of(address: SocketAddr) -> Option<Self> {
+    /// Finds the user who holds an address. None where no socket of the table explains it: the table lacks
+    /// sockets that are bound and neither listen nor are connected.
+    fn of(address: SocketAddr) -> Option<(Self, u64)> {
         let tables = TABLES.map(|file| fs::read_to_string(file).unwrap_or_default());
         let entries = tables.iter().flat_map(|table| table.lines().skip(1));
         let entry = entries
             .filter_map(Entry::parse)
             .filter(|entry| entry.inode != 0 && entry.keeps_from(address))
             .max_by_key(|entry| entry.listens)?;
-        Some(Self {
+        let holder = Self {
             user: entry.user,
-            process: Process::with_socket(entry.inode),
-        })
+            process: None,
+        };
+        Some((holder, entry.inode))
     }
 
-    /// The process, if it is another reeve of root's, or of this one's user: the same program, so that
-    /// no container is taken for it.
-    pub(super) fn other_reeve(&self) -> Option<u32> {
-        let process = self.process.as_ref()?;
-        let program = |of: &str| {
-            let metadata = fs::metadata(format!("/proc/{of}/exe")).ok()?;
-            Some((metadata.dev(), metadata.ino()))
+    /// The same with a process, if there is time to find it.
+    fn with_process(address: SocketAddr) -> Option<Self> {
+        let (mut holder, inode) = Self::of(address)?;
+        let deadline = Instant::now() + PATIENCE;
+        holder.process = processes()
+            .take_while(|_| Instant::now() < deadline)
+            .find(|id| has_open(*id, inode, deadline))
+            .map(Process::named);
+        Some(holder)
+    }
+}
+
+/// The process of another reeve that holds an address, root's or of this one's user: the same program, so
+/// that no container's is taken for it. Nobody else's processes are looked into.
+pub(super) fn other_reeve(address: SocketAddr) -> Option<u32> {
+    let own_user = nix::unistd::geteuid().as_raw();
+    let (holder, inode) = Holder::of(address)?;
+    if ![0, own_user].contains(&holder.user) {
+        return None;
+    }
+    let program = |of: &str| {
+        let metadata = fs::metadata(format!("/proc/{of}/exe")).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let own = program("self")?;
+    let deadline = Instant::now() + PATIENCE;
+    processes()
+        .filter(|id| *id != std::process::id())
+        .filter(|id| {
+            let user = fs::metadata(format!("/proc/{id}")).map(|process| process.uid());
+            user.is_ok_and(|user| [0, own_user].contains(&user))
+                && program(&id.to_string()) == Some(own)
+        })
+        .find(|id| has_open(*id, inode, deadline))
+}
+
+/// A search for the holder of an address, on a thread of its own.
+#[derive(Debug)]
+pub(super) struct Search {
+    found: mpsc::Receiver<Option<Holder>>,
+}
+
+impl Search {
+    pub(super) fn start(address: SocketAddr) -> Self {
+        let (finder, found) = mpsc::channel();
+        let search = move || {
+            // Nobody waits for it any more where the address is free by now.
+            let _ = finder.send(Holder::with_process(address));
         };
-        let own = program("self")?;
-        let is_ours = [0, nix::unistd::geteuid().as_raw()].contains(&self.user);
-        let is_reeve = is_ours && program(&process.id.to_string()) == Some(own);
-        (is_reeve && process.id != std::process::id()).then_some(process.id)
+        // Without a thread nothing is found.
+        let _ = thread::Builder::new()
+            .name("port-holder".into())
+            .spawn(search);
+        Self { found }
+    }
+
+    /// What it has found; an error while it goes on.
+    pub(super) fn result(&self) -> Result<Option<Holder>, mpsc::TryRecvError> {
+        match self.found.try_recv() {
+            Err(mpsc::TryRecvError::Disconnected) => Ok(None),
+            result => result,
+        }
     }
 }
 
@@ -125,26 +184,28 @@ fn parse_address(text: &str) -> Option<SocketAddr> {
 // === impl Process ===
 
 impl Process {
-    /// A process that has the socket with this inode open.
-    fn with_socket(inode: u64) -> Option<Self> {
-        let link = PathBuf::from(format!("socket:[{inode}]"));
-        let id = fs::read_dir("/proc")
-            .ok()?
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-            .find(|id| has_open(*id, &link))?;
+    fn named(id: u32) -> Self {
         let name = fs::read_to_string(format!("/proc/{id}/comm")).unwrap_or_default();
         let name = name.trim_end().to_owned();
-        Some(Self { id, name })
+        Self { id, name }
     }
 }
 
-fn has_open(process: u32, wanted: &Path) -> bool {
+/// All processes.
+fn processes() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Whether a process has the socket with this inode open, as far as that is found out in time.
+fn has_open(process: u32, inode: u64, deadline: Instant) -> bool {
+    let wanted = PathBuf::from(format!("socket:[{inode}]"));
     // One that has ended meanwhile has nothing open.
     let files = fs::read_dir(format!("/proc/{process}/fd"));
     files.is_ok_and(|files| {
         files
             .flatten()
+            .take_while(|_| Instant::now() < deadline)
             .any(|file| fs::read_link(file.path()).is_ok_and(|link| link == wanted))
     })
 }
@@ -160,12 +221,12 @@ mod tests {
         for ip in ["127.0.0.1", "::1", "0.0.0.0", "::"] {
             let listener = TcpListener::bind((ip.parse::<IpAddr>().unwrap(), 0)).unwrap();
             let address = listener.local_addr().unwrap();
-            let holder = Holder::of(address).unwrap();
+            let holder = Holder::with_process(address).unwrap();
             let process = holder.process.clone().unwrap();
             assert_eq!(process.id, std::process::id(), "{ip}");
             assert_eq!(holder.user, nix::unistd::geteuid().as_raw());
             // It is this very process, and so no other reeve.
-            assert_eq!(holder.other_reeve(), None);
+            assert_eq!(other_reeve(address), None);
             drop(listener);
             assert_eq!(Holder::of(address), None, "{ip}");
         }

@@ -12,11 +12,12 @@ const OLDEST_TESTED: (u32, u32) = (6, 1);
 const LONGEST: usize = 200;
 
 /// Starts of the verifier's lines about its own work, which follow what it found.
-const STATISTICS: [&str; 4] = [
+const STATISTICS: [&str; 5] = [
     "verification time",
     "stack depth",
     "processed ",
     "mark_precise",
+    "subprog ",
 ];
 
 /// Why the kernel does not take a part of reeve's programs.
@@ -222,6 +223,14 @@ mod tests {
         verification time 1672 usec\nstack depth 80+0+0+0+0+0+0\n\
         processed 353 insns (limit 1000000) max_states_per_insn 1 total_states 24 peak_states 24 mark_read 0\n\0";
 
+    /// Linux 7.3 of a program that sets what is no error.
+    const WRONG_ERROR: &str = "827: (85) call bpf_set_retval#187\n\
+        At bpf_set_retval the register R1 has smin=-4294967295 smax=0 should have been in [-4095, 0]\n\
+        verification time 301591 usec\nstack depth max 0\n\
+        subprog 0 (reeve_connect4) main insns_self 851 insns_total 4078 stack 256\n\
+        subprog 8 (reeve_judge) global insns_self 0 insns_total 0 stack 0\n\
+        processed 4078 insns (limit 1000000) max_states_per_insn 4 total_states 129 peak_states 121 mark_read 0\n";
+
     fn refused(release: &str, code: i32, log: &str) -> Refusal {
         let error = io::Error::from_raw_os_error(code);
         let (lacks, remedy) = cause(release, Some(&error), log);
@@ -257,6 +266,11 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("do:       report this"), "{text}");
+        let text = refused("7.3.4", libc::EINVAL, WRONG_ERROR).to_string();
+        assert!(
+            text.contains("verifier: At bpf_set_retval the register R1"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use reeve_common::{FAILING_FORGOTTEN_NANOSECONDS, FailingEntry, FailingKey, Origin};
+use reeve_common::{FAILING_FORGOTTEN_NANOSECONDS, FailingEntry, FailingKey, Origin, WorkloadId};
 
 use super::{TunnelError, error::Stage};
 use crate::{
@@ -25,17 +25,20 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// From then on a destination counts as one that has not failed.
 const FORGOTTEN: Duration = Duration::from_nanos(FAILING_FORGOTTEN_NANOSECONDS);
-/// Destinations that are remembered; of more than that connections are reset, as the first of each is.
-const MOST: usize = 4096;
+/// Destinations of a workload that are remembered: one that tries many costs no other anything. Of more than
+/// that connections are reset, as the first of each is.
+const MOST: usize = 256;
 
 /// What fails, for all workers.
 pub(super) struct Failing {
     sockets: Sockets,
-    noted: Mutex<HashMap<FailingKey, Noted>>,
+    noted: Mutex<HashMap<WorkloadId, HashMap<FailingKey, Noted>>>,
     /// Whether anything is noted: connections need not look otherwise.
     any: AtomicBool,
 }
 
+/// It stays until the programs, too, take the destination for one that has not failed.
+#[derive(Clone, Copy)]
 struct Noted {
     until: Instant,
     pause: Duration,
@@ -59,18 +62,23 @@ impl Failing {
         };
         let now = Instant::now();
         let mut noted = self.noted();
-        if noted.len() >= MOST {
-            noted.retain(|_, noted| now < noted.until + FORGOTTEN);
-        }
         let key = key(origin);
-        let last = noted.get(&key).filter(|last| now < last.until + FORGOTTEN);
+        let of_workload = noted.entry(origin.workload).or_default();
+        let last = of_workload.get(&key).copied();
+        let last = last.filter(|last| now < last.until + FORGOTTEN);
         // Others that began before the first has failed tell nothing new.
-        if last.is_some_and(|last| now < last.until) || noted.len() >= MOST {
+        if last.is_some_and(|last| now < last.until) {
             return;
+        }
+        if last.is_none() && of_workload.len() >= MOST {
+            of_workload.retain(|_, noted| now < noted.until + FORGOTTEN);
+            if of_workload.len() >= MOST {
+                return;
+            }
         }
         let pause = last.map_or(FIRST_PAUSE, |last| (last.pause * 2).min(LONGEST_PAUSE));
         let until = now + pause;
-        noted.insert(key, Noted { until, pause });
+        of_workload.insert(key, Noted { until, pause });
         self.any.store(true, Ordering::Relaxed);
         // In the lock: what is told last is what holds.
         let pause = u64::try_from(pause.as_nanos()).unwrap_or_default();
@@ -78,6 +86,7 @@ impl Failing {
             key,
             FailingEntry {
                 until: monotonic_nanoseconds() + pause,
+                trial_until: 0,
                 error: number.unsigned_abs(),
                 reason: error.reason() as u32,
             },
@@ -90,16 +99,38 @@ impl Failing {
             return;
         }
         let mut noted = self.noted();
+        let Some(of_workload) = noted.get_mut(&origin.workload) else {
+            return;
+        };
         let key = key(origin);
-        if noted.remove(&key).is_some() {
+        if of_workload.remove(&key).is_some() {
             self.sockets.set_failing(key, FailingEntry::default());
+        }
+        if of_workload.is_empty() {
+            noted.remove(&origin.workload);
         }
         if noted.is_empty() {
             self.any.store(false, Ordering::Relaxed);
         }
     }
 
-    fn noted(&self) -> MutexGuard<'_, HashMap<FailingKey, Noted>> {
+    /// Forgets what has failed long ago.
+    pub(super) fn sweep(&self) {
+        if !self.any.load(Ordering::Relaxed) {
+            return;
+        }
+        let now = Instant::now();
+        let mut noted = self.noted();
+        noted.retain(|_, of_workload| {
+            of_workload.retain(|_, noted| now < noted.until + FORGOTTEN);
+            !of_workload.is_empty()
+        });
+        if noted.is_empty() {
+            self.any.store(false, Ordering::Relaxed);
+        }
+    }
+
+    fn noted(&self) -> MutexGuard<'_, HashMap<WorkloadId, HashMap<FailingKey, Noted>>> {
         // Each change of it is whole.
         self.noted.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,17 +149,19 @@ fn key(origin: &Origin) -> FailingKey {
 /// node is the cause.
 fn as_of_connect(error: &TunnelError) -> Option<i32> {
     match error {
-        TunnelError::Connect { source, .. }
-            if source.kind() == io::ErrorKind::ConnectionRefused =>
-        {
-            Some(libc::ECONNREFUSED)
-        }
+        TunnelError::Connect { source, .. } => match source.kind() {
+            io::ErrorKind::ConnectionRefused => Some(libc::ECONNREFUSED),
+            io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::TimedOut => Some(libc::EHOSTUNREACH),
+            // As of an address that this socket could not be bound to.
+            _ => None,
+        },
         TunnelError::Handshake {
             reason: HandshakeReason::NoOwnCertificate | HandshakeReason::Limit,
             ..
         } => None,
-        TunnelError::Connect { .. }
-        | TunnelError::Handshake { .. }
+        TunnelError::Handshake { .. }
         | TunnelError::Timeout {
             stage: Stage::Connect | Stage::Handshake,
             ..
@@ -151,6 +184,44 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+
+    /// A workload's failures at so many ports.
+    fn fail(failing: &Failing, workload: WorkloadId, ports: std::ops::Range<u16>) {
+        let error = TunnelError::Answer {
+            to: ([192, 0, 2, 1], 15008).into(),
+            status: 503,
+            said: None,
+        };
+        for port in ports {
+            let origin = Origin {
+                workload,
+                port,
+                ..Origin::default()
+            };
+            failing.failed(&origin, &error);
+        }
+    }
+
+    #[test]
+    fn who_fails_everywhere_takes_no_other_workloads_place_and_keeps_its_own() {
+        let failing = Failing::new(crate::tunnel::tests::rig::sockets());
+        fail(&failing, 1, 1..5000);
+        fail(&failing, 2, 1..2);
+        let noted = failing.noted();
+        assert_eq!((noted[&1].len(), noted[&2].len()), (MOST, 1));
+        drop(noted);
+        // What is there is renewed though there is room for no more.
+        std::thread::sleep(FIRST_PAUSE);
+        fail(&failing, 1, 1..2);
+        let key = FailingKey {
+            workload: 1,
+            remote_port: 1,
+            ..FailingKey::default()
+        };
+        assert_eq!(failing.noted()[&1][&key].pause, FIRST_PAUSE * 2);
+        failing.sweep();
+        assert_eq!(failing.noted()[&1].len(), MOST, "it is not long ago");
+    }
 
     #[test]
     fn what_the_far_application_said_is_what_connect_says() {

@@ -22,12 +22,15 @@ struct State<K: Clone + Eq + Hash> {
     free: usize,
     /// Those who have places, or wait for some.
     users: HashMap<K, User<K>>,
+    /// How often somebody has begun to wait.
+    waits: u64,
 }
 
 #[derive(Debug)]
 struct User<K: Clone + Eq + Hash> {
     taken: usize,
-    waiting: VecDeque<oneshot::Sender<SharedPlace<K>>>,
+    /// With a number that tells who came before whom.
+    waiting: VecDeque<(u64, oneshot::Sender<SharedPlace<K>>)>,
 }
 
 /// One of the places; given back when dropped.
@@ -55,12 +58,13 @@ impl<K: Clone + Eq + Hash> SharedPlaces<K> {
             state: Mutex::new(State {
                 free: most,
                 users: HashMap::new(),
+                waits: 0,
             }),
         })
     }
 
     /// Waits for a place, for no longer than this. Of those who wait, the user with the fewest places
-    /// is the next, and with each user whoever has waited longest.
+    /// is the next, and of several such and with each user whoever has waited longest.
     pub(super) async fn take_within(
         self: &Arc<Self>,
         user: &K,
@@ -77,11 +81,13 @@ impl<K: Clone + Eq + Hash> SharedPlaces<K> {
         let (sender, place) = oneshot::channel();
         {
             let mut state = self.state();
+            state.waits += 1;
+            let number = state.waits;
             let user = state.users.entry(user.clone()).or_insert_with(|| User {
                 taken: 0,
                 waiting: VecDeque::new(),
             });
-            user.waiting.push_back(sender);
+            user.waiting.push_back((number, sender));
         }
         self.serve();
         place.await.ok()
@@ -126,19 +132,20 @@ impl<K: Clone + Eq + Hash> State<K> {
     /// Takes a place for the next who waits, if there is one for it.
     fn next(&mut self) -> Option<(oneshot::Sender<SharedPlace<K>>, K)> {
         self.users.retain(|_, user| {
-            while user.waiting.front().is_some_and(oneshot::Sender::is_closed) {
+            while user.waiting.front().is_some_and(|(_, one)| one.is_closed()) {
                 user.waiting.pop_front();
             }
             user.taken > 0 || !user.waiting.is_empty()
         });
-        let waiting = self.users.iter_mut();
-        let (key, user) = waiting
-            .filter(|(_, user)| !user.waiting.is_empty())
-            .min_by_key(|(_, user)| user.taken)?;
+        let waiting = self.users.iter_mut().filter_map(|(key, user)| {
+            let (number, _) = user.waiting.front()?;
+            Some(((user.taken, *number), key, user))
+        });
+        let (_, key, user) = waiting.min_by_key(|(order, ..)| *order)?;
         if user.taken >= self.free {
             return None;
         }
-        let sender = user.waiting.pop_front()?;
+        let (_, sender) = user.waiting.pop_front()?;
         user.taken += 1;
         self.free -= 1;
         Some((sender, key.clone()))
@@ -220,6 +227,28 @@ mod tests {
         let mut many = many.into_iter();
         let _next = many.next().unwrap().await.unwrap();
         assert!(many.all(|waiting| !waiting.is_finished()));
+    }
+
+    #[tokio::test]
+    async fn of_those_with_equally_few_whoever_has_waited_longest_is_the_next() {
+        let places = SharedPlaces::new(1);
+        let held = take_all(&places, "first");
+        let served = Arc::new(Mutex::new(Vec::new()));
+        let names = ["h", "c", "a", "f", "b", "g", "d", "e"];
+        let mut all = Vec::new();
+        for name in names {
+            let (places, served) = (places.clone(), served.clone());
+            all.push(tokio::spawn(async move {
+                let _place = places.take(&name).await.unwrap();
+                served.lock().unwrap().push(name);
+            }));
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+        for one in all {
+            one.await.unwrap();
+        }
+        assert_eq!(*served.lock().unwrap(), names);
     }
 
     #[tokio::test]

@@ -47,6 +47,7 @@ pub(super) async fn run(worker: Rc<Worker>) {
 
 fn sweep(worker: &Rc<Worker>) {
     let now = Instant::now();
+    worker.failing.sweep();
     let wall_clock = SystemTime::now();
     // The wall clock at every tick: a clock that was set makes no certificate live longer.
     worker.links.for_each(|link| {

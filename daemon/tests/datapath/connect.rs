@@ -4,12 +4,14 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
+    thread,
+    time::Duration,
 };
 
 use reeve::datapath::{SocketStorage as _, monotonic_nanoseconds};
 use reeve_common::{
-    Action, Direction, EventKind, FailingEntry, FailingKey, Hook, NAMESPACE_WITHOUT_V6,
-    PEER_TUNNEL, Reason, WorkloadId, protocol::TCP,
+    Action, Direction, EventKind, FAILING_FORGOTTEN_NANOSECONDS, FailingEntry, FailingKey, Hook,
+    NAMESPACE_WITHOUT_V6, PEER_TUNNEL, Reason, WorkloadId, protocol::TCP,
 };
 
 use crate::world::{CLASS, MOMENT, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
@@ -227,6 +229,7 @@ fn a_destination_that_has_just_failed_fails_at_once_for_its_workload_until_one_t
         let fails_until = |until| {
             let how = FailingEntry {
                 until,
+                trial_until: 0,
                 error: libc::ECONNREFUSED.unsigned_abs(),
                 reason: Reason::PeerFailed as u32,
             };
@@ -253,13 +256,20 @@ fn a_destination_that_has_just_failed_fails_at_once_for_its_workload_until_one_t
             .set_failing(key, FailingEntry::default())
             .unwrap();
         connect().unwrap();
+        // Those who try make nothing last longer.
+        fails_until(monotonic_nanoseconds() - FAILING_FORGOTTEN_NANOSECONDS + 200_000_000);
+        connect().unwrap();
+        assert_eq!(kind(), ErrorKind::ConnectionRefused);
+        thread::sleep(Duration::from_millis(300));
+        connect().unwrap();
+        connect().unwrap();
         // What nobody has tried for long is forgotten.
         fails_until(1);
         connect().unwrap();
         connect().unwrap();
     }
     let failed = world.count(Direction::Egress, false, Reason::PeerFailed);
-    assert_eq!(failed, 6, "each is counted");
+    assert_eq!(failed, 8, "each is counted");
     world.verdict_event(Hook::Connect, false, Reason::PeerFailed);
 }
 

@@ -8,6 +8,6 @@ mod life;
 mod node;
 mod proofs;
 mod requests;
-mod rig;
+pub(super) mod rig;
 mod stalls;
 mod wire;

@@ -194,12 +194,7 @@ pub(super) fn worker(
         metrics,
         proofs: true,
     };
-    let sockets = Sockets::start(
-        Confinement::default(),
-        CongestionControl::default(),
-        Arc::new(Table::default()),
-    )
-    .unwrap();
+    let sockets = sockets();
     Worker::new(
         shared,
         limits,
@@ -209,6 +204,16 @@ pub(super) fn worker(
         Arc::new(Failing::new(sockets.clone())),
         sockets,
     )
+}
+
+/// A thread that opens sockets, and keeps nothing with them.
+pub(in crate::tunnel) fn sockets() -> Sockets {
+    Sockets::start(
+        Confinement::default(),
+        CongestionControl::default(),
+        Arc::new(Table::default()),
+    )
+    .unwrap()
 }
 
 /// A connected pair of TCP sockets.
