@@ -1,8 +1,10 @@
 //! Certificates from a SPIFFE agent: what it gives is used at once, what it takes back is dropped at
 //! once, and while it cannot be reached what it gave is good. The agent is a real gRPC server.
 
+use std::time::Duration;
+
 use harness::{
-    Daemon, Workload,
+    Daemon, Process, Workload,
     agent::{Agent, Grant, Subject},
     certs::Authority,
     eventually,
@@ -36,7 +38,13 @@ fn the_workload_api_gives_certificates_and_bundles_and_rotates_them() {
     let _echo = serve(&pair.server, PORT, &[]);
     let to = pair.server.addresses().port4(PORT);
     say(&pair.client, to, "who are we?");
-    assert_eq!(certificate(&one, CLIENT)["source"], "own");
+    let told = certificate(&one, CLIENT);
+    assert_eq!(told["source"], "own");
+    // The agent is not asked for renewal: it tells.
+    assert_eq!(told["nextAttempt"], Value::Null);
+    assert!(!one.command(["certs"]).ok().contains("renewal"));
+    let metrics = one.get("/metrics").unwrap();
+    assert!(!metrics.contains("reeve_certificate_renewal_due_timestamp_seconds{"));
 
     // Another root altogether, beside the old one in neither: both ends follow.
     let next = Authority::root(TRUST_DOMAIN);
@@ -114,6 +122,26 @@ fn federated_bundles_and_revocation_lists_of_the_workload_api_count() {
     eventually("the other trust domain is no longer trusted", || {
         comes(other.leaf(alien)).is_err()
     });
+    comes(root.leaf(CLIENT)).unwrap();
+
+    // A bundle that is none is told, with the reason, and harms nobody else.
+    let grant = Grant::of(&root, &[SERVER]).federated_bytes("other.example", b"no bundle");
+    agent.grant(Subject::Caller, grant);
+    eventually("the refused bundle is told", || {
+        let refused = &certificate(&guarded.daemon, SERVER)["refusedBundles"][0];
+        refused["trustDomain"] == "other.example" && refused["reason"].to_string().contains("DER")
+    });
+    for words in ["certs", "status"] {
+        let page = guarded.daemon.command([words]).ok();
+        let line = page.lines().find(|line| line.contains("not DER"));
+        assert!(
+            line.is_some_and(|line| line.to_lowercase().contains("other.example")),
+            "{page}"
+        );
+    }
+    guarded
+        .daemon
+        .wait_for_log(&["bundle of the agent is refused", "other.example"]);
     comes(root.leaf(CLIENT)).unwrap();
 
     let server = root.leaf(SERVER);
@@ -217,6 +245,161 @@ fn lives_with_its_workload(agent: &Agent, root: &Authority, guarded: Guarded) {
     });
 }
 
+#[test]
+fn a_workload_is_entitled_by_any_of_its_processes_and_asked_for_by_that_again() {
+    let root = Authority::root(TRUST_DOMAIN);
+    let agent = Agent::start();
+    let guarded =
+        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    is_entitled_by_its_worker(&agent, &root, &guarded);
+}
+
+#[test]
+fn a_broker_is_asked_for_each_kind_of_process_as_well() {
+    let root = Authority::root(TRUST_DOMAIN);
+    let workload_api = Agent::start();
+    workload_api.grant(Subject::Caller, Grant::of(&root, &[REEVE]));
+    let agent = Agent::with_tls(&root.leaf(SPIRE));
+    let guarded =
+        Guarded::unready(|reeve| reeve.set("/certificates", broker(&agent, &workload_api)));
+    is_entitled_by_its_worker(&agent, &root, &guarded);
+}
+
+/// The agent has an entry for processes of another user than that of the workload's first one.
+fn is_entitled_by_its_worker(agent: &Agent, root: &Authority, guarded: &Guarded) {
+    let has_certificate = || certificate(&guarded.daemon, SERVER)["serial"] != Value::Null;
+    let subject = Subject::User(guarded.server.cgroup().below_mount(), WORKER);
+    agent.grant(subject, Grant::of(root, &[SERVER]));
+    eventually("none of the processes is entitled", || {
+        let error = error(&guarded.daemon, SERVER);
+        error.contains("never granted") && error.contains("(user 0, ")
+    });
+    let worker = worker(guarded);
+    eventually("the worker is found and entitled", has_certificate);
+    // What stays denied says nothing, and another worker takes the place of the first at once.
+    let another = self::worker(guarded);
+    worker.stop(PATIENCE);
+    eventually("another worker has the certificate", has_certificate);
+    another.stop(PATIENCE);
+    eventually("the last worker is gone", || !has_certificate());
+}
+
+const WORKER: u32 = 33;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn worker(guarded: &Guarded) -> Process {
+    let user = WORKER.to_string();
+    let words = [
+        "setpriv",
+        "--reuid",
+        &user,
+        "--clear-groups",
+        "sleep",
+        "600",
+    ];
+    guarded.server.spawn(words)
+}
+
+#[test]
+fn never_granted_and_withdrawn_and_not_a_delegate_are_told_apart() {
+    let root = Authority::root(TRUST_DOMAIN);
+    let agent = Agent::start();
+    let guarded =
+        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    let subject = place(&guarded.server);
+    let told = |texts: &[&str]| {
+        eventually("the reason is told", || {
+            let error = error(&guarded.daemon, SERVER);
+            let page = guarded.daemon.command(["certs"]).ok();
+            let status = guarded.daemon.command(["status"]).ok();
+            texts.iter().all(|text| error.contains(text))
+                && page.contains(&error)
+                && status.contains(&error)
+        });
+        guarded.daemon.wait_for_log(&[SERVER, texts[0]])
+    };
+    let logged = told(&[
+        "never granted",
+        "process ",
+        "(user 0, ",
+        "an entry with this identity",
+    ]);
+    assert!(logged.contains("there is none in force"), "{logged}");
+
+    agent.grant(subject.clone(), Grant::of(&root, &[SERVER]));
+    eventually("the server's certificate", || {
+        certificate(&guarded.daemon, SERVER)["serial"] != Value::Null
+    });
+    agent.withdraw(&subject);
+    let logged = told(&["withdrawn", "process ", "(user 0, "]);
+    assert!(logged.contains("is dropped at once"), "{logged}");
+    let untrue = guarded.daemon.logged(&["stays in force until it expires"]);
+    assert_eq!(untrue, Vec::<String>::new());
+
+    // What the agent says is nothing that a terminal obeys.
+    agent.refuse_delegates(Some("no%1b[31m delegate"));
+    let id = guarded.daemon.id();
+    let reeve = format!("process {id} (user 0, ");
+    told(&[
+        "not a delegate",
+        &reeve,
+        "no\\u{1b}[31m delegate",
+        "authorized_delegates",
+    ]);
+    agent.refuse_delegates(None);
+    agent.grant(subject, Grant::of(&root, &[SERVER]));
+    eventually("it is a delegate again", || {
+        certificate(&guarded.daemon, SERVER)["serial"] != Value::Null
+    });
+}
+
+#[test]
+fn that_an_agent_is_away_is_said_once_for_all_its_identities_and_once_that_it_is_back() {
+    const NEIGHBOUR: &str = "spiffe://example.org/ns/default/sa/neighbour";
+    let root = Authority::root(TRUST_DOMAIN);
+    let agent = Agent::start();
+    let grant = Grant::of(&root, &[SERVER, NEIGHBOUR]);
+    let place_of = |workload: &Workload| place(workload);
+    let guarded =
+        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    let grant_to_both = |agent: &Agent| {
+        agent.grant(place_of(&guarded.server), grant.clone());
+        agent.grant(place_of(&guarded.neighbour), grant.clone());
+    };
+    grant_to_both(&agent);
+    let ids = [SERVER, NEIGHBOUR];
+    let both = |what: &dyn Fn(&str) -> bool| ids.iter().all(|id| what(id));
+    eventually("both have certificates", || {
+        both(&|id| certificate(&guarded.daemon, id)["serial"] != Value::Null)
+    });
+
+    let socket = agent.socket().to_owned();
+    drop(agent);
+    eventually("both know that it is away", || {
+        both(&|id| error(&guarded.daemon, id).contains("cannot be reached"))
+    });
+    // Some more attempts of each.
+    std::thread::sleep(Duration::from_secs(5));
+    let said = guarded.daemon.logged(&["cannot be reached"]);
+    assert!(
+        said.iter().all(|line| line.contains(r#""identities":2"#)),
+        "{said:?}"
+    );
+    let broken_off = guarded.daemon.logged(&["cannot be reached", "broken off"]);
+    let no_socket = guarded.daemon.logged(&["cannot be reached", "agent at"]);
+    assert!(broken_off.len() <= 1 && no_socket.len() == 1, "{said:?}");
+    assert_eq!(said.len(), broken_off.len() + no_socket.len(), "{said:?}");
+
+    let agent = Agent::again_at(&socket);
+    grant_to_both(&agent);
+    eventually("it is back for both", || {
+        both(&|id| error(&guarded.daemon, id).is_empty())
+    });
+    let back = guarded.daemon.logged(&["can be reached again"]);
+    assert_eq!(back.len(), 1, "{back:?}");
+    assert!(back[0].contains(r#""identities":2"#), "{back:?}");
+}
+
 // === words ===
 
 fn workload_api(agent: &Agent) -> Value {
@@ -249,6 +432,12 @@ fn with_agent(agent: &Agent) -> Guarded {
 /// The workload's processes, as an agent sees them.
 fn place(workload: &Workload) -> Subject {
     Subject::Cgroup(workload.cgroup().below_mount())
+}
+
+/// Why status says that an identity's last attempt failed; empty where it did not.
+fn error(daemon: &Daemon, id: &str) -> String {
+    let error = &certificate(daemon, id)["lastError"];
+    error.as_str().unwrap_or_default().to_owned()
 }
 
 /// What status says of an identity's certificate.

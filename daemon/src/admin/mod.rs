@@ -17,6 +17,6 @@ pub use reload::{ReloadPart, ReloadReport};
 pub use server::{AdminServing, Responder};
 pub use socket::{AdminError, AdminSocket};
 pub use status::{
-    BundleEndpointStatus, BundleStatus, CertificateStatus, MapUsage, PolicyStatus, Status,
-    TunnelStatus, TunnelsStatus, WorkloadState, WorkloadStatus,
+    BundleEndpointStatus, BundleStatus, CertificateStatus, MapUsage, PolicyStatus, RefusedBundle,
+    Status, TunnelStatus, TunnelsStatus, WorkloadState, WorkloadStatus,
 };

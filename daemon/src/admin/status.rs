@@ -127,7 +127,7 @@ pub struct CertificateStatus {
     pub seconds_left: Option<u64>,
     /// When the first CA of the chain expires, the authority included.
     pub signer_not_after: Option<String>,
-    /// When the source is asked next.
+    /// When the source is asked next; none of a source that tells by itself when there is something new.
     pub next_attempt: Option<String>,
     /// When the source was last asked.
     pub last_attempt: Option<String>,
@@ -142,6 +142,19 @@ pub struct CertificateStatus {
     /// `systemd_credential` where one changes only when the unit is restarted, `signer_expires` where
     /// a CA of the chain has less than a tenth of its lifetime left.
     pub remarks: Vec<String>,
+    /// Trust bundles that the source gave and that are not used: everybody of the trust domain is denied.
+    #[serde(default)]
+    pub refused_bundles: Vec<RefusedBundle>,
+}
+
+/// A trust bundle that is not used.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedBundle {
+    /// Whose.
+    pub trust_domain: String,
+    /// What is wrong with it.
+    pub reason: String,
 }
 
 /// One trust domain's bundle.

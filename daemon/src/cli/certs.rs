@@ -124,7 +124,10 @@ fn identity(page: &mut String, certificate: &CertificateStatus) {
             "THERE IS NO VALID CERTIFICATE: connections are refused",
         ),
     }
-    line(page, "renewal", known(&certificate.next_attempt));
+    // None of a source that tells by itself when there is something new.
+    if let Some(next) = &certificate.next_attempt {
+        line(page, "renewal", next);
+    }
     let result = attempt(
         certificate.last_attempt.as_ref(),
         certificate.last_result.as_ref(),
@@ -134,6 +137,13 @@ fn identity(page: &mut String, certificate: &CertificateStatus) {
     line(page, "last reload", &result);
     for remark in &certificate.remarks {
         line(page, "remark", explained(remark));
+    }
+    for bundle in &certificate.refused_bundles {
+        let text = format!(
+            "THE BUNDLE OF {} IS REFUSED, and everybody of that trust domain: {}",
+            bundle.trust_domain, bundle.reason
+        );
+        line(page, "trust", &text);
     }
 }
 
@@ -220,6 +230,7 @@ fn known(text: &Option<String>) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::RefusedBundle;
 
     #[test]
     fn what_is_missing_stands_out() {
@@ -229,6 +240,10 @@ mod tests {
             last_attempt: Some("2026-01-01T00:00:00Z".into()),
             last_error: Some("the private key does not fit the certificate".into()),
             remarks: vec!["polled".into()],
+            refused_bundles: vec![RefusedBundle {
+                trust_domain: "bad.example".into(),
+                reason: "it is no bundle".into(),
+            }],
             ..CertificateStatus::default()
         };
         let page = page(&Status {
@@ -244,11 +259,13 @@ mod tests {
             "THERE IS NO VALID CERTIFICATE",
             "2026-01-01T00:00:00Z: REFUSED: the private key does not fit the certificate (last success -)",
             "  remark       polled: the files cannot be watched",
+            "  trust        THE BUNDLE OF bad.example IS REFUSED, and everybody of that trust domain: it is no bundle\n",
             "bundle endpoint of other.example\n",
             "NOTHING YET",
             "  last answer  never\n",
         ] {
             assert!(page.contains(text), "{text}\nis not in\n{page}");
         }
+        assert!(!page.contains("renewal"), "its source pushes: {page}");
     }
 }

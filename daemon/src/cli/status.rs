@@ -111,7 +111,17 @@ fn certificates(page: &mut String, status: &Status) -> fmt::Result {
             },
         ]);
     }
-    writeln!(page, "{table}")?;
+    write!(page, "{table}")?;
+    for certificate in &status.certificates {
+        for bundle in &certificate.refused_bundles {
+            writeln!(
+                page,
+                "  {}: the trust bundle of {} is refused: {}",
+                certificate.spiffe_id, bundle.trust_domain, bundle.reason
+            )?;
+        }
+    }
+    writeln!(page)?;
     writeln!(page, "Trust bundles")?;
     let mut table = Table::new([
         "TRUST DOMAIN",
@@ -286,7 +296,9 @@ fn list(items: impl Iterator<Item = String>) -> String {
 mod tests {
     use super::*;
     use crate::{
-        admin::{CertificateStatus, MapUsage, PolicyStatus, WorkloadState, WorkloadStatus},
+        admin::{
+            CertificateStatus, MapUsage, PolicyStatus, RefusedBundle, WorkloadState, WorkloadStatus,
+        },
         handover::{Draining, Left},
     };
 
@@ -336,6 +348,10 @@ mod tests {
                 spiffe_id: "spiffe://example.org/ns/default/sa/web".into(),
                 source: "embedded_ca".into(),
                 last_error: Some("the disk is full".into()),
+                refused_bundles: vec![RefusedBundle {
+                    trust_domain: "bad.example".into(),
+                    reason: "it is no bundle".into(),
+                }],
                 ..CertificateStatus::default()
             }],
             policies: PolicyStatus {
@@ -357,6 +373,7 @@ mod tests {
             "web   running  yes        no           4026531840 shared  192.0.2.1  nginx.service",
             "  web: processes of it are elsewhere",
             "the disk is full",
+            "  spiffe://example.org/ns/default/sa/web: the trust bundle of bad.example is refused: it is no bundle",
             "  web.yaml:1:1: is not a policy",
             "VERDICTS  512      1024      50 %",
         ] {

@@ -305,6 +305,14 @@ impl Daemon {
                     .map(|remark| remark.as_str().to_owned())
                     .collect(),
                 last_error: identity.last_error.map(|error| error.to_string()),
+                refused_bundles: identity
+                    .refused_bundles
+                    .into_iter()
+                    .map(|refused| admin::RefusedBundle {
+                        trust_domain: refused.trust_domain,
+                        reason: refused.reason,
+                    })
+                    .collect(),
             }
         };
         identities.map(entry).collect()

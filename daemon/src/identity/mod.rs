@@ -56,7 +56,7 @@ pub use probe::{Presented, ProbeError, Probed, probe};
 pub use reject::RejectReason;
 pub use revocation::RevocationList;
 pub use server_name::{server_name_for, server_name_matches};
-pub use source::{CertificateSource, Material, Remark, SourceError};
+pub use source::{CertificateSource, Denied, Material, RefusedBundle, Remark, SourceError};
 pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use status::{BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, ReloadResult};
 pub use store::{IdentityStore, RevocationLists, Sources};

@@ -30,6 +30,17 @@ pub trait CertificateSource: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether it tells by itself when there is something new, and gives the same again until then: asking
+    /// it renews nothing.
+    fn pushes(&self) -> bool {
+        false
+    }
+
+    /// The trust bundles that came with the newest answer for `id` and cannot be used.
+    fn refused_bundles(&self, _id: &SpiffeId) -> Vec<RefusedBundle> {
+        Vec::new()
+    }
+
     /// What an operator should know of where `id`'s certificate comes from, though nothing fails.
     fn remarks(&self, _id: &SpiffeId) -> Vec<Remark> {
         Vec::new()
@@ -62,13 +73,30 @@ pub struct Material {
     pub bundles: Vec<Arc<TrustBundle>>,
 }
 
+/// A trust bundle that a source gave and that is not used: everybody of the trust domain is denied.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedBundle {
+    /// Whose, as the source names it.
+    pub trust_domain: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
 /// Why a source has nothing to give.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
-    /// The identity is gone: what was given before must not be used any longer.
-    #[error("the source has withdrawn the identity")]
-    Withdrawn,
-    /// The source cannot be reached or failed: what was given before is good until it expires.
+    /// The source answers, and gives no certificate: what was given before must not be used any longer.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// The source was asked a moment ago: what was given before is good until it expires.
+    #[error("{0}")]
+    Pending(&'static str),
+    /// The source cannot be reached, for none of its identities: what was given before is good until it
+    /// expires.
+    #[error("the source cannot be reached: {0}")]
+    Unreachable(String),
+    /// The source failed: what was given before is good until it expires.
     #[error("the source failed: {0}")]
     Unavailable(String),
     /// What the source gives cannot be read: what was given before is good until it expires.
@@ -77,6 +105,47 @@ pub enum SourceError {
     /// A trust bundle that came along cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+}
+
+/// Why a source that answers gives no certificate for an identity. The text says who was asked for, what
+/// the source said, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denied {
+    /// The source has not given one since reeve was started.
+    #[error("the source has never granted the identity: {0}")]
+    NeverGranted(String),
+    /// The source gave one before.
+    #[error("the source has withdrawn the identity: {0}")]
+    Withdrawn(String),
+    /// The source does not let reeve ask on behalf of workloads.
+    #[error("reeve is not a delegate: {0}")]
+    NotDelegate(String),
+    /// There is nobody to ask for.
+    #[error("no process of a workload with this identity runs")]
+    NoProcess,
+}
+
+// === impl Denied ===
+
+impl Denied {
+    /// The same of an identity that the source has given a certificate for before.
+    pub(super) fn after_a_grant(self) -> Self {
+        match self {
+            Self::NeverGranted(why) => Self::Withdrawn(why),
+            other => other,
+        }
+    }
+
+    /// Name of the kind of denial in metrics and status.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::NeverGranted(_) => "never_granted",
+            Self::Withdrawn(_) => "withdrawn",
+            Self::NotDelegate(_) => "not_a_delegate",
+            Self::NoProcess => "no_process",
+        }
+    }
 }
 
 // === impl Remark ===

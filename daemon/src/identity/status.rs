@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde::{Serialize, Serializer};
 
-use super::{ReloadError, Remark, SpiffeId, TrustBundle, TrustDomain, Validity};
+use super::{RefusedBundle, ReloadError, Remark, SpiffeId, TrustBundle, TrustDomain, Validity};
 
 /// One identity that the node is to have a certificate for.
 #[derive(Clone, Debug, Serialize)]
@@ -21,7 +21,7 @@ pub struct IdentityStatus {
     /// Share of its lifetime that a certificate has left when its successor usually arrives: as it was
     /// the last time, and before that what is usual for the kind of source.
     pub renewal_left: f64,
-    /// When the source is asked next.
+    /// When the source is asked next; none of a source that pushes.
     #[serde(serialize_with = "rfc3339")]
     pub next_attempt: Option<SystemTime>,
     /// When the source was last asked.
@@ -37,6 +37,8 @@ pub struct IdentityStatus {
     pub last_error: Option<ReloadError>,
     /// What an operator should know of the source.
     pub remarks: Vec<Remark>,
+    /// Trust bundles that came with the newest certificate and are not used.
+    pub refused_bundles: Vec<RefusedBundle>,
 }
 
 /// How an attempt to get something newer has ended.
@@ -47,7 +49,8 @@ pub enum ReloadResult {
     Accepted,
     /// The source has given the same again.
     Unchanged,
-    /// There was nothing, or it was refused; what was in force before stays so until it expires.
+    /// There was nothing, or it was refused. What was in force before is dropped where the source denies
+    /// it, and stays so until it expires otherwise.
     Rejected,
 }
 

@@ -244,7 +244,9 @@ impl ReloadError {
     pub const fn is_unreachable(&self) -> bool {
         matches!(
             self,
-            Self::Source(SourceError::Unavailable(_)) | Self::Timeout
+            Self::Source(
+                SourceError::Unavailable(_) | SourceError::Unreachable(_) | SourceError::Pending(_)
+            ) | Self::Timeout
         )
     }
 
@@ -252,8 +254,10 @@ impl ReloadError {
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
-            Self::Source(SourceError::Withdrawn) => "withdrawn",
-            Self::Source(SourceError::Unavailable(_)) => "unavailable",
+            Self::Source(SourceError::Denied(denied)) => denied.as_str(),
+            Self::Source(
+                SourceError::Unavailable(_) | SourceError::Unreachable(_) | SourceError::Pending(_),
+            ) => "unavailable",
             Self::Source(SourceError::Unreadable(_)) => "unreadable",
             Self::Source(SourceError::Bundle(_)) | Self::Bundle(_) => "bundle",
             Self::Timeout => "timeout",

@@ -66,7 +66,7 @@ impl CertificateFamilies {
             )?,
             renewal_due: times(
                 "reeve_certificate_renewal_due_timestamp_seconds",
-                "When the source is asked for an identity's next certificate.",
+                "When the source is asked for an identity's next certificate; none of agents, which tell by themselves.",
                 "identity",
             )?,
             last_success: times(

@@ -43,6 +43,8 @@ pub enum Subject {
     Caller,
     /// The processes in this cgroup, as `/proc/PID/cgroup` names it.
     Cgroup(String),
+    /// Those of these that are of this user.
+    User(String, u32),
     /// Whoever has exactly these selectors, as in `k8s:ns:shop`.
     Selectors(Vec<String>),
 }
@@ -67,6 +69,8 @@ pub struct Agent {
 #[derive(Debug)]
 struct Shared {
     grants: watch::Sender<Vec<(Subject, Grant)>>,
+    /// What is said to whoever asks on behalf of others and may not.
+    refusal: Mutex<Option<String>>,
     connections: Mutex<Vec<JoinHandle<()>>>,
     /// Who presented itself, where TLS is spoken.
     presented: Mutex<Vec<String>>,
@@ -104,6 +108,14 @@ impl Grant {
     pub fn federated(mut self, trust_domain: &str, authority: &Authority) -> Self {
         let key = format!("spiffe://{trust_domain}");
         self.federated.insert(key, authority.certificate().to_vec());
+        self
+    }
+
+    /// Bytes beside it that are to be another trust domain's bundle.
+    #[must_use]
+    pub fn federated_bytes(mut self, trust_domain: &str, bundle: &[u8]) -> Self {
+        let key = format!("spiffe://{trust_domain}");
+        self.federated.insert(key, bundle.to_vec());
         self
     }
 
@@ -186,6 +198,7 @@ impl Agent {
             certificate.map(|issued| TlsAcceptor::from(Arc::new(tls::server_config(issued))));
         let shared = Arc::new(Shared {
             grants: watch::Sender::new(Vec::new()),
+            refusal: Mutex::default(),
             connections: Mutex::default(),
             presented: Mutex::default(),
         });
@@ -216,6 +229,13 @@ impl Agent {
         self.shared
             .grants
             .send_modify(|grants| grants.retain(|(other, _)| other != subject));
+    }
+
+    /// Lets nobody ask on behalf of others from now on, or again, and says this: as the text of a status is
+    /// written in HTTP/2, with percent signs.
+    pub fn refuse_delegates(&self, refusal: Option<&str>) {
+        *lock(&self.shared.refusal) = refusal.map(str::to_owned);
+        self.shared.grants.send_modify(|_| {});
     }
 
     /// Who presented itself.
@@ -293,7 +313,13 @@ async fn answer(
     let mut stream = grpc::begin(respond)?;
     let mut last = None;
     loop {
-        let now = now(&path, headers, &message, &grants.borrow_and_update());
+        let refusal = lock(&shared.refusal)
+            .clone()
+            .filter(|_| !path.starts_with("/SpiffeWorkloadAPI/"));
+        let now = match refusal {
+            Some(text) => Err((grpc::PERMISSION_DENIED, text)),
+            None => now(&path, headers, &message, &grants.borrow_and_update()),
+        };
         match now {
             Ok(message) if last.as_ref() == Some(&message) => {}
             Ok(message) => {
@@ -330,24 +356,26 @@ fn now(path: &str, headers: (bool, bool), message: &Bytes, grants: &[(Subject, G
                 return Err(invalid("another kind of reference"));
             }
             let process: WorkloadPidReference = grpc::read(reference.value.into());
-            Ok(grant(&cgroup_of(process.pid))?.whole().encode_to_vec())
+            // No entry is an empty answer here.
+            let grant = of_process(process.pid, grants).unwrap_or_default();
+            Ok(grant.whole().encode_to_vec())
         }
         "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509SVIDs" => {
             let request: DelegatedRequest = grpc::read(message.clone());
-            let subject = match (request.selectors.as_slice(), request.pid) {
+            let found = match (request.selectors.as_slice(), request.pid) {
                 ([], 0) => return Err(invalid("neither selectors nor pid")),
-                ([], pid) => cgroup_of(pid),
-                (selectors, 0) => Subject::Selectors(
-                    selectors
+                ([], pid) => of_process(pid, grants),
+                (selectors, 0) => {
+                    let selectors = selectors
                         .iter()
-                        .map(|selector| format!("{}:{}", selector.r#type, selector.value))
-                        .collect(),
-                ),
+                        .map(|selector| format!("{}:{}", selector.r#type, selector.value));
+                    let subject = Subject::Selectors(selectors.collect());
+                    grant(&subject).ok().cloned()
+                }
                 _ => return Err(invalid("both selectors and pid")),
             };
             // No entry is an empty answer here.
-            let grant = grant(&subject).cloned().unwrap_or_default();
-            Ok(grant.delegated().encode_to_vec())
+            Ok(found.unwrap_or_default().delegated().encode_to_vec())
         }
         "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509Bundles" => {
             let mut response = BundlesResponse::default();
@@ -364,9 +392,18 @@ fn now(path: &str, headers: (bool, bool), message: &Bytes, grants: &[(Subject, G
     }
 }
 
-/// Whose process it is.
-fn cgroup_of(pid: i32) -> Subject {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    let unified = text.lines().find_map(|line| line.strip_prefix("0::"));
-    Subject::Cgroup(unified.unwrap_or_default().to_owned())
+/// What this process is granted, by the cgroup and the user that it has now.
+fn of_process(pid: i32, grants: &[(Subject, Grant)]) -> Option<Grant> {
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let (cgroup, status) = (read("cgroup"), read("status"));
+    let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    let user = users.split_whitespace().nth(1)?.parse().ok()?;
+    let subjects = [
+        Subject::Cgroup(cgroup.to_owned()),
+        Subject::User(cgroup.to_owned(), user),
+    ];
+    let mut grants = grants.iter();
+    let found = grants.find(|(subject, _)| subjects.contains(subject));
+    found.map(|(_, grant)| grant.clone())
 }

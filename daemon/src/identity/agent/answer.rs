@@ -17,12 +17,18 @@ use x509_parser::{
 };
 use zeroize::Zeroizing;
 
-use super::messages::{BundlesResponse, DelegatedResponse, X509SvidResponse};
+use super::{
+    feed::plain,
+    messages::{BundlesResponse, DelegatedResponse, X509SvidResponse},
+};
 use crate::identity::{
-    BundleError, Material, SourceError, SpiffeId, SpiffeIdError, TrustBundle, TrustDomain,
+    BundleError, Denied, Material, RefusedBundle, SourceError, SpiffeId, SpiffeIdError,
+    TrustBundle, TrustDomain,
 };
 
 const SCHEME: &str = "spiffe://";
+/// So many identities of an answer are named.
+const SHOWN: usize = 4;
 
 /// A whole answer.
 #[derive(Debug)]
@@ -30,6 +36,15 @@ pub(super) struct Answer {
     svids: BTreeMap<SpiffeId, Issued>,
     /// Put in force together with any of the SVIDs.
     bundles: BTreeMap<TrustDomain, Arc<TrustBundle>>,
+    /// Bundles of other trust domains that are left out.
+    refused: Vec<RefusedBundle>,
+}
+
+/// Bundles of trust domains, and those that cannot be used.
+#[derive(Debug, Default)]
+pub(super) struct Bundles {
+    usable: BTreeMap<TrustDomain, Arc<TrustBundle>>,
+    refused: Vec<(TrustDomain, String)>,
 }
 
 /// One identity's certificate and key.
@@ -59,12 +74,17 @@ impl Answer {
         let federated = response.federated_bundles.clone();
         let (svids, mut certificates) = svids_and_own_bundles(response.svids)?;
         let own: BTreeSet<TrustDomain> = certificates.keys().cloned().collect();
+        let mut refused = Vec::new();
         for (domain, der) in federated {
             let domain = trust_domain(&domain)?;
             // Nobody else speaks for the trust domain of one's own identity.
-            if !own.contains(&domain) {
-                let parsed = certificates_of(&der, || format!("the bundle of {domain}"))?;
-                certificates.insert(domain, parsed);
+            if own.contains(&domain) {
+                continue;
+            }
+            // A mistake of another trust domain must not keep this one from renewing.
+            match certificates_of(&der, || format!("the bundle of {domain}")) {
+                Ok(parsed) => drop(certificates.insert(domain, parsed)),
+                Err(error) => refused.push(RefusedBundle::new(&domain, &error)),
             }
         }
         let mut lists = assigned(response.crl, &certificates, own.first())?;
@@ -76,18 +96,22 @@ impl Answer {
                     bundles.insert(domain, Arc::new(bundle));
                 }
                 Err(error) if own.contains(&domain) => return Err(error.into()),
-                // A mistake of another trust domain must not keep this one from renewing.
-                Err(error) => tracing::warn!(%error, "a federated trust bundle is refused"),
+                Err(error) => refused.push(RefusedBundle::new(&domain, &error)),
             }
         }
-        Ok(Self { svids, bundles })
+        refused.sort_by(|one, other| one.trust_domain.cmp(&other.trust_domain));
+        Ok(Self {
+            svids,
+            bundles,
+            refused,
+        })
     }
 
     /// The answer of the Delegated Identity API, with the bundles that came apart from it. Of those
     /// only what the workload is to trust counts: the agent gives the bundles of everybody.
     pub(super) fn delegated(
         response: &DelegatedResponse,
-        bundles: &BTreeMap<TrustDomain, Arc<TrustBundle>>,
+        bundles: &Bundles,
     ) -> Result<Self, AnswerError> {
         let mut svids = BTreeMap::new();
         for svid in &response.x509_svids {
@@ -106,12 +130,20 @@ impl Answer {
             .iter()
             .map(|name| trust_domain(name));
         let federated = federated.collect::<Result<BTreeSet<_>, _>>()?;
-        let bundles = bundles
-            .iter()
-            .filter(|(domain, _)| own.contains(domain) || federated.contains(domain))
-            .map(|(domain, bundle)| (domain.clone(), bundle.clone()));
+        let is_trusted = |domain: &TrustDomain| own.contains(domain) || federated.contains(domain);
+        let refused = bundles.refused.iter();
+        let refused = refused.filter(|(domain, _)| is_trusted(domain));
+        let refused = refused.map(|(domain, why)| RefusedBundle::new(domain, why));
+        let refused = refused.collect();
+        let bundles = bundles.usable.iter();
+        let bundles = bundles.filter(|(domain, _)| is_trusted(domain));
+        let bundles = bundles.map(|(domain, bundle)| (domain.clone(), bundle.clone()));
         let bundles = bundles.collect();
-        Ok(Self { svids, bundles })
+        Ok(Self {
+            svids,
+            bundles,
+            refused,
+        })
     }
 
     /// Whether there is no SVID in it.
@@ -119,9 +151,37 @@ impl Answer {
         self.svids.is_empty()
     }
 
+    /// Whether there is an SVID of `id` in it.
+    pub(super) fn has(&self, id: &SpiffeId) -> bool {
+        self.svids.contains_key(id)
+    }
+
+    /// Which SVIDs it has, in words.
+    pub(super) fn contents(&self) -> String {
+        if self.is_empty() {
+            return "an answer without any identity".to_owned();
+        }
+        let shown = self.svids.keys().take(SHOWN).map(SpiffeId::as_str);
+        let mut contents = format!("only {}", shown.collect::<Vec<_>>().join(", "));
+        if self.svids.len() > SHOWN {
+            contents.push_str(", ...");
+        }
+        contents
+    }
+
+    /// Bundles in it that are not used.
+    pub(super) fn refused(&self) -> &[RefusedBundle] {
+        &self.refused
+    }
+
     /// One identity's part of it, with all the bundles.
     pub(super) fn material(&self, id: &SpiffeId) -> Result<Material, SourceError> {
-        let issued = self.svids.get(id).ok_or(SourceError::Withdrawn)?;
+        let issued = self.svids.get(id).ok_or_else(|| {
+            let contents = self.contents();
+            Denied::NeverGranted(format!(
+                "the agent gave {contents}; it has to have an entry with this identity"
+            ))
+        })?;
         Ok(Material {
             chain: issued.chain.clone(),
             key: Zeroizing::new(issued.key.clone_key()),
@@ -131,18 +191,17 @@ impl Answer {
 }
 
 /// The bundles in an answer of the Delegated Identity API.
-pub(super) fn bundles(
-    response: BundlesResponse,
-) -> Result<BTreeMap<TrustDomain, Arc<TrustBundle>>, AnswerError> {
-    let mut bundles = BTreeMap::new();
+pub(super) fn bundles(response: BundlesResponse) -> Result<Bundles, AnswerError> {
+    let mut bundles = Bundles::default();
     for (name, der) in response.ca_certificates {
         let domain = trust_domain(&name)?;
-        let certificates = certificates_of(&der, || format!("the bundle of {domain}"))?;
-        match TrustBundle::new(domain.clone(), certificates, Vec::new()) {
-            Ok(bundle) => {
-                bundles.insert(domain, Arc::new(bundle));
-            }
-            Err(error) => tracing::warn!(%error, "a trust bundle of the agent is refused"),
+        let certificates = certificates_of(&der, || format!("the bundle of {domain}"));
+        let bundle = certificates.and_then(|certificates| {
+            Ok(TrustBundle::new(domain.clone(), certificates, Vec::new())?)
+        });
+        match bundle {
+            Ok(bundle) => drop(bundles.usable.insert(domain, Arc::new(bundle))),
+            Err(error) => bundles.refused.push((domain, error.to_string())),
         }
     }
     Ok(bundles)
@@ -202,13 +261,13 @@ fn assigned(
 }
 
 fn spiffe_id(text: &str) -> Result<SpiffeId, AnswerError> {
-    SpiffeId::parse(text).map_err(|error| AnswerError::Id(text.to_owned(), error))
+    SpiffeId::parse(text).map_err(|error| AnswerError::Id(plain(text), error))
 }
 
 /// By name or by the trust domain's SPIFFE ID.
 fn trust_domain(text: &str) -> Result<TrustDomain, AnswerError> {
     let name = text.strip_prefix(SCHEME).unwrap_or(text);
-    TrustDomain::parse(name).map_err(|error| AnswerError::Id(text.to_owned(), error))
+    TrustDomain::parse(name).map_err(|error| AnswerError::Id(plain(text), error))
 }
 
 fn pkcs8(der: Vec<u8>) -> Zeroizing<PrivateKeyDer<'static>> {
@@ -229,6 +288,15 @@ fn certificates_of(
         der = rest;
     }
     Ok(certificates)
+}
+
+impl RefusedBundle {
+    fn new(trust_domain: &TrustDomain, why: &impl ToString) -> Self {
+        Self {
+            trust_domain: trust_domain.to_string(),
+            reason: why.to_string(),
+        }
+    }
 }
 
 impl fmt::Debug for Issued {

@@ -118,10 +118,7 @@ impl Connection {
             }
             source = error.source();
         }
-        Failure::Unavailable(format!(
-            "the agent at {} cannot be reached: {said}",
-            self.socket.display()
-        ))
+        Failure::Unreachable(format!("the agent at {}: {said}", self.socket.display()))
     }
 
     fn connect(self: &Arc<Self>) -> Channel {
@@ -150,6 +147,11 @@ impl Connection {
             .await
             .map_err(|error| io::Error::other(RejectReason::explain(&error)))?;
         Ok(Box::new(stream))
+    }
+
+    /// Under which reeve presents itself, where it has to.
+    pub(super) fn own(&self) -> Option<&SpiffeId> {
+        self.tls.as_ref().map(|tls| &tls.own)
     }
 
     /// Begins to look after the own certificate, where one is needed. Needs the event loop.

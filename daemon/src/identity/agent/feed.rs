@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::answer::{Answer, AnswerError};
-use crate::identity::{Material, SourceError, SpiffeId};
+use crate::identity::{Denied, Material, RefusedBundle, SourceError, SpiffeId};
 
 /// One subscription's state.
 #[derive(Debug)]
@@ -23,20 +23,36 @@ enum State {
     /// Nothing has been said yet.
     Waiting,
     Answered(Arc<Answer>),
-    /// The agent, or the workload's end, has taken back what there was.
-    Withdrawn,
+    /// The agent, or the workload's end, has taken back what there was, or there never was any.
+    /// `fetched` once that was told.
+    Denied {
+        why: Denied,
+        fetched: bool,
+    },
     /// Nobody knows at the moment. What the store has is good until it expires.
-    Failed(String),
+    Failed(SourceError),
 }
 
-/// Why a subscription ended, or never came to be.
+/// Why a subscription ended, or never came to be. The texts hold what the agent said.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// There is no identity for the asker any longer.
-    Withdrawn(String),
-    /// The agent cannot be reached, or its answer not be understood.
+    /// There is no identity for whom it was asked.
+    NotGranted(String),
+    /// Whoever asks may not.
+    Refused(String),
+    /// The agent answers, but not this; or its answer cannot be understood.
     Unavailable(String),
+    /// The agent cannot be reached.
+    Unreachable(String),
 }
+
+/// What is said of an agent that has ended a stream without saying why.
+pub(super) const ENDED: &str = "the agent has ended the stream";
+/// Longest text of an agent that is repeated.
+const LONGEST_TEXT: usize = 240;
+/// The reason of the Broker API's error details for a workload that has no identity, where
+/// `PERMISSION_DENIED` alone would say it of whoever asks.
+const NOT_ENTITLED: &[u8] = b"WORKLOAD_NOT_ENTITLED";
 
 /// Subscriptions that are under way, each for as long as somebody waits for its news.
 #[derive(Debug)]
@@ -54,32 +70,47 @@ impl Feed {
 
     /// A whole new answer.
     pub(super) fn answered(&self, answer: Answer) {
-        if answer.is_empty() {
-            self.failed(Failure::Withdrawn(
-                "the agent has no identity to give".into(),
-            ));
-        } else {
-            self.set(State::Answered(Arc::new(answer)));
+        let before = self.refused();
+        for bundle in answer.refused().iter().filter(|it| !before.contains(it)) {
+            tracing::warn!(
+                trust_domain = bundle.trust_domain,
+                "a trust bundle of the agent is refused, everybody of the trust domain is denied: {}",
+                bundle.reason
+            );
+        }
+        self.set(State::Answered(Arc::new(answer)));
+    }
+
+    /// There is no identity: what was given is to be dropped.
+    pub(super) fn denied(&self, denied: Denied) {
+        let is_known = matches!(&*lock(&self.state), State::Denied { why, .. } if *why == denied);
+        if !is_known {
+            self.set(State::Denied {
+                why: denied,
+                fetched: false,
+            });
         }
     }
 
-    /// The subscription ended.
-    pub(super) fn failed(&self, failure: Failure) {
-        match failure {
-            Failure::Withdrawn(why) => {
-                if !matches!(*lock(&self.state), State::Withdrawn) {
-                    tracing::debug!(why, "an identity is withdrawn");
-                    self.set(State::Withdrawn);
-                }
-            }
-            Failure::Unavailable(why) => {
-                // What is withdrawn stays so, and who waits is told why.
-                let state = lock(&self.state);
-                if !matches!(*state, State::Withdrawn) {
-                    drop(state);
-                    self.set(State::Failed(why));
-                }
-            }
+    /// Nobody knows at the moment.
+    pub(super) fn failed(&self, error: SourceError) {
+        // What is denied stays so until everybody has seen it: the certificate has to be dropped.
+        let is_alone = self.news.receiver_count() == 1;
+        let stays = match &*lock(&self.state) {
+            State::Denied { fetched, .. } => !(*fetched && is_alone),
+            State::Failed(before) => *before == error,
+            State::Waiting | State::Answered(_) => false,
+        };
+        if !stays {
+            self.set(State::Failed(error));
+        }
+    }
+
+    /// Bundles of the newest answer that are not used.
+    fn refused(&self) -> Vec<RefusedBundle> {
+        match &*lock(&self.state) {
+            State::Answered(answer) => answer.refused().to_vec(),
+            _ => Vec::new(),
         }
     }
 
@@ -90,18 +121,17 @@ impl Feed {
     }
 
     fn material(&self, id: &SpiffeId) -> Result<Material, SourceError> {
-        let answer = match &*lock(&self.state) {
-            State::Waiting => return Err(unavailable("the agent has not answered yet")),
-            State::Withdrawn => return Err(SourceError::Withdrawn),
-            State::Failed(why) => return Err(unavailable(why)),
+        let answer = match &mut *lock(&self.state) {
+            State::Waiting => return Err(SourceError::Pending("the agent has not answered yet")),
+            State::Denied { why, fetched } => {
+                *fetched = true;
+                return Err(why.clone().into());
+            }
+            State::Failed(error) => return Err(error.clone()),
             State::Answered(answer) => answer.clone(),
         };
         answer.material(id)
     }
-}
-
-fn unavailable(why: &str) -> SourceError {
-    SourceError::Unavailable(why.to_owned())
 }
 
 // === impl Feeds ===
@@ -140,10 +170,16 @@ impl<K: Ord> Feeds<K> {
         news
     }
 
+    /// Bundles of the newest answer to the subscription for `key` that are not used.
+    pub(super) fn refused(&self, key: &K) -> Vec<RefusedBundle> {
+        let feed = lock(&self.0).get(key).cloned();
+        feed.map_or_else(Vec::new, |feed| feed.refused())
+    }
+
     /// What the subscription for `key` has for `id`.
     pub(super) fn material(&self, key: &K, id: &SpiffeId) -> Result<Material, SourceError> {
         let feed = lock(&self.0).get(key).cloned();
-        feed.ok_or_else(|| unavailable("the agent has not been asked yet"))?
+        feed.ok_or(SourceError::Pending("the agent has not been asked yet"))?
             .material(id)
     }
 }
@@ -157,11 +193,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl From<tonic::Status> for Failure {
     fn from(status: tonic::Status) -> Self {
-        let said = format!("{:?}: {}", status.code(), status.message());
+        let said = said(&status);
+        let not_entitled = || {
+            let mut found = status.details().windows(NOT_ENTITLED.len());
+            found.any(|part| part == NOT_ENTITLED)
+        };
         match status.code() {
-            // "Not entitled", and the Broker API's "no such workload".
-            tonic::Code::PermissionDenied | tonic::Code::NotFound => Self::Withdrawn(said),
-            _ => Self::Unavailable(said),
+            _ if std::error::Error::source(&status).is_some() => {
+                Self::Unreachable(format!("the agent has broken off: {said}"))
+            }
+            tonic::Code::NotFound => Self::NotGranted(said),
+            tonic::Code::PermissionDenied if not_entitled() => Self::NotGranted(said),
+            tonic::Code::PermissionDenied => Self::Refused(said),
+            _ => Self::Unavailable(format!("the agent said {said}")),
         }
     }
 }
@@ -169,5 +213,84 @@ impl From<tonic::Status> for Failure {
 impl From<AnswerError> for Failure {
     fn from(error: AnswerError) -> Self {
         Self::Unavailable(format!("the agent's answer is refused: {error}"))
+    }
+}
+
+/// The status of a call, in quotes.
+fn said(status: &tonic::Status) -> String {
+    format!("\"{:?}: {}\"", status.code(), plain(status.message()))
+}
+
+/// What an agent wrote, as plain text of one line and bounded length: it ends up in logs and on
+/// terminals.
+pub(super) fn plain(text: &str) -> String {
+    let mut plain = String::new();
+    for (position, c) in text.chars().enumerate() {
+        if position == LONGEST_TEXT {
+            plain.push_str("...");
+            break;
+        }
+        match c {
+            '\'' | '"' => plain.push(c),
+            c => plain.extend(c.escape_debug()),
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::{Code, Status};
+
+    use super::*;
+
+    #[test]
+    fn what_an_agent_says_is_repeated_as_plain_text_of_bounded_length() {
+        assert_eq!(plain("it's \"so\""), "it's \"so\"");
+        assert_eq!(
+            plain("a\nb\u{1b}[2J\u{202e}c\\"),
+            "a\\nb\\u{1b}[2J\\u{202e}c\\\\"
+        );
+        let long = plain(&"x".repeat(100_000));
+        assert_eq!(long.len(), LONGEST_TEXT + 3);
+        let status = Status::new(Code::Internal, "no\r\nway".repeat(1000));
+        let Failure::Unavailable(text) = status.into() else {
+            panic!("it is no denial");
+        };
+        assert!(
+            text.starts_with("the agent said \"Internal: no\\r\\nway"),
+            "{text}"
+        );
+        assert!(text.len() < 4 * LONGEST_TEXT, "{text}");
+    }
+
+    #[test]
+    fn a_denial_stays_until_it_was_fetched_whatever_fails_meanwhile() {
+        let id = SpiffeId::parse("spiffe://example.org/cart").unwrap();
+        let feed = Feed::new();
+        let _waiting = feed.news.subscribe();
+        let away = || SourceError::Unreachable("no socket".into());
+        feed.denied(Denied::NoProcess);
+        feed.failed(away());
+        assert_eq!(feed.material(&id).unwrap_err(), Denied::NoProcess.into());
+        feed.failed(away());
+        assert_eq!(feed.material(&id).unwrap_err(), away());
+        // Of two that wait, one may not have seen it.
+        let _another = feed.news.subscribe();
+        feed.denied(Denied::NoProcess);
+        feed.material(&id).unwrap_err();
+        feed.failed(away());
+        assert_eq!(feed.material(&id).unwrap_err(), Denied::NoProcess.into());
+    }
+
+    #[test]
+    fn a_workload_without_an_entry_is_told_from_an_asker_that_may_not_ask() {
+        let refused = Status::new(Code::PermissionDenied, "not an authorized delegate");
+        assert!(matches!(refused.into(), Failure::Refused(said) if said.contains("authorized")));
+        let details = b"\x08\x07reason: WORKLOAD_NOT_ENTITLED, domain: spiffe.io".as_slice();
+        let none = Status::with_details(Code::PermissionDenied, "none", details.into());
+        assert!(matches!(none.into(), Failure::NotGranted(_)));
+        let gone = Status::new(Code::NotFound, "no such process");
+        assert!(matches!(gone.into(), Failure::NotGranted(_)));
     }
 }

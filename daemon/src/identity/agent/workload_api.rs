@@ -8,10 +8,13 @@ use tokio::{sync::watch, time::sleep};
 use super::{
     answer::Answer,
     connection::{Connection, Method},
-    feed::{Failure, Feed, Feeds},
+    feed::{ENDED, Failure, Feed, Feeds},
     messages::{X509SvidRequest, X509SvidResponse},
+    process::reeve,
 };
-use crate::identity::{CertificateSource, Material, SourceError, SpiffeId, backoff::Backoff};
+use crate::identity::{
+    CertificateSource, Denied, Material, RefusedBundle, SourceError, SpiffeId, backoff::Backoff,
+};
 
 const FETCH: Method = Method {
     path: "/SpiffeWorkloadAPI/FetchX509SVID",
@@ -45,11 +48,14 @@ impl WorkloadApi {
 async fn follow(connection: Arc<Connection>, feed: Arc<Feed>) {
     let mut backoff = Backoff::new();
     loop {
-        let failure = match listen(&connection, &feed, &mut backoff).await {
-            Ok(()) => Failure::Unavailable("the agent has ended the stream".into()),
-            Err(failure) => failure,
-        };
-        feed.failed(failure);
+        match listen(&connection, &feed, &mut backoff).await {
+            Ok(()) => feed.failed(SourceError::Unavailable(ENDED.into())),
+            Err(Failure::NotGranted(said) | Failure::Refused(said)) => {
+                feed.denied(never_granted(&said));
+            }
+            Err(Failure::Unavailable(why)) => feed.failed(SourceError::Unavailable(why)),
+            Err(Failure::Unreachable(why)) => feed.failed(SourceError::Unreachable(why)),
+        }
         sleep(backoff.next()).await;
     }
 }
@@ -64,10 +70,23 @@ async fn listen(
         .call::<_, X509SvidResponse>(FETCH, X509SvidRequest {})
         .await?;
     while let Some(answer) = answers.message().await? {
-        feed.answered(Answer::whole(answer)?);
+        let answer = Answer::whole(answer)?;
+        if answer.is_empty() {
+            feed.denied(never_granted(&answer.contents()));
+        } else {
+            feed.answered(answer);
+        }
         backoff.reset();
     }
     Ok(())
+}
+
+fn never_granted(said: &str) -> Denied {
+    Denied::NeverGranted(format!(
+        "asked as {}, the agent said {said}; the agent has to have entries with the identities of the \
+         workloads that describe reeve's own process",
+        reeve()
+    ))
 }
 
 impl CertificateSource for WorkloadApi {
@@ -82,5 +101,13 @@ impl CertificateSource for WorkloadApi {
     fn changes(&self, _: &SpiffeId) -> watch::Receiver<u64> {
         self.feeds
             .changes((), |feed| follow(self.connection.clone(), feed))
+    }
+
+    fn pushes(&self) -> bool {
+        true
+    }
+
+    fn refused_bundles(&self, _: &SpiffeId) -> Vec<RefusedBundle> {
+        self.feeds.refused(&())
     }
 }

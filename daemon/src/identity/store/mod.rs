@@ -2,9 +2,10 @@
 //!
 //! In: who needs a certificate and from which source, and what is trusted besides what sources
 //! bring. Out: checked material. [`renew`] fetches, judges and puts in force, [`slot`] is one
-//! identity, [`configured`] the trust besides.
+//! identity, [`configured`] the trust besides, [`outages`] what the log has of absent sources.
 
 mod configured;
+mod outages;
 mod renew;
 mod slot;
 
@@ -86,6 +87,7 @@ impl IdentityStore {
                 steps: watch::Sender::default(),
                 generation: AtomicU64::new(0),
                 announced: Mutex::default(),
+                outages: Mutex::default(),
             }),
             tasks: Mutex::default(),
             holders: Holders::default(),
@@ -275,9 +277,14 @@ impl IdentityStore {
                 remarks.push(Remark::SignerExpires);
             }
             let issues = source.is_some_and(|source| source.issues());
+            let status = slot.status(if issues { LEFT_BY_US } else { LEFT_BY_OTHERS });
+            let pushes = source.is_some_and(|source| source.pushes());
             IdentityStatus {
                 remarks,
-                ..slot.status(if issues { LEFT_BY_US } else { LEFT_BY_OTHERS })
+                next_attempt: status.next_attempt.filter(|_| !pushes),
+                refused_bundles: source
+                    .map_or_else(Vec::new, |source| source.refused_bundles(&slot.id)),
+                ..status
             }
         };
         slots.values().map(status).collect()

@@ -7,13 +7,19 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
 use tokio::{sync::watch, time::timeout};
 
-use super::{Sources, configured::Configured, lock, slot::Slot};
+use super::{
+    Sources,
+    configured::Configured,
+    lock,
+    outages::{Outages, SAY_AGAIN},
+    slot::Slot,
+};
 use crate::identity::{
     CertificateSource, Material, ReloadCounts, ReloadError, ReloadResult, SourceError, SpiffeId,
     Svid, clock_steps, renewal::Renewal,
@@ -39,6 +45,8 @@ pub(super) struct Shared {
     pub(super) generation: AtomicU64,
     /// Ends of signers that were announced in the log, and when: identities mostly have the same.
     pub(super) announced: Mutex<BTreeMap<SystemTime, SystemTime>>,
+    /// Of the sources.
+    pub(super) outages: Mutex<Outages>,
 }
 
 // === impl Shared ===
@@ -92,6 +100,24 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
     }
 }
 
+/// What an attempt that failed means for the certificate that there was before it.
+fn what_happens(slot: &Slot, error: &ReloadError) -> String {
+    let svid = slot.svid.load();
+    let valid = svid
+        .as_ref()
+        .filter(|svid| svid.is_valid_at(SystemTime::now()));
+    match (valid, error) {
+        (Some(_), ReloadError::Source(SourceError::Denied(_))) => {
+            "the one in force is dropped at once, and connections are refused".to_owned()
+        }
+        (Some(svid), _) => format!(
+            "the one in force stays so until it expires at {}",
+            humantime::format_rfc3339_seconds(svid.not_after)
+        ),
+        (None, _) => "there is none in force, and connections are refused".to_owned(),
+    }
+}
+
 /// Waits until the source may have something new. A source that is gone, or never was, wakes
 /// nobody: what it gave before is renewed in vain, and that is said.
 async fn changed(news: &mut Option<watch::Receiver<u64>>) {
@@ -116,7 +142,11 @@ impl Shared {
             ))
         })?;
         let fetch = timeout(FETCH_TIMEOUT, source.fetch(&slot.id));
-        let material = fetch.await.map_err(|_| ReloadError::Timeout)??;
+        let material = fetch.await.map_err(|_| ReloadError::Timeout)?;
+        let material = material.map_err(|error| match error {
+            SourceError::Denied(denied) if slot.was_granted() => denied.after_a_grant().into(),
+            error => error,
+        })?;
         self.put_in_force(slot, &material)
     }
 
@@ -182,31 +212,89 @@ impl Shared {
         attempted: SystemTime,
         next: SystemTime,
     ) {
+        self.count(&slot.source, &result);
+        match &result {
+            Err(ReloadError::Source(SourceError::Unreachable(why))) => {
+                self.say_unreachable(slot, why);
+            }
+            Err(error) => {
+                self.say_reached(slot);
+                self.say_failed(slot, error, next);
+            }
+            Ok(_) => self.say_reached(slot),
+        }
+        if let Err(ReloadError::Source(SourceError::Denied(_))) = &result {
+            slot.retire();
+            self.changed();
+        }
         let mut progress = lock(&slot.progress);
         progress.last_attempt = Some(attempted);
         progress.next_attempt = Some(next);
         progress.last_result = Some(*result.as_ref().unwrap_or(&ReloadResult::Rejected));
-        self.count(&slot.source, &result);
-        match result {
-            Ok(_) => {
-                progress.last_success = Some(attempted);
-                progress.last_error = None;
-            }
-            Err(error) => {
-                tracing::warn!(
-                    spiffe_id = %slot.id,
-                    source = slot.source,
-                    reason = error.as_str(),
-                    next_attempt = %humantime::format_rfc3339_seconds(next),
-                    "no new certificate, the old one stays in force until it expires: {error}"
-                );
-                if error == ReloadError::Source(SourceError::Withdrawn) {
-                    slot.retire();
-                    self.changed();
-                }
-                progress.last_error = Some(error);
-            }
+        if result.is_ok() {
+            progress.last_success = Some(attempted);
         }
+        progress.last_error = result.err();
+    }
+
+    /// Says in the log why an attempt failed: once, and again when the reason is another or after a long
+    /// time.
+    fn say_failed(&self, slot: &Slot, error: &ReloadError, next: SystemTime) {
+        let now = Instant::now();
+        let mut progress = lock(&slot.progress);
+        let is_recent = |said: Instant| now.duration_since(said) < SAY_AGAIN;
+        if progress.last_error.as_ref() == Some(error) && progress.said.is_some_and(is_recent) {
+            return;
+        }
+        progress.said = Some(now);
+        drop(progress);
+        if let ReloadError::Source(SourceError::Pending(why)) = error {
+            tracing::debug!(spiffe_id = %slot.id, source = slot.source, "{why}");
+            return;
+        }
+        let pushes = self.sources.get(&slot.source).is_some_and(|it| it.pushes());
+        let next = (!pushes).then(|| humantime::format_rfc3339_seconds(next));
+        tracing::warn!(
+            spiffe_id = %slot.id,
+            source = slot.source,
+            reason = error.as_str(),
+            next_attempt = next.map(tracing::field::display),
+            "no new certificate, {}: {error}",
+            what_happens(slot, error),
+        );
+    }
+
+    /// Says in the log that a source cannot be reached, for all its identities.
+    fn say_unreachable(&self, slot: &Slot, why: &str) {
+        let mut outages = lock(&self.outages);
+        if outages.failed(&slot.source, &slot.id, why, Instant::now()) {
+            tracing::warn!(
+                source = slot.source,
+                identities = self.identities_of(&slot.source),
+                reason = "unavailable",
+                "the source cannot be reached, certificates in force stay so until they expire: {why}"
+            );
+        }
+    }
+
+    fn say_reached(&self, slot: &Slot) {
+        let slots = self.slots.load();
+        let is_there = |id: &SpiffeId| slots.get(id).is_some_and(|it| it.source == slot.source);
+        let mut outages = lock(&self.outages);
+        let over = outages.reached(&slot.source, &slot.id, is_there, Instant::now());
+        if let Some(lasted) = over {
+            tracing::info!(
+                source = slot.source,
+                identities = self.identities_of(&slot.source),
+                seconds = lasted.as_secs(),
+                "the source can be reached again"
+            );
+        }
+    }
+
+    fn identities_of(&self, source: &str) -> usize {
+        let slots = self.slots.load();
+        slots.values().filter(|slot| slot.source == source).count()
     }
 
     pub(super) fn slot(&self, id: SpiffeId, source: String) -> Slot {

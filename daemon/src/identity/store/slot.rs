@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
@@ -39,6 +39,8 @@ pub(super) struct Slot {
     pub(super) asked: watch::Sender<u64>,
     pub(super) answered: watch::Sender<u64>,
     renewing: AtomicBool,
+    /// Whether this source has given a certificate that was put in force.
+    granted: AtomicBool,
 }
 
 /// How fetching goes.
@@ -49,6 +51,8 @@ pub(super) struct Progress {
     pub(super) last_success: Option<SystemTime>,
     pub(super) last_result: Option<ReloadResult>,
     pub(super) last_error: Option<ReloadError>,
+    /// When the log last had it.
+    pub(super) said: Option<Instant>,
     /// Share of its lifetime that the certificate before had left when it was replaced.
     pub(super) renewal_left: Option<f64>,
 }
@@ -68,6 +72,7 @@ impl Slot {
             asked: watch::Sender::default(),
             answered: watch::Sender::default(),
             renewing: AtomicBool::new(false),
+            granted: AtomicBool::new(false),
         }
     }
 
@@ -85,6 +90,7 @@ impl Slot {
             asked: watch::Sender::default(),
             answered: watch::Sender::default(),
             renewing: AtomicBool::new(false),
+            granted: AtomicBool::new(false),
         }
     }
 
@@ -99,6 +105,11 @@ impl Slot {
     /// The source is being asked, or not any more.
     pub(super) fn set_renewing(&self, renewing: bool) {
         self.renewing.store(renewing, Ordering::Relaxed);
+    }
+
+    /// Whether its source has given a certificate before.
+    pub(super) fn was_granted(&self) -> bool {
+        self.granted.load(Ordering::Relaxed)
     }
 
     /// Time until its certificate expires, or its bundles begin to say something else by themselves.
@@ -137,6 +148,7 @@ impl Slot {
 
     /// Takes this certificate in the place of the one before.
     pub(super) fn replace(&self, svid: Svid, now: SystemTime) {
+        self.granted.store(true, Ordering::Relaxed);
         if let Some(before) = self.svid.swap(Some(Arc::new(svid))) {
             let lifetime = before.not_after.duration_since(before.not_before);
             let left = before.not_after.duration_since(now).unwrap_or_default();
@@ -166,6 +178,7 @@ impl Slot {
             last_result: progress.last_result,
             last_error: progress.last_error,
             remarks: Vec::new(),
+            refused_bundles: Vec::new(),
         }
     }
 }

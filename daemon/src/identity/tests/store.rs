@@ -181,12 +181,13 @@ async fn an_unreachable_source_changes_nothing_and_a_withdrawal_does_at_once() {
     assert_eq!(failed(&store).await, "unavailable");
     assert!(store.current(&ours()).is_some());
 
-    source.now(|| Err(SourceError::Withdrawn));
+    source.now(|| Err(Denied::NeverGranted("no entry".into()).into()));
     changed(&store, |store| {
         store.current(&ours()).is_none().then_some(())
     })
     .await;
     assert!(store.status()[0].certificate.is_none());
+    assert_eq!(failed(&store).await, "withdrawn", "it was granted before");
 }
 
 #[tokio::test]
@@ -429,4 +430,21 @@ fn no_key_is_in_debug_output() {
     let decimal = format!("{:?}", &secret[40..60]);
     let decimal = decimal.trim_matches(['[', ']']);
     assert!(!text.contains(&hex) && !text.contains(decimal), "{text}");
+}
+
+#[tokio::test]
+async fn an_identity_that_was_never_granted_is_not_said_to_be_withdrawn() {
+    let source = Told::new(|| Err(Denied::NeverGranted("no entry".into()).into()));
+    let store = store_from([("told", &source)]);
+    store.ensure(&from("told", &[ours()]));
+    assert_eq!(failed(&store).await, "never_granted");
+    source.now(|| Err(Denied::NotDelegate("who are you?".into()).into()));
+    let wait = async {
+        while failed(&store).await != "not_a_delegate" {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(SOON, wait).await.unwrap();
+    let error = store.status()[0].last_error.clone().unwrap();
+    assert_eq!(error.to_string(), "reeve is not a delegate: who are you?");
 }

@@ -106,6 +106,7 @@ fn identity(at: impl Fn(u64) -> SystemTime) -> IdentityStatus {
         certificate: Some(certificate.clone()),
         newest: Some(certificate),
         renewal_left: 0.25,
+        refused_bundles: Vec::new(),
         next_attempt: Some(at(2800)),
         last_attempt: Some(at(1002)),
         last_success: Some(at(1001)),

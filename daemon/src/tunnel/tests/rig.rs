@@ -33,8 +33,8 @@ use crate::{
     config::{CongestionControl, Limits, Ports, Timeouts},
     datapath::{SocketStorage, Sockets},
     identity::{
-        CertificateSource, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId, Svid,
-        TrustBundle, TrustDomain, server_name_for,
+        CertificateSource, Denied, EmbeddedCa, IdentityStore, Material, SourceError, SpiffeId,
+        Svid, TrustBundle, TrustDomain, server_name_for,
     },
     privileges::Confinement,
     telemetry::{ConnectionLog, Metrics, Observers, Role},
@@ -150,7 +150,7 @@ impl CertificateSource for Authority {
     fn fetch<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Material, SourceError>> {
         async move {
             match self.withdrawn.load(Ordering::Relaxed) {
-                true => Err(SourceError::Withdrawn),
+                true => Err(Denied::NoProcess.into()),
                 false => self.ca.issue(id),
             }
         }
