@@ -258,6 +258,8 @@ impl Subscription<'_> {
                         *self.entitled = Some(held.kind().clone());
                         self.feed.answered(answer);
                         chosen.send_replace(Some(position));
+                        // From now on it alone speaks.
+                        said.fill_with(|| None);
                         continue;
                     }
                     said[position] = Some(Failure::NotGranted(answer.contents()));
@@ -286,14 +288,14 @@ impl Subscription<'_> {
                 }
             }
             let was_entitled = self.entitled.is_some();
-            let is_complete = match *chosen.borrow() {
-                Some(position) => said[position].is_some(),
-                None => said.iter().all(Option::is_some),
+            let asked = match *chosen.borrow() {
+                Some(position) => position..position + 1,
+                None => 0..processes.len(),
             };
-            if !is_complete {
+            if said[asked.clone()].iter().any(Option::is_none) {
                 continue;
             }
-            self.tell(&processes, &said);
+            self.tell(&processes[asked.clone()], &said[asked]);
             if was_entitled {
                 // All of them, in a moment.
                 *self.entitled = None;
