@@ -371,8 +371,8 @@ impl Subscription<'_> {
         let asked = denied.iter().map(|(held, said)| format!("{held}: {said}"));
         let asked = asked.collect::<Vec<_>>().join("; ");
         format!(
-            "of one process of each user and executable the agent said: {asked}; an entry with this \
-             identity has to describe one of them"
+            "the agent said of {asked}; an entry with this identity has to describe a process of the \
+             workload, of which one of each user and executable is asked for"
         )
     }
 }
