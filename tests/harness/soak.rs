@@ -430,7 +430,7 @@ impl Running<'_> {
         }
         let cuts = self.soak.times(Happening::Mend);
         if self.soak.recovered[1].len() < cuts {
-            self.wrong("no short connection worked after a cut, until the next one".to_owned());
+            self.wrong("no short connection worked after a cut, until the next one");
         }
         for course in self.soak.courses() {
             if course.grows() {
