@@ -161,7 +161,10 @@ fn a_workload_whose_certificate_is_revoked_is_refused_by_the_daemon_of_that_ca()
     guarded
         .daemon
         .wait_for_log(&["the embedded CA has changed"]);
-    client(&lost).handshake(guarded.tunnel_port()).unwrap_err();
+    // The list is in force a moment later.
+    eventually("the lost one is refused", || {
+        client(&lost).handshake(guarded.tunnel_port()).is_err()
+    });
     assert_eq!(guarded.handshakes("revoked"), 1.0);
     client(&kept).handshake(guarded.tunnel_port()).unwrap();
 }
