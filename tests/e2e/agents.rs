@@ -163,21 +163,13 @@ fn federated_bundles_and_revocation_lists_of_the_workload_api_count() {
 
 #[test]
 fn the_delegated_identity_api_gives_by_process_and_no_longer_than_it_lives() {
-    let root = Authority::root(TRUST_DOMAIN);
-    let agent = Agent::start();
-    let guarded =
-        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    let (root, agent, guarded) = by_delegation();
     lives_with_its_workload(&agent, &root, guarded);
 }
 
 #[test]
 fn the_broker_api_gives_by_process_and_no_longer_than_it_lives() {
-    let root = Authority::root(TRUST_DOMAIN);
-    let workload_api = Agent::start();
-    workload_api.grant(Subject::Caller, Grant::of(&root, &[REEVE]));
-    let agent = Agent::with_tls(&root.leaf(SPIRE));
-    let guarded =
-        Guarded::unready(|reeve| reeve.set("/certificates", broker(&agent, &workload_api)));
+    let (root, agent, guarded, _workload_api) = by_broker();
     lives_with_its_workload(&agent, &root, guarded);
     assert!(agent.presented().iter().all(|id| id == REEVE));
 }
@@ -247,21 +239,13 @@ fn lives_with_its_workload(agent: &Agent, root: &Authority, guarded: Guarded) {
 
 #[test]
 fn a_workload_is_entitled_by_any_of_its_processes_and_asked_for_by_that_again() {
-    let root = Authority::root(TRUST_DOMAIN);
-    let agent = Agent::start();
-    let guarded =
-        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    let (root, agent, guarded) = by_delegation();
     is_entitled_by_its_worker(&agent, &root, &guarded);
 }
 
 #[test]
 fn a_broker_is_asked_for_each_kind_of_process_as_well() {
-    let root = Authority::root(TRUST_DOMAIN);
-    let workload_api = Agent::start();
-    workload_api.grant(Subject::Caller, Grant::of(&root, &[REEVE]));
-    let agent = Agent::with_tls(&root.leaf(SPIRE));
-    let guarded =
-        Guarded::unready(|reeve| reeve.set("/certificates", broker(&agent, &workload_api)));
+    let (root, agent, guarded, _workload_api) = by_broker();
     is_entitled_by_its_worker(&agent, &root, &guarded);
 }
 
@@ -302,10 +286,7 @@ fn worker(guarded: &Guarded) -> Process {
 
 #[test]
 fn never_granted_and_withdrawn_and_not_a_delegate_are_told_apart() {
-    let root = Authority::root(TRUST_DOMAIN);
-    let agent = Agent::start();
-    let guarded =
-        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    let (root, agent, guarded) = by_delegation();
     let subject = place(&guarded.server);
     let told = |texts: &[&str]| {
         eventually("the reason is told", || {
@@ -404,6 +385,26 @@ fn that_an_agent_is_away_is_said_once_for_all_its_identities_and_once_that_it_is
 
 fn workload_api(agent: &Agent) -> Value {
     json!({"sources": [{"name": "own", "workloadApi": {"socket": agent.socket()}}]})
+}
+
+/// A server whose certificates come by the delegated identity API, with the agent and its authority.
+fn by_delegation() -> (Authority, Agent, Guarded) {
+    let root = Authority::root(TRUST_DOMAIN);
+    let agent = Agent::start();
+    let guarded =
+        Guarded::unready(|reeve| reeve.set("/certificates", delegated(&agent, &json!({}))));
+    (root, agent, guarded)
+}
+
+/// The same by the broker API, with the agent from which reeve has a certificate of its own.
+fn by_broker() -> (Authority, Agent, Guarded, Agent) {
+    let root = Authority::root(TRUST_DOMAIN);
+    let workload_api = Agent::start();
+    workload_api.grant(Subject::Caller, Grant::of(&root, &[REEVE]));
+    let agent = Agent::with_tls(&root.leaf(SPIRE));
+    let guarded =
+        Guarded::unready(|reeve| reeve.set("/certificates", broker(&agent, &workload_api)));
+    (root, agent, guarded, workload_api)
 }
 
 fn delegated(agent: &Agent, selectors: &Value) -> Value {

@@ -34,15 +34,6 @@ fn the_address_that_a_client_has_bound_tells_it_from_others_with_its_identity() 
     let as_shared = |addresses: [IpAddr; 2]| json!({"serviceAccount": "shared", "addresses": addresses, "tunnel": true});
     let enrolled =
         |addresses: [IpAddr; 2]| json!({"serviceAccount": "shared", "addresses": addresses});
-    let hears_good = json!({
-        "apiVersion": "reeve.dev/v1alpha1",
-        "kind": "ConnectionPolicy",
-        "metadata": {"name": "hears-good"},
-        "spec": {
-            "workloads": {"names": ["server"]},
-            "ingress": [{"from": [{"namespace": "default", "labels": {"app": "good"}}]}],
-        },
-    });
     let daemon = one
         .reeve()
         .enrol_with(&good, enrolled(of_good))
@@ -56,7 +47,7 @@ fn the_address_that_a_client_has_bound_tells_it_from_others_with_its_identity() 
         .enrol(&server)
         .peer_with(&good, as_shared(of_good))
         .peer_with(&bad, as_shared(of_bad))
-        .policy(&hears_good.to_string())
+        .policy(&hears_good())
         .start();
     let echo = serve(&server, PORT, &[]);
     let server = [
@@ -112,20 +103,11 @@ fn a_service_without_declared_addresses_speaks_from_none_that_another_of_its_ide
         .policy(&of(&bad).calls(&server, TCP).text())
         .start();
     let as_good = json!({"serviceAccount": "shared", "addresses": of_good, "tunnel": true});
-    let hears_good = json!({
-        "apiVersion": "reeve.dev/v1alpha1",
-        "kind": "ConnectionPolicy",
-        "metadata": {"name": "hears-good"},
-        "spec": {
-            "workloads": {"names": ["server"]},
-            "ingress": [{"from": [{"namespace": "default", "labels": {"app": "good"}}]}],
-        },
-    });
     let far = two
         .reeve()
         .enrol(&server)
         .peer_with(&good, as_good)
-        .policy(&hears_good.to_string())
+        .policy(&hears_good())
         .start();
     let echo = serve(&server, PORT, &[]);
     let to = [
@@ -198,4 +180,18 @@ fn what_is_meant_for_a_service_ends_at_no_other() {
     }
     let wrong = [("reason", "wrong_listener"), ("transport", "tunnel")];
     far.wait_for_metric("reeve_connections_failed_total", &wrong, 2.0);
+}
+
+/// The server hears the one service and not the other, which has the same identity.
+fn hears_good() -> String {
+    json!({
+        "apiVersion": "reeve.dev/v1alpha1",
+        "kind": "ConnectionPolicy",
+        "metadata": {"name": "hears-good"},
+        "spec": {
+            "workloads": {"names": ["server"]},
+            "ingress": [{"from": [{"namespace": "default", "labels": {"app": "good"}}]}],
+        },
+    })
+    .to_string()
 }

@@ -259,6 +259,11 @@ fn a_far_end_that_is_down_fails_at_connect_from_the_second_connection_on() {
         ("reason", "peer_failed"),
     ];
     one.wait_for_metric("reeve_verdicts_total", &labels, 2.0);
+    let plaintext = [("reason", "peer_failed"), ("transport", "plaintext")];
+    let counted = one
+        .metrics()
+        .sum("reeve_connections_failed_total", &plaintext);
+    assert_eq!(counted, 0.0, "they were meant for a tunnel");
 
     // It is found as soon as it is there, and then nothing fails any more.
     let _echo = serve(&pair.server, PORT, &[]);

@@ -1,8 +1,8 @@
 //! Who holds a TCP port of the daemon's own network namespace: what an operator has to know when
 //! `metrics.address` is taken.
 //!
-//! Whoever holds it may have made the search as long as they like: many processes, with many files open. So
-//! no thread of the daemon's waits for it, and it is given up after a while.
+//! Whoever holds it may have made the search for a process as long as they like: many processes, with many
+//! files open. So no thread of the daemon's waits for it, and it is given up after a while.
 
 use std::{
     fmt, fs,
@@ -64,10 +64,9 @@ impl Holder {
         Some((holder, entry.inode))
     }
 
-    /// The same with a process, if there is time to find it.
-    fn with_process(address: SocketAddr) -> Option<Self> {
+    /// The same with a process, if one is found before the deadline.
+    fn with_process(address: SocketAddr, deadline: Instant) -> Option<Self> {
         let (mut holder, inode) = Self::of(address)?;
-        let deadline = Instant::now() + PATIENCE;
         holder.process = processes()
             .take_while(|_| Instant::now() < deadline)
             .find(|id| has_open(*id, inode, deadline))
@@ -111,7 +110,7 @@ impl Search {
         let (finder, found) = mpsc::channel();
         let search = move || {
             // Nobody waits for it any more where the address is free by now.
-            let _ = finder.send(Holder::with_process(address));
+            let _ = finder.send(Holder::with_process(address, Instant::now() + PATIENCE));
         };
         // Without a thread nothing is found.
         let _ = thread::Builder::new()
@@ -216,12 +215,29 @@ mod tests {
 
     use super::*;
 
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[test]
+    fn the_search_for_a_process_ends_in_time_and_its_user_is_known_all_the_same() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let holder = Holder::with_process(address, Instant::now()).unwrap();
+        assert_eq!(holder.process, None);
+        assert_eq!(holder.user, nix::unistd::geteuid().as_raw());
+        // Nor does one process with many files take longer.
+        let (_, inode) = Holder::of(address).unwrap();
+        assert!(has_open(std::process::id(), inode, soon()));
+        assert!(!has_open(std::process::id(), inode, Instant::now()));
+    }
+
     #[test]
     fn the_holder_of_a_port_is_found_in_either_family() {
         for ip in ["127.0.0.1", "::1", "0.0.0.0", "::"] {
             let listener = TcpListener::bind((ip.parse::<IpAddr>().unwrap(), 0)).unwrap();
             let address = listener.local_addr().unwrap();
-            let holder = Holder::with_process(address).unwrap();
+            let holder = Holder::with_process(address, soon()).unwrap();
             let process = holder.process.clone().unwrap();
             assert_eq!(process.id, std::process::id(), "{ip}");
             assert_eq!(holder.user, nix::unistd::geteuid().as_raw());

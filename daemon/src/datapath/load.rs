@@ -77,7 +77,7 @@ pub(super) struct Links {
 /// A pinned map: its name and type, and the sizes of a key and a value.
 type Shape = (&'static str, MapType, usize, usize);
 
-/// The pinned maps. The others belong to one load: constants, and the log.
+/// The pinned maps. The others belong to one load: constants, the log, and what may be forgotten.
 const PINNED_MAPS: [Shape; 15] = [
     shape::<u32, KernelSettings>(SETTINGS, MapType::Array),
     shape::<NameDigest, u32>("IDS", MapType::Hash),

@@ -87,6 +87,21 @@ impl Events {
     }
 }
 
+/// Whether the kernel sends a connection into a tunnel, as what it allows for no other reason, or would, were
+/// it not that others have just failed there.
+fn is_for_a_tunnel(allowed: bool, reason: Reason) -> bool {
+    match reason {
+        Reason::Policy => allowed,
+        Reason::PeerUnreachable
+        | Reason::HandshakeFailed
+        | Reason::PeerCertificate
+        | Reason::PeerIdentity
+        | Reason::PeerFailed
+        | Reason::Timeout => !allowed,
+        _ => false,
+    }
+}
+
 /// What goes through a tunnel is counted by the tunnel, once it stands; a protocol without
 /// connections has no end that could be counted.
 fn is_plaintext_connection(event: &Event, reason: Reason) -> bool {
@@ -132,8 +147,7 @@ fn describe<'a>(event: &Event, reason: Reason, snapshot: &'a Snapshot) -> Connec
         Connection {
             labels: ConnectionLabels {
                 direction: Direction::Egress,
-                // The kernel sends into a tunnel what it allows for no other reason.
-                transport: if event.allowed != 0 && reason == Reason::Policy {
+                transport: if is_for_a_tunnel(event.allowed != 0, reason) {
                     Transport::Tunnel
                 } else {
                     Transport::Plaintext
@@ -197,6 +211,21 @@ mod tests {
             dry_run: 0,
             reserved: [0; 5],
         }
+    }
+
+    #[test]
+    fn what_fails_at_connect_since_a_tunnel_has_is_counted_as_the_tunnels() {
+        let transport = |allowed, reason| {
+            let event = event(EventKind::Verdict, allowed, reason);
+            describe(&event, reason, &Snapshot::default())
+                .labels
+                .transport
+        };
+        assert_eq!(transport(false, Reason::PeerFailed), Transport::Tunnel);
+        assert_eq!(transport(false, Reason::PeerUnreachable), Transport::Tunnel);
+        assert_eq!(transport(true, Reason::Policy), Transport::Tunnel);
+        assert_eq!(transport(false, Reason::NoPolicy), Transport::Plaintext);
+        assert_eq!(transport(true, Reason::NoTunnel), Transport::Plaintext);
     }
 
     #[test]
