@@ -144,26 +144,23 @@ fn a_proof_that_fails_is_tried_at_growing_intervals_and_told() {
         next();
         attempts() > before
     });
-    let (first, begun) = (attempts(), Instant::now());
+    let begun = Instant::now();
     let mut connections = 0;
     while begun.elapsed() < Duration::from_secs(10) {
         next();
         connections += 1;
     }
-    // After 0.5, 1, 2 and 4 s in the tunnel that carries these; the other one may want one as well.
-    let tried = attempts() - first;
-    assert!(
-        (2.0..=6.0).contains(&tried),
-        "{tried} at {connections} connections"
-    );
     assert!(connections > 20, "{connections}");
     goes_on(&mut beating);
-    let status = one.status();
-    let tunnels = status["tunnels"]["tunnels"].as_array().unwrap();
-    let failed = tunnels
-        .iter()
-        .find(|tunnel| tunnel["proofsFailed"].as_u64() > Some(2));
-    let failed = failed.unwrap_or_else(|| panic!("{tunnels:#?}"));
+    // In each tunnel that carried some of these: the first, then after 0.5, 1, 2 and 4 s.
+    let tunnels = proven.tunnels();
+    let failures = |tunnel: &Value| tunnel["proofsFailed"].as_u64().unwrap();
+    assert!(
+        tunnels.iter().all(|tunnel| failures(tunnel) <= 5),
+        "{tunnels:#?}"
+    );
+    let failed = tunnels.iter().find(|tunnel| failures(tunnel) >= 3);
+    let failed = failed.unwrap_or_else(|| panic!("{connections} connections: {tunnels:#?}"));
     let error = failed["proofError"].as_str().unwrap();
     let page = one.command(["status"]).ok();
     assert!(

@@ -277,6 +277,21 @@ impl Daemon {
         settled.unwrap_or_else(|| panic!("files are opened and closed all the time, now {files}"))
     }
 
+    /// Fails the test if there are soon still more than these.
+    #[track_caller]
+    pub fn closes_files(&self, but: usize) {
+        let closed = wait::until(wait::SOON, || (self.open_files() <= but).then_some(()));
+        if closed.is_some() {
+            return;
+        }
+        let folder = format!("/proc/{}/fd", self.id());
+        let files = std::fs::read_dir(folder).expect("the daemon runs");
+        // One that is closed meanwhile has no target.
+        let targets = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+        let targets: Vec<_> = targets.collect();
+        panic!("more than {but} files are open: {targets:#?}");
+    }
+
     /// Bytes of memory that it has.
     #[must_use]
     pub fn resident(&self) -> u64 {
