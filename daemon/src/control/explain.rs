@@ -55,8 +55,8 @@ impl Daemon {
         let reason = reasons.find(|reason| reason.as_str() == facts.reason);
         Some(LastFailure {
             time: humantime::format_rfc3339_seconds(newest.time).to_string(),
-            direction: facts.direction.clone(),
-            reason: facts.reason.clone(),
+            direction: facts.direction.clone().into_owned(),
+            reason: facts.reason.clone().into_owned(),
             because: reason.map_or("", |reason| reason.describe()).to_owned(),
             error: facts.error.clone(),
         })

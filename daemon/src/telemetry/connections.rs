@@ -12,6 +12,7 @@ use std::{
 };
 
 use reeve_common::{Direction, DryRun, NO_WORKLOAD, Reason, WorkloadId, protocol};
+use serde::{Deserialize, Serialize};
 
 use super::{
     ConnectionLabels, HandshakeReason, Metrics,
@@ -53,8 +54,9 @@ pub struct Connection<'a> {
     pub time: SystemTime,
 }
 
-/// What both ends of a connection through a tunnel call it. The client chooses it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What both ends of a connection through a tunnel call it, 16 hexadecimal digits. The client chooses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct ConnectionId(u64);
 
 /// Writes the lines, each workload within its allowance. Cheap to clone.
@@ -111,6 +113,20 @@ impl Default for ConnectionId {
 impl Display for ConnectionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
+    }
+}
+
+impl From<ConnectionId> for String {
+    fn from(id: ConnectionId) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for ConnectionId {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text).ok_or("no 16 hexadecimal digits")
     }
 }
 
@@ -262,7 +278,7 @@ impl ConnectionLog {
         (from, peer): (SocketAddr, &SpiffeId),
         own: &SpiffeId,
         until: SystemTime,
-        result: &str,
+        result: &'static str,
         error: &dyn Display,
     ) {
         self.observers.tell(SystemTime::now(), || {
@@ -407,7 +423,7 @@ fn unproven(
     role: Role,
     (address, peer): (SocketAddr, &SpiffeId),
     own: &SpiffeId,
-    result: &str,
+    result: &'static str,
     error: &dyn Display,
 ) -> Facts {
     let ends = [(peer, Some(address)), (own, None)];
@@ -416,18 +432,18 @@ fn unproven(
         Role::Server => (Direction::Ingress, ends),
     };
     Facts {
-        verdict: "deny".to_owned(),
-        direction: direction_name(direction).to_owned(),
-        transport: "tunnel".to_owned(),
-        protocol: ProtocolName(protocol::TCP).to_string(),
+        verdict: "deny".into(),
+        direction: direction_name(direction).into(),
+        transport: "tunnel".into(),
+        protocol: ProtocolName(protocol::TCP).into(),
         source: UNKNOWN.to_owned(),
         source_id: Some(source.0.clone()),
         source_address: source.1,
         destination: UNKNOWN.to_owned(),
         destination_id: Some(destination.0.clone()),
         destination_address: destination.1,
-        reason: result.to_owned(),
-        cause: Some("failure".to_owned()),
+        reason: result.into(),
+        cause: Some("failure".into()),
         connection: None,
         rule: String::new(),
         rule_at: None,

@@ -2,6 +2,7 @@
 //! the filter that chooses among them.
 
 use std::{
+    borrow::Cow,
     fmt,
     net::{IpAddr, SocketAddr},
     time::SystemTime,
@@ -12,7 +13,7 @@ use reeve_common::{Direction, Reason, protocol};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    connections::{Connection, known},
+    connections::{Connection, ConnectionId, known},
     labels::direction_name,
 };
 use crate::identity::SpiffeId;
@@ -51,18 +52,21 @@ pub enum Happening {
     Lost(Lost),
 }
 
+/// A word of a closed set: costs nothing where it is written, and is owned where it was read.
+pub(super) type Word = Cow<'static, str>;
+
 /// What is known of a connection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Facts {
     /// `allow`, or `deny` for what was refused or could not be made.
-    pub verdict: String,
+    pub verdict: Word,
     /// `egress` or `ingress`, seen from the local workload.
-    pub direction: String,
+    pub direction: Word,
     /// `tunnel` or `plaintext`.
-    pub transport: String,
+    pub transport: Word,
     /// `tcp`, `udp`, `icmp`, `sctp`, or the number of another IP protocol.
-    pub protocol: String,
+    pub protocol: Word,
     /// Name of the source, `unknown` where it is neither a workload here nor a peer.
     pub source: String,
     /// Its SPIFFE ID.
@@ -80,14 +84,14 @@ pub struct Facts {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub destination_address: Option<SocketAddr>,
     /// Why: a name of the closed set of reasons.
-    pub reason: String,
+    pub reason: Word,
     /// Of what was refused or could not be made: `policy` where reeve refuses it, here or at the far end,
     /// and `failure` where something does not work.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cause: Option<String>,
+    pub cause: Option<Word>,
     /// The same on both nodes, of a connection through a tunnel between two reeves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub connection: Option<String>,
+    pub connection: Option<ConnectionId>,
     /// The rule that said so, as `policy/rule`.
     pub rule: String,
     /// File and line of the rule.
@@ -205,19 +209,19 @@ impl Facts {
     ) -> Self {
         let labels = connection.labels;
         Self {
-            verdict: if allowed { "allow" } else { "deny" }.to_owned(),
-            direction: direction_name(labels.direction).to_owned(),
-            transport: labels.transport.as_str().to_owned(),
-            protocol: ProtocolName(connection.protocol).to_string(),
+            verdict: if allowed { "allow" } else { "deny" }.into(),
+            direction: direction_name(labels.direction).into(),
+            transport: labels.transport.as_str().into(),
+            protocol: ProtocolName(connection.protocol).into(),
             source: labels.source.to_owned(),
             source_id: connection.source_id.cloned(),
             source_address: known(connection.source_address),
             destination: labels.destination.to_owned(),
             destination_id: connection.destination_id.cloned(),
             destination_address: known(connection.destination_address),
-            reason: reason.as_str().to_owned(),
-            cause: (!allowed).then(|| cause(reason).to_owned()),
-            connection: connection.id.map(|id| id.to_string()),
+            reason: reason.as_str().into(),
+            cause: (!allowed).then(|| cause(reason).into()),
+            connection: connection.id,
             rule: connection.rule.to_owned(),
             rule_at: connection.rule_place.map(|place| place.to_string()),
             error: error.map(ToString::to_string),
@@ -332,15 +336,21 @@ impl ProtocolName {
     }
 }
 
+impl From<ProtocolName> for Word {
+    fn from(protocol: ProtocolName) -> Self {
+        match protocol.0 {
+            protocol::TCP => "tcp".into(),
+            protocol::UDP => "udp".into(),
+            protocol::ICMP | protocol::ICMPV6 => "icmp".into(),
+            protocol::SCTP => "sctp".into(),
+            other => other.to_string().into(),
+        }
+    }
+}
+
 impl fmt::Display for ProtocolName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            protocol::TCP => f.write_str("tcp"),
-            protocol::UDP => f.write_str("udp"),
-            protocol::ICMP | protocol::ICMPV6 => f.write_str("icmp"),
-            protocol::SCTP => f.write_str("sctp"),
-            other => write!(f, "{other}"),
-        }
+        f.write_str(&Word::from(*self))
     }
 }
 

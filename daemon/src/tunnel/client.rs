@@ -16,7 +16,7 @@ use h2::{
     RecvStream, SendStream,
     client::{Builder, Connection, SendRequest},
 };
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
 use rustls::ClientConfig;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
@@ -434,7 +434,10 @@ fn connect_to(destination: SocketAddr, id: Option<ConnectionId>) -> Option<Reque
     let uri = Uri::builder().authority(authority).build().ok()?;
     let mut request = Request::builder().method(Method::CONNECT).uri(uri);
     if let Some(id) = id {
-        request = request.header(said::CONNECTION, id.to_string());
+        let mut id = HeaderValue::try_from(id.to_string()).ok()?;
+        // Never said twice, so it would only displace what is from HPACK's table (RFC 7541, section 7.1.3).
+        id.set_sensitive(true);
+        request = request.header(said::CONNECTION, id);
     }
     request.body(()).ok()
 }
