@@ -10,6 +10,7 @@
 mod abuse;
 mod agents;
 mod arrange;
+mod balancers;
 mod ca;
 mod certificate_files;
 mod certificates;

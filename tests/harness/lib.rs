@@ -31,6 +31,7 @@ mod config;
 mod cut;
 mod daemon;
 mod file_issuer;
+mod haproxy;
 #[cfg(feature = "certificates")]
 pub mod hbone;
 mod machine;
@@ -55,6 +56,7 @@ pub use config::Reeve;
 pub use cut::{Cut, CutPlan, Patience};
 pub use daemon::{Daemon, Thread};
 pub use file_issuer::FileIssuer;
+pub use haproxy::HaProxy;
 pub use machine::Machine;
 pub use metrics::Metrics;
 pub use netns::Netns;

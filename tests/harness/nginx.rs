@@ -1,6 +1,6 @@
-//! A real web server.
+//! A real web server, which can balance between others.
 
-use std::{ffi::OsStr, fs, path::PathBuf};
+use std::{ffi::OsStr, fmt::Write as _, fs, net::SocketAddr, path::PathBuf};
 
 use crate::{Place, Process, eventually, run::Run};
 
@@ -24,18 +24,35 @@ impl Nginx {
         Self::with_log(place, port, page, "off")
     }
 
+    /// Starts one that passes each request to the next of these, with nginx's own defaults for those
+    /// that fail.
+    #[must_use]
+    pub fn balance(place: &Place, port: u16, among: &[SocketAddr]) -> Self {
+        let mut servers = String::new();
+        for server in among {
+            let _ = write!(servers, "server {server}; ");
+        }
+        let upstream = format!("upstream far {{ {servers}}}");
+        Self::with(place, port, &upstream, "proxy_pass http://far;", "off")
+    }
+
     fn with_log(place: &Place, port: u16, page: &str, log: &str) -> Self {
+        let page: String = page.chars().flat_map(char::escape_default).collect();
+        let answer = format!("return 200 \"{page}\";");
+        Self::with(place, port, "", &answer, log)
+    }
+
+    fn with(place: &Place, port: u16, before: &str, answer: &str, log: &str) -> Self {
         let folder = place.folder().join(Run::this().unique("nginx"));
         fs::create_dir(&folder).expect("making a folder for nginx");
-        let page: String = page.chars().flat_map(char::escape_default).collect();
         let settings = format!(
             "daemon off;\nuser root;\nworker_processes 1;\npid nginx.pid;\nerror_log error.log;\n\
              events {{ worker_connections 8192; }}\n\
              http {{\n  access_log {log};\n  keepalive_requests 1000000000;\n\
              client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;\n\
-             uwsgi_temp_path uwsgi; scgi_temp_path scgi;\n\
+             uwsgi_temp_path uwsgi; scgi_temp_path scgi;\n  {before}\n\
              server {{\n    listen {port} backlog=4096;\n    listen [::]:{port} backlog=4096;\n    \
-             default_type text/plain;\n    location / {{ return 200 \"{page}\"; }}\n  }}\n}}\n"
+             default_type text/plain;\n    location / {{ {answer} }}\n  }}\n}}\n"
         );
         fs::write(folder.join("nginx.conf"), settings).expect("writing nginx's settings");
         let mut process = place.spawn([

@@ -11,11 +11,12 @@ use crate::run;
 type Programs = [(&'static str, &'static str)];
 
 /// What tests, demo and bench run.
-pub(super) const TESTS: [(&str, &str); 18] = [
+pub(super) const TESTS: [(&str, &str); 19] = [
     ("ip", "iproute2"),
     ("iptables", "iptables"),
     ("curl", "curl"),
     ("nginx", "nginx-light"),
+    ("haproxy", "haproxy"),
     ("openssl", "openssl"),
     ("tcpdump", "tcpdump"),
     ("iperf3", "iperf3"),
