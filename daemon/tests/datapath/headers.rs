@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     place::set_option,
-    world::{CLASS, MOMENT, PATIENCE, PEER, Scope, WORKLOAD, World, assert_refused},
+    world::{CLASS, MOMENT, PATIENCE, PEER, Scope, WORKLOAD, World, assert_refused, udp_lite},
 };
 
 /// Options of IPv4: a loose source route by way of 10.0.0.9.
@@ -480,8 +480,8 @@ fn packets_inside_of_packets_are_judged_as_what_carries_them() {
     // A lighter UDP is not UDP.
     world.allow(Direction::Egress, Scope::Protocol(17));
     world.apply();
-    let light = world
-        .as_workload(|| Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDPLITE)).unwrap());
     let to = world.there.port4(53);
-    assert_refused(world.as_workload(|| light.send_to(b"x", &to.into())));
+    if let Some(light) = world.as_workload(|| udp_lite(Domain::IPV4)) {
+        assert_refused(world.as_workload(|| light.send_to(b"x", &to.into())));
+    }
 }

@@ -28,7 +28,7 @@ use reeve_common::{
     PeerEntry, Reason, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL,
     VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE, WorkloadEntry, WorkloadId, protocol,
 };
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{runtime::Runtime, time::timeout};
 
 use crate::place::{Cgroup, Place, mount, wire};
@@ -408,6 +408,14 @@ pub(crate) fn reset_at_once(to: SocketAddr) {
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}");
     let info = tcp_info(&socket);
     assert_eq!(info[SENT_AGAIN..], [0; 4], "{to}: the SYN was sent again");
+}
+
+/// A socket of UDP-Lite; none where the kernel has no such protocol, as those after Linux 7.0.
+pub(crate) fn udp_lite(domain: Domain) -> Option<Socket> {
+    match Socket::new(domain, Type::DGRAM, Some(Protocol::UDPLITE)) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
+        made => Some(made.unwrap()),
+    }
 }
 
 /// Asserts that a call was refused by a program.
