@@ -233,7 +233,9 @@ impl TrustBundle {
         &self.authorities.anchors
     }
 
-    pub(super) fn lists(&self) -> &[Arc<RevocationList>] {
+    /// Its revocation lists.
+    #[must_use]
+    pub fn lists(&self) -> &[Arc<RevocationList>] {
         &self.lists
     }
 

@@ -29,7 +29,7 @@ mod store;
 mod svid;
 mod svid_rules;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod used;
 mod verdict;
 mod verify;
@@ -59,7 +59,7 @@ pub use server_name::{server_name_for, server_name_matches};
 pub use source::{CertificateSource, Denied, Material, RefusedBundle, Remark, SourceError};
 pub use spiffe_id::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use status::{BundleStatus, CertificateStatus, IdentityStatus, ReloadCounts, ReloadResult};
-pub use store::{IdentityStore, RevocationLists, Sources};
+pub use store::{IdentityStore, Passed, RevocationLists, Sources};
 pub use svid::{ReloadError, Svid};
 pub use used::UsedCertificate;
 pub use verdict::judged;

@@ -125,9 +125,50 @@ pub enum Denied {
     NoProcess,
 }
 
+// === impl Material ===
+
+impl Material {
+    pub(super) fn copied(&self) -> Self {
+        Self {
+            chain: self.chain.clone(),
+            key: Zeroizing::new(self.key.clone_key()),
+            bundles: self.bundles.clone(),
+        }
+    }
+
+    /// Whether both have the same certificates, which have the same key then, and the same bundles.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        let bundles = || self.bundles.iter().zip(&other.bundles);
+        self.chain == other.chain
+            && self.bundles.len() == other.bundles.len()
+            && bundles().all(|(one, other)| one.same_as(other))
+    }
+}
+
 // === impl Denied ===
 
 impl Denied {
+    /// By the name of its kind and its text. One of a kind that is not known is a withdrawal.
+    #[must_use]
+    pub fn named(kind: &str, why: String) -> Self {
+        match kind {
+            "never_granted" => Self::NeverGranted(why),
+            "not_a_delegate" => Self::NotDelegate(why),
+            "no_process" => Self::NoProcess,
+            _ => Self::Withdrawn(why),
+        }
+    }
+
+    /// What the source said; empty where it need not say anything.
+    #[must_use]
+    pub fn why(&self) -> &str {
+        match self {
+            Self::NeverGranted(why) | Self::Withdrawn(why) | Self::NotDelegate(why) => why,
+            Self::NoProcess => "",
+        }
+    }
+
     /// The same of an identity that the source has given a certificate for before.
     pub(super) fn after_a_grant(self) -> Self {
         match self {

@@ -3,7 +3,7 @@
 use std::{
     io,
     path::PathBuf,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -48,7 +48,13 @@ pub(super) struct Connection {
     tls: Option<MutualTls>,
     /// Made at first use, since it needs the event loop. It connects anew by itself.
     channel: OnceLock<Channel>,
+    /// Who needs the own certificate.
+    users: Mutex<usize>,
 }
+
+/// Has the own certificate of a connection looked after until it is dropped.
+#[derive(Debug)]
+pub(super) struct Prepared(Arc<Connection>);
 
 /// Who is who on a connection that asks for it.
 #[derive(Debug)]
@@ -72,6 +78,7 @@ impl Connection {
             socket,
             tls,
             channel: OnceLock::new(),
+            users: Mutex::default(),
         }
     }
 
@@ -154,11 +161,26 @@ impl Connection {
         self.tls.as_ref().map(|tls| &tls.own)
     }
 
-    /// Begins to look after the own certificate, where one is needed. Needs the event loop.
-    pub(super) fn prepare(&self) {
+    /// Looks after the own certificate, where one is needed, for as long as what this gives is there.
+    /// Needs the event loop.
+    pub(super) fn prepare(self: &Arc<Self>) -> Prepared {
+        self.count(|users| users + 1);
+        Prepared(self.clone())
+    }
+
+    fn count(&self, change: impl FnOnce(usize) -> usize) {
+        // Held, so that who comes meanwhile comes after. Whoever panicked under it left it whole.
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        *users = change(*users);
         if let Some(tls) = &self.tls {
-            let own = [(tls.own.clone(), OWN.to_owned())];
-            tls.identities.ensure(&own.into());
+            let own = (*users > 0).then(|| (tls.own.clone(), OWN.to_owned()));
+            tls.identities.ensure(&own.into_iter().collect());
         }
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        self.0.count(|users| users - 1);
     }
 }

@@ -142,7 +142,7 @@ impl PerWorkload {
 }
 
 async fn follow(agent: Arc<Agent>, holders: Holders, id: SpiffeId, feed: Arc<Feed>) {
-    agent.connection.prepare();
+    let _prepared = agent.connection.prepare();
     let mut backoff = Backoff::new();
     let mut entitled = None;
     loop {

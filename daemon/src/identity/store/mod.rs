@@ -2,15 +2,17 @@
 //!
 //! In: who needs a certificate and from which source, and what is trusted besides what sources
 //! bring. Out: checked material. [`renew`] fetches, judges and puts in force, [`slot`] is one
-//! identity, [`configured`] the trust besides, [`outages`] what the log has of absent sources.
+//! identity, [`configured`] the trust besides, [`passed`] what another daemon passes instead of the
+//! sources, [`outages`] what the log has of absent sources.
 
 mod configured;
 mod outages;
+mod passed;
 mod renew;
 mod slot;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::{Duration, Instant, SystemTime},
 };
@@ -18,14 +20,17 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
+pub use self::passed::Passed;
 use self::{
     configured::{Configured, by_domain},
+    passed::PassedSource,
     renew::{Shared, follow_clock, keep_fresh},
     slot::Slot,
 };
 use super::{
-    BundleStatus, CertificateSource, CryptoPolicy, Holders, IdentityStatus, ReloadCounts, Remark,
-    RevocationList, SpiffeId, Svid, TrustBundle, TrustBundles, TrustDomain,
+    BundleStatus, CertificateSource, CryptoPolicy, Holders, IdentityStatus, ReloadCounts,
+    ReloadError, Remark, RevocationList, SourceError, SpiffeId, Svid, TrustBundle, TrustBundles,
+    TrustDomain,
 };
 
 /// The sources by the names that the configuration gives them.
@@ -81,6 +86,7 @@ impl IdentityStore {
                         .collect(),
                 ),
                 sources,
+                passed: Arc::new(PassedSource::default()),
                 configured: Mutex::new(Configured::new(policy)),
                 slots: ArcSwap::default(),
                 changes: watch::Sender::new(0),
@@ -145,6 +151,7 @@ impl IdentityStore {
         if new.is_empty() && slots.len() == before.len() {
             return;
         }
+        self.shared.passed.retain(|id| slots.contains_key(id));
         self.shared.slots.store(Arc::new(slots));
         for slot in new {
             self.shared.settle_trust(&slot);
@@ -245,6 +252,46 @@ impl IdentityStore {
             Some((slot.id.clone(), error.to_string()))
         };
         slots.values().filter_map(refused).collect()
+    }
+
+    /// What this daemon passes of `id` to another one; none where there is nothing to say now.
+    #[must_use]
+    pub fn pass(&self, id: &SpiffeId) -> Option<Passed> {
+        let slots = self.shared.slots.load();
+        let Some(slot) = slots.get(id) else {
+            return Some(Passed::Unknown);
+        };
+        if let Some(material) = slot.material.load_full() {
+            return Some(Passed::Material(material));
+        }
+        match &lock(&slot.progress).last_error {
+            Some(ReloadError::Source(SourceError::Denied(denied))) => {
+                Some(Passed::Denied(denied.clone()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Another daemon passes certificates from now on, and sources are not asked; or none does any more,
+    /// and they are. What is in force stays so. Returns whether that is news.
+    pub fn expect_passed(&self, expected: bool) -> bool {
+        self.shared.passed.activate(expected)
+    }
+
+    /// Whether another daemon passes certificates.
+    #[must_use]
+    pub fn expects_passed(&self) -> bool {
+        self.shared.passed.is_active()
+    }
+
+    /// Takes what another daemon passes of `id`. It is checked as if it came from the identity's source.
+    pub fn take_passed(&self, id: &SpiffeId, passed: Passed) {
+        self.shared.passed.take(id, passed);
+    }
+
+    /// Notes which identities connections use, and forgets what was passed of all others.
+    pub fn keep_passed(&self, used: &BTreeSet<SpiffeId>) {
+        self.shared.passed.keep(used);
     }
 
     /// How the attempts at each source have ended.

@@ -18,6 +18,7 @@ use super::{
     configured::Configured,
     lock,
     outages::{Outages, SAY_AGAIN},
+    passed::{self, PassedSource},
     slot::Slot,
 };
 use crate::identity::{
@@ -34,6 +35,8 @@ const ANNOUNCE_EVERY: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) sources: Sources,
+    /// Goes before the others while another daemon passes certificates.
+    pub(super) passed: Arc<PassedSource>,
     pub(super) configured: Mutex<Configured>,
     /// By the names of the sources.
     pub(super) counts: Mutex<BTreeMap<String, ReloadCounts>>,
@@ -49,7 +52,14 @@ pub(super) struct Shared {
     pub(super) outages: Mutex<Outages>,
 }
 
-// === impl Shared ===
+/// From where an identity has its certificates now.
+struct Giver {
+    name: String,
+    source: Option<Arc<dyn CertificateSource>>,
+    /// For as long as somebody waits for it, a source that follows an agent does.
+    news: Option<watch::Receiver<u64>>,
+    is_passed: bool,
+}
 
 /// Has every identity look at the clock when it was set.
 pub(super) async fn follow_clock(shared: Arc<Shared>) {
@@ -65,13 +75,16 @@ pub(super) async fn follow_clock(shared: Arc<Shared>) {
 
 /// Fetches one identity's certificate and renews it, until the identity is removed.
 pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
-    let source = shared.sources.get(&slot.source).cloned();
-    let mut news = source.as_ref().map(|source| source.changes(&slot.id));
+    let mut passed = shared.passed.changes(&slot.id);
+    let mut giver = shared.giver(&slot);
     let mut asked = slot.asked.subscribe();
     let mut steps = shared.steps.subscribe();
     let mut renewal = Renewal::new();
     let mut looked = SystemTime::now();
     loop {
+        if giver.is_passed != shared.passed.gives(&slot.id) {
+            giver = shared.giver(&slot);
+        }
         // The wall clock at every turn: it may jump.
         let now = SystemTime::now();
         // Before what has expired is gone: who asks for it waits.
@@ -82,10 +95,10 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
         looked = now;
         if renewal.is_due(now) {
             let number = *asked.borrow_and_update();
-            let result = shared.reload(source.as_deref(), &slot).await;
+            let result = shared.reload(&giver, &slot).await;
             let in_force = slot.svid.load_full().filter(|_| result.is_ok());
             renewal.attempted(in_force.as_deref(), SystemTime::now());
-            shared.record(&slot, result, now, renewal.next());
+            shared.record(&slot, &giver, result, now, renewal.next());
             slot.answered.send_replace(number);
             slot.set_renewing(false);
         }
@@ -93,7 +106,8 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>, slot: Arc<Slot>) {
         let sleep = slot.until_turn(now).min(renewal.sleep(now));
         tokio::select! {
             () = tokio::time::sleep(sleep) => {}
-            () = changed(&mut news) => renewal.hurry(),
+            () = changed(&mut giver.news) => renewal.hurry(),
+            Ok(()) = passed.changed() => renewal.hurry(),
             Ok(()) = asked.changed() => renewal.hurry(),
             Ok(()) = steps.changed() => {}
         }
@@ -129,13 +143,31 @@ async fn changed(news: &mut Option<watch::Receiver<u64>>) {
     std::future::pending().await
 }
 
+// === impl Shared ===
+
 impl Shared {
-    async fn reload(
-        &self,
-        source: Option<&dyn CertificateSource>,
-        slot: &Slot,
-    ) -> Result<ReloadResult, ReloadError> {
-        let source = source.ok_or_else(|| {
+    /// From where an identity has its certificates now: what another daemon passes goes before its source.
+    fn giver(&self, slot: &Slot) -> Giver {
+        if self.passed.gives(&slot.id) {
+            return Giver {
+                name: passed::NAME.to_owned(),
+                source: Some(self.passed.clone()),
+                // They are waited for in any case.
+                news: None,
+                is_passed: true,
+            };
+        }
+        let source = self.sources.get(&slot.source).cloned();
+        Giver {
+            name: slot.source.clone(),
+            news: source.as_ref().map(|source| source.changes(&slot.id)),
+            source,
+            is_passed: false,
+        }
+    }
+
+    async fn reload(&self, giver: &Giver, slot: &Slot) -> Result<ReloadResult, ReloadError> {
+        let source = giver.source.as_ref().ok_or_else(|| {
             SourceError::Unavailable(format!(
                 "there is no source `{}` since reeve was started; sources change at a restart",
                 slot.source
@@ -147,20 +179,26 @@ impl Shared {
             SourceError::Denied(denied) if slot.was_granted() => denied.after_a_grant().into(),
             error => error,
         })?;
-        self.put_in_force(slot, &material)
+        self.put_in_force(slot, &giver.name, material)
     }
 
     /// All or nothing: the bundles first, so that nobody presents a certificate before those that
     /// it was checked against are trusted here too.
-    fn put_in_force(&self, slot: &Slot, material: &Material) -> Result<ReloadResult, ReloadError> {
+    fn put_in_force(
+        &self,
+        slot: &Slot,
+        source: &str,
+        material: Material,
+    ) -> Result<ReloadResult, ReloadError> {
         // Held, so that bundles that are configured meanwhile come after, and are not lost.
         let configured = lock(&self.configured);
         let next = configured.bundles(&material.bundles);
         let now = SystemTime::now();
-        let mut svid = Svid::check(&slot.id, material, &next, &slot.trust, now)?;
+        let mut svid = Svid::check(&slot.id, &material, &next, &slot.trust, now)?;
         lock(&slot.own).clone_from(&material.bundles);
         let trust_changed = slot.trust.replace(next);
         drop(configured);
+        slot.keep(material);
         if trust_changed {
             self.changed();
         }
@@ -182,7 +220,7 @@ impl Shared {
         svid.generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         tracing::info!(
             spiffe_id = %slot.id,
-            source = slot.source,
+            source,
             serial = svid.serial,
             generation = svid.generation,
             not_after = %humantime::format_rfc3339_seconds(svid.not_after),
@@ -208,24 +246,27 @@ impl Shared {
     fn record(
         &self,
         slot: &Slot,
+        giver: &Giver,
         result: Result<ReloadResult, ReloadError>,
         attempted: SystemTime,
         next: SystemTime,
     ) {
-        self.count(&slot.source, &result);
-        match &result {
-            Err(ReloadError::Source(SourceError::Unreachable(why))) => {
-                self.say_unreachable(slot, why);
-            }
-            Err(error) => {
-                self.say_reached(slot);
-                self.say_failed(slot, error, next);
-            }
-            Ok(_) => self.say_reached(slot),
+        self.count(&giver.name, &result);
+        let unreachable = match &result {
+            Err(ReloadError::Source(SourceError::Unreachable(why))) => Some(why),
+            _ => None,
+        };
+        match unreachable {
+            Some(why) => self.say_unreachable(slot, why),
+            None if giver.is_passed => {}
+            None => self.say_reached(slot),
         }
-        if let Err(ReloadError::Source(SourceError::Denied(_))) = &result {
+        if let (Err(error), None) = (&result, unreachable) {
+            self.say_failed(slot, giver, error, next);
+        }
+        let is_denied = matches!(&result, Err(ReloadError::Source(SourceError::Denied(_))));
+        if is_denied {
             slot.retire();
-            self.changed();
         }
         let mut progress = lock(&slot.progress);
         progress.last_attempt = Some(attempted);
@@ -235,11 +276,15 @@ impl Shared {
             progress.last_success = Some(attempted);
         }
         progress.last_error = result.err();
+        drop(progress);
+        if is_denied {
+            self.changed();
+        }
     }
 
     /// Says in the log why an attempt failed: once, and again when the reason is another or after a long
     /// time.
-    fn say_failed(&self, slot: &Slot, error: &ReloadError, next: SystemTime) {
+    fn say_failed(&self, slot: &Slot, giver: &Giver, error: &ReloadError, next: SystemTime) {
         let now = Instant::now();
         let mut progress = lock(&slot.progress);
         let is_recent = |said: Instant| now.duration_since(said) < SAY_AGAIN;
@@ -249,14 +294,14 @@ impl Shared {
         progress.said = Some(now);
         drop(progress);
         if let ReloadError::Source(SourceError::Pending(why)) = error {
-            tracing::debug!(spiffe_id = %slot.id, source = slot.source, "{why}");
+            tracing::debug!(spiffe_id = %slot.id, source = giver.name, "{why}");
             return;
         }
-        let pushes = self.sources.get(&slot.source).is_some_and(|it| it.pushes());
+        let pushes = giver.source.as_ref().is_some_and(|it| it.pushes());
         let next = (!pushes).then(|| humantime::format_rfc3339_seconds(next));
         tracing::warn!(
             spiffe_id = %slot.id,
-            source = slot.source,
+            source = giver.name,
             reason = error.as_str(),
             next_attempt = next.map(tracing::field::display),
             "no new certificate, {}: {error}",
@@ -363,10 +408,17 @@ impl Shared {
                 true => "a CA above the certificate",
                 false => "the certificate",
             };
-            tracing::error!(
-                spiffe_id = %slot.id,
-                "{what} has expired and there is no new one: connections are refused"
-            );
+            if self.passed.is_idle(&slot.id) {
+                tracing::debug!(
+                    spiffe_id = %slot.id,
+                    "{what} has expired; no connection of this daemon uses it"
+                );
+            } else {
+                tracing::error!(
+                    spiffe_id = %slot.id,
+                    "{what} has expired and there is no new one: connections are refused"
+                );
+            }
             slot.retire();
             self.changed();
         }

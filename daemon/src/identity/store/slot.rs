@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::lock;
 use crate::identity::{
-    CryptoPolicy, IdentityStatus, ReloadError, ReloadResult, SpiffeId, Svid, TrustBundle,
+    CryptoPolicy, IdentityStatus, Material, ReloadError, ReloadResult, SpiffeId, Svid, TrustBundle,
     TrustStore, status::CertificateStatus,
 };
 
@@ -27,6 +27,8 @@ pub(super) struct Slot {
     /// Name of its source.
     pub(super) source: String,
     pub(super) svid: ArcSwapOption<Svid>,
+    /// What that was made from, for a daemon to which it is passed.
+    pub(super) material: ArcSwapOption<Material>,
     /// The last one, once it has expired or was withdrawn.
     former: Mutex<Option<CertificateStatus>>,
     /// What its verifiers read.
@@ -65,6 +67,7 @@ impl Slot {
             id,
             source,
             svid: ArcSwapOption::empty(),
+            material: ArcSwapOption::empty(),
             former: Mutex::default(),
             trust: Arc::new(TrustStore::with_policy(policy, [])),
             own: Mutex::default(),
@@ -82,6 +85,7 @@ impl Slot {
             id: self.id.clone(),
             source: source.to_owned(),
             svid: ArcSwapOption::new(self.svid.load_full()),
+            material: ArcSwapOption::new(self.material.load_full()),
             former: Mutex::new(lock(&self.former).clone()),
             // The material's verifiers read this very store.
             trust: self.trust.clone(),
@@ -141,8 +145,18 @@ impl Slot {
 
     /// Forgets the key of a certificate that counts no more, and keeps what was known of it.
     pub(super) fn retire(&self) {
+        self.material.store(None);
         if let Some(svid) = self.svid.swap(None) {
             *lock(&self.former) = Some(described(&svid));
+        }
+    }
+
+    /// Keeps what a certificate was made from. It stays the same value, by its address, for as long as it
+    /// says the same.
+    pub(super) fn keep(&self, material: Material) {
+        let before = self.material.load();
+        if before.as_ref().is_none_or(|it| !it.same_as(&material)) {
+            self.material.store(Some(Arc::new(material)));
         }
     }
 

@@ -15,7 +15,7 @@ mod ca_life;
     reason = "shared with the end-to-end tests, which use other parts of it"
 )]
 #[path = "../../../../tests/harness/certs/mod.rs"]
-pub(in crate::identity) mod certs;
+pub(crate) mod certs;
 mod chains;
 mod crypto_policy;
 mod embedded_ca;
@@ -23,6 +23,7 @@ mod federation;
 mod files;
 mod handshake;
 mod outcomes;
+mod passed;
 mod peers;
 mod revocation;
 mod roots;

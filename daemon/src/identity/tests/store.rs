@@ -25,7 +25,7 @@ const SOON: Duration = Duration::from_secs(10);
 type Answer = Box<dyn Fn() -> Result<Material, SourceError> + Send>;
 
 /// A source that gives what the test tells it to.
-struct Told {
+pub(super) struct Told {
     answer: Mutex<Answer>,
     changes: watch::Sender<u64>,
 }
@@ -51,7 +51,7 @@ impl Told {
         })
     }
 
-    fn now(&self, answer: impl Fn() -> Result<Material, SourceError> + Send + 'static) {
+    pub(super) fn now(&self, answer: impl Fn() -> Result<Material, SourceError> + Send + 'static) {
         *self.answer.lock().unwrap() = Box::new(answer);
         self.changes.send_modify(|number| *number += 1);
     }
@@ -77,12 +77,12 @@ impl fmt::Debug for Told {
     }
 }
 
-fn ours() -> SpiffeId {
+pub(super) fn ours() -> SpiffeId {
     SpiffeId::parse(OURS).unwrap()
 }
 
 /// These identities, from one source.
-fn from(source: &str, ids: &[SpiffeId]) -> BTreeMap<SpiffeId, String> {
+pub(super) fn from(source: &str, ids: &[SpiffeId]) -> BTreeMap<SpiffeId, String> {
     ids.iter()
         .map(|id| (id.clone(), source.to_owned()))
         .collect()
@@ -94,7 +94,7 @@ fn store_from<const N: usize>(sources: [(&str, &Arc<Told>); N]) -> IdentityStore
 }
 
 /// A store for [`OURS`] that trusts `root`, and has what `issued` is in force.
-async fn store_with(root: &Authority, issued: Issued) -> (IdentityStore, Arc<Told>) {
+pub(super) async fn store_with(root: &Authority, issued: Issued) -> (IdentityStore, Arc<Told>) {
     let source = Told::new(move || Ok(material(&issued)));
     let store = store_from([("told", &source)]);
     store.fetched_bundles(&[Arc::new(bundle("example.org", &[root]))]);
@@ -104,7 +104,10 @@ async fn store_with(root: &Authority, issued: Issued) -> (IdentityStore, Arc<Tol
 }
 
 /// Waits until `what` gives something, looking again at each change.
-async fn changed<T>(store: &IdentityStore, what: impl Fn(&IdentityStore) -> Option<T>) -> T {
+pub(super) async fn changed<T>(
+    store: &IdentityStore,
+    what: impl Fn(&IdentityStore) -> Option<T>,
+) -> T {
     let mut changes = store.changes();
     let wait = async {
         loop {
@@ -118,7 +121,7 @@ async fn changed<T>(store: &IdentityStore, what: impl Fn(&IdentityStore) -> Opti
 }
 
 /// Waits until the store says that the last attempt failed, and why.
-async fn failed(store: &IdentityStore) -> &'static str {
+pub(super) async fn failed(store: &IdentityStore) -> &'static str {
     let wait = async {
         loop {
             if let Some(error) = &store.status()[0].last_error {
