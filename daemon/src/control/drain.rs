@@ -12,9 +12,13 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::daemon::{Daemon, View};
+use super::{
+    daemon::{Daemon, View},
+    passing,
+};
 use crate::{
-    handover::{Before, Draining, Left, LeftOf, Word},
+    handover::{Before, Draining, Left, LeftOf, Rest, Word},
+    identity::IdentityStore,
     telemetry::UNKNOWN,
 };
 
@@ -82,6 +86,7 @@ impl Daemon {
                 seconds: until
                     .map(|until| until.saturating_duration_since(Instant::now()).as_secs()),
             }),
+            certificates: Some(self.used_certificates()),
         })
     }
 
@@ -107,7 +112,7 @@ impl Daemon {
 
 /// Tells `others` of this daemon's drain, and of those before it, for as long as the future is
 /// polled; and the log, now and then.
-pub(super) async fn tell(daemon: &Daemon, others: impl Fn(Vec<Draining>)) {
+pub(super) async fn tell(daemon: &Daemon, others: impl Fn(Rest)) {
     let mut turns = interval(TELL);
     turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut turn = 0;
@@ -127,7 +132,12 @@ pub(super) async fn tell(daemon: &Daemon, others: impl Fn(Vec<Draining>)) {
         turn += 1;
         let before = daemon.predecessors.load();
         let all = std::iter::once(draining).chain(before.iter().cloned());
-        others(all.take(MOST_DAEMONS).collect());
+        let used = daemon.used();
+        daemon.identities.keep_passed(&used);
+        others(Rest {
+            left: all.take(MOST_DAEMONS).collect(),
+            used,
+        });
     }
 }
 
@@ -170,11 +180,13 @@ impl Predecessors {
         }
     }
 
-    /// Hears one more. Needs a tokio runtime.
-    pub(super) fn add(&mut self, before: Before) {
+    /// Hears one more, and passes certificates to it. Needs a tokio runtime.
+    pub(super) fn add(&mut self, before: Before, identities: Arc<IdentityStore>) {
+        let passing = passing::pass(identities, before.heard.used.clone(), before.passer());
+        tokio::spawn(passing);
         let number = self.next;
         self.next += 1;
-        let mut left = before.left.clone();
+        let mut left = before.heard.left.clone();
         let teller = self.teller.clone();
         tokio::spawn(async move {
             while left.changed().await.is_ok() {
@@ -186,7 +198,7 @@ impl Predecessors {
             // Nobody to tell means that this daemon is ending.
             let _ = teller.send((number, None)).await;
         });
-        let left = before.left.borrow().clone();
+        let left = before.heard.left.borrow().clone();
         self.heard.insert(number, Heard { before, left });
     }
 

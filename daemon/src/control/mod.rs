@@ -22,6 +22,7 @@ mod housekeeping;
 mod ids;
 mod own_cgroup;
 mod parents;
+mod passing;
 mod port_holder;
 mod ports;
 mod process;
@@ -194,6 +195,8 @@ enum Change {
     Predecessor(News),
     /// No other daemon hears what is left of this one.
     Unheard,
+    /// No other daemon passes certificates.
+    AskSources,
     RegistryEnded,
 }
 
@@ -308,9 +311,9 @@ impl Control {
                 Change::Request(Request::Take {
                     process,
                     done,
-                    left,
+                    rest,
                 }) => {
-                    self.hand_over(process, done, left, &mut waits).await;
+                    self.hand_over(process, done, rest, &mut waits).await;
                     return Ok(());
                 }
                 Change::RegistryEnded => return Err(RunError::RegistryEnded),
@@ -333,6 +336,7 @@ impl Control {
             .retry_at
             .get_or_insert_with(|| Instant::now() + waits.retry);
         let looks_at = self.succession.looks_at();
+        let asks_at = self.succession.asks_at;
         // What is handed over has been said already.
         let endpoints = self.endpoints.tries_at();
         let endpoints = endpoints.filter(|_| !self.succession.frozen);
@@ -353,6 +357,7 @@ impl Control {
             Some(news) = self.succession.predecessors.news() => Change::Predecessor(news),
             Some(request) = self.succession.requests.recv() => Change::Request(request),
             () = at(looks_at) => Change::Unheard,
+            () = at(asks_at) => Change::AskSources,
             () = at(endpoints) => Change::Endpoints,
             () = sleep(READY_LOOK), if self.succession.is_waiting() => Change::Look,
             () = sleep_until(again), if failed => Change::Retry,
@@ -398,6 +403,9 @@ impl Control {
                 self.reload_everything().await;
             }
             Change::Request(Request::Told(word)) => self.obey(word).await,
+            Change::Request(Request::Passed(id, passed)) => {
+                self.daemon.identities.take_passed(&id, passed);
+            }
             Change::Reload(answer) => {
                 let report = self.reload_everything().await;
                 // Whoever asked may have given up.
@@ -409,6 +417,7 @@ impl Control {
             Change::Request(Request::Unheard) => self.is_heard(false),
             Change::Request(Request::Came(comer)) => self.welcome(comer),
             Change::Unheard => block_in_place(|| self.look_for_successor()),
+            Change::AskSources => self.ask_sources(),
             Change::Predecessor(news) => {
                 if self.hear_of_predecessor(news) {
                     self.reconcile().await;

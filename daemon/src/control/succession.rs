@@ -23,7 +23,8 @@ use super::{
     signals::Signal,
 };
 use crate::handover::{
-    self, Asker, Before, Comer, Draining, Offer, Order, Request, Takeover, TakeoverError, Word,
+    self, Asker, Before, Comer, Draining, Offer, Order, Request, Rest, Takeover, TakeoverError,
+    Word,
 };
 
 /// For this daemon to become ready, before it gives up taking over: certificates that are not
@@ -37,6 +38,9 @@ const REQUESTS: usize = 1;
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// Longest such wait.
 const LONGEST_LOOK: Duration = Duration::from_secs(15);
+/// For an old daemon that no other one hears any more to ask sources of certificates again: one that is
+/// restarted passes them soon.
+const ALONE: Duration = Duration::from_secs(2);
 /// For how long an old daemon goes on that no other one hears. Nobody would see it.
 const UNHEARD: Duration = Duration::from_secs(600);
 /// For daemons before to end, after they were to have ended: longer than their tunnels take.
@@ -73,9 +77,11 @@ pub(super) struct Succession {
     /// When what this daemon has accepted is ended, once another one serves.
     until: watch::Sender<Option<Instant>>,
     /// Who tells another daemon what is left of this one.
-    teller: Arc<ArcSwapOption<mpsc::Sender<Vec<Draining>>>>,
+    teller: Arc<ArcSwapOption<mpsc::Sender<Rest>>>,
     /// The same for one that has not said yet that it hears: until then the one before is told.
-    next_teller: Option<mpsc::Sender<Vec<Draining>>>,
+    next_teller: Option<mpsc::Sender<Rest>>,
+    /// When sources of certificates are asked again, unless another daemon passes these.
+    pub(super) asks_at: Option<Instant>,
     /// No other daemon hears what is left of this one.
     unheard: Option<Unheard>,
 }
@@ -119,6 +125,7 @@ impl Succession {
             until: watch::Sender::new(None),
             teller: Arc::default(),
             next_teller: None,
+            asks_at: None,
             unheard: None,
         }
     }
@@ -305,7 +312,7 @@ impl Control {
         &mut self,
         process: i32,
         done: oneshot::Sender<()>,
-        left: mpsc::Sender<Vec<Draining>>,
+        rest: mpsc::Sender<Rest>,
         waits: &mut Waits,
     ) {
         let patience = self.daemon.config.load().timeouts.hand_over;
@@ -315,7 +322,7 @@ impl Control {
             patience = patience.map(|patience| humantime::format_duration(patience).to_string()),
             "handed over to another daemon: connections may end by themselves"
         );
-        self.succession.teller.store(Some(Arc::new(left)));
+        self.succession.teller.store(Some(Arc::new(rest)));
         self.daemon.is_service.store(false, Ordering::Relaxed);
         process::notify_successor(process);
         self.endpoints.leave();
@@ -343,10 +350,10 @@ impl Control {
         let until = self.succession.until.subscribe();
         let mut ended = std::pin::pin!(daemon.tunnels.hand_over(until));
         let teller = self.succession.teller.clone();
-        let mut told = std::pin::pin!(drain::tell(&daemon, |all| {
+        let mut told = std::pin::pin!(drain::tell(&daemon, |rest| {
             if let Some(teller) = &*teller.load() {
                 // One that is told slowly misses some.
-                let _ = teller.try_send(all);
+                let _ = teller.try_send(rest);
             }
         }));
         begun();
@@ -384,7 +391,18 @@ impl Control {
             Word::Reload => {
                 self.reload_everything().await;
             }
-            Word::Move => block_in_place(|| self.look_for_successor()),
+            Word::Move => {
+                self.ask_sources_after(MOVE);
+                block_in_place(|| self.look_for_successor());
+            }
+            Word::Certificates => {
+                self.succession.asks_at = None;
+                if self.daemon.identities.expect_passed(true) {
+                    tracing::info!(
+                        "the daemon that serves passes certificates: sources are not asked"
+                    );
+                }
+            }
             Word::EndWithin { seconds } => {
                 // Those that have not moved yet.
                 self.succession.predecessors.tell(word);
@@ -401,6 +419,22 @@ impl Control {
                     self.succession.predecessors.tell(word);
                 }
             }
+        }
+    }
+
+    /// Sources of certificates are asked again after `patience`, unless another daemon passes these by then.
+    fn ask_sources_after(&mut self, patience: Duration) {
+        if self.daemon.identities.expects_passed() {
+            let at = Instant::now() + patience;
+            self.succession.asks_at.get_or_insert(at);
+        }
+    }
+
+    /// Asks sources of certificates again, since no other daemon passes these.
+    pub(super) fn ask_sources(&mut self) {
+        self.succession.asks_at = None;
+        if self.daemon.identities.expect_passed(false) {
+            tracing::warn!("no daemon passes certificates any more: sources are asked again");
         }
     }
 
@@ -433,6 +467,7 @@ impl Control {
                 self.succession.teller.store(Some(Arc::new(teller)));
             }
         } else {
+            self.ask_sources_after(ALONE);
             self.succession.look_later();
         }
     }
@@ -455,7 +490,7 @@ impl Control {
             self.end_within(patience);
             return;
         }
-        let (left, told) = mpsc::channel(1);
+        let (rest, told) = mpsc::channel(1);
         let mut own_cgroups = self.own_cgroups.clone();
         own_cgroups.extend(&self.succession.old_cgroups);
         let requests = self.succession.sender.clone();
@@ -467,7 +502,7 @@ impl Control {
             requests,
         );
         match come {
-            Ok(()) => self.succession.next_teller = Some(left),
+            Ok(()) => self.succession.next_teller = Some(rest),
             Err(error) => {
                 tracing::debug!(%error, "no daemon hears what is left of this one");
                 self.succession.look_later();
@@ -489,6 +524,8 @@ impl Control {
 
     /// Hears one more daemon, from which another one took over.
     fn hear(&mut self, before: Before) {
+        // First, so that it asks no source when it reads everything again.
+        before.tell(Word::Certificates);
         // Where this one was started with another configuration.
         before.tell(Word::Reload);
         // One that was on its way here has not heard it from the one before.
@@ -500,7 +537,8 @@ impl Control {
                 self.succession.old_cgroups.push(*cgroup);
             }
         }
-        self.succession.predecessors.add(before);
+        let identities = self.daemon.identities.clone();
+        self.succession.predecessors.add(before, identities);
     }
 
     /// Notes what a daemon before says is left of it, or that it has ended. True where the last one has.

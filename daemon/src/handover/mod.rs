@@ -7,11 +7,13 @@
 //! Follow a hand-over: the new daemon [`ask`]s, which changes nothing where the versions do not
 //! fit; the old one's control [freezes](Request::Freeze), which leaves the kernel's maps to the new
 //! one, and goes on serving; the new one gets ready, and [takes](Takeover::take); the old one accepts
-//! no more, drains, and says how much is [left](Draining). Whatever ends the new one before that has
+//! no more, drains, and says how much is [left](Draining) and which identities that uses. Of these the
+//! new one [passes](Passer) the certificates. Whatever ends the new one before that has
 //! the old one go on as before. When the daemon that took over ends before the old one does, the old
 //! one [comes](come) to whichever serves then. What either says is read on a thread without privileges.
 
 mod inherited;
+mod material;
 mod new;
 mod old;
 mod order;
@@ -19,10 +21,10 @@ mod packet;
 mod protocol;
 
 pub use inherited::{Inherited, forget_kept, from_service_manager, keep};
-pub use new::{Before, Takeover, TakeoverError, ask};
-pub use old::{Asker, Comer, Listener, Request, come};
+pub use new::{Before, Heard, Passer, Takeover, TakeoverError, ask};
+pub use old::{Asker, Comer, Listener, Request, Rest, come};
 pub use order::Order;
-pub use protocol::{Draining, Left, LeftOf, Offer, Word};
+pub use protocol::{Draining, DrainingCertificates, Left, LeftOf, Offer, Word};
 
 use std::{
     fs,

@@ -1,8 +1,9 @@
 //! The new daemon's side: asks the old one, and takes over once it is ready itself.
 
 use std::{
+    collections::BTreeSet,
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     time::Duration,
@@ -15,15 +16,22 @@ use nix::{
 use tokio::sync::watch;
 
 use super::{
+    material::Pass,
     old::Comer,
     packet::Connection,
-    protocol::{Draining, FromNew, FromOld, Hello, Offer, Word},
+    protocol::{Draining, FromNew, FromOld, Hello, Offer, Uses, Word},
     socket_beside,
 };
-use crate::{config::Ports, privileges::Confinement};
+use crate::{
+    config::Ports,
+    identity::{Passed, SpiffeId},
+    privileges::Confinement,
+};
 
 /// For an answer of the old daemon.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// Identities that an old daemon may say it uses.
+const MOST_IDENTITIES: usize = 10_000;
 
 /// A hand-over that has begun. Dropping it has the old daemon go on.
 #[derive(Debug)]
@@ -31,7 +39,7 @@ pub struct Takeover {
     /// To take; nobody to take any more has the connection closed.
     take: mpsc::SyncSender<()>,
     taken: mpsc::Receiver<Result<(), TakeoverError>>,
-    left: watch::Receiver<Vec<Draining>>,
+    heard: Heard,
     connection: Arc<Connection>,
     /// What the old daemon said.
     pub offer: Offer,
@@ -40,13 +48,31 @@ pub struct Takeover {
 /// The way to a daemon from which this one has taken over.
 #[derive(Debug)]
 pub struct Before {
-    /// What is left of it, and of those before it, as often as it says so; closed when its process
-    /// ends.
-    pub left: watch::Receiver<Vec<Draining>>,
+    /// What it says.
+    pub heard: Heard,
     /// Cgroups (id and depth) of it and of those before it, which must not be judged.
     pub own_cgroups: Vec<(u64, u32)>,
     connection: Arc<Connection>,
 }
+
+/// What an old daemon says, as often as it does; closed when its process ends.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// What is left of it, and of those before it.
+    pub left: watch::Receiver<Vec<Draining>>,
+    /// The identities that its connections use, where it takes certificates.
+    pub used: watch::Receiver<BTreeSet<SpiffeId>>,
+}
+
+/// Where what an old daemon says goes.
+struct Hearer {
+    left: watch::Sender<Vec<Draining>>,
+    used: watch::Sender<BTreeSet<SpiffeId>>,
+}
+
+/// Passes certificates to an old daemon.
+#[derive(Debug)]
+pub struct Passer(Arc<Connection>);
 
 /// What the thread does that alone hears what the old daemon says.
 struct Talk {
@@ -56,7 +82,7 @@ struct Talk {
     answered: mpsc::SyncSender<Result<(Offer, Vec<OwnedFd>), TakeoverError>>,
     take: mpsc::Receiver<()>,
     taken: mpsc::SyncSender<Result<(), TakeoverError>>,
-    left: watch::Sender<Vec<Draining>>,
+    hearer: Hearer,
 }
 
 /// Why nothing is taken over.
@@ -118,7 +144,7 @@ pub fn ask(
     let (answered, answer) = mpsc::sync_channel(1);
     let (take, asked) = mpsc::sync_channel(1);
     let (told_taken, taken) = mpsc::sync_channel(1);
-    let (told_left, left) = watch::channel(Vec::new());
+    let (hearer, heard) = Hearer::new();
     let talk = Talk {
         connection: connection.clone(),
         path: path.clone(),
@@ -126,7 +152,7 @@ pub fn ask(
         answered,
         take: asked,
         taken: told_taken,
-        left: told_left,
+        hearer,
     };
     confinement
         .start_exposed("predecessor", || Ok(()), move |()| talk.run())
@@ -136,7 +162,7 @@ pub fn ask(
     let takeover = Takeover {
         take,
         taken,
-        left,
+        heard,
         connection,
         offer,
     };
@@ -159,7 +185,7 @@ impl Takeover {
         self.take.send(()).map_err(|_| ended())?;
         self.taken.recv().map_err(|_| ended())??;
         Ok(Before {
-            left: self.left,
+            heard: self.heard,
             own_cgroups: self.offer.own_cgroups,
             connection: self.connection,
         })
@@ -171,7 +197,7 @@ impl Takeover {
 impl Before {
     /// Tells the daemon what to do. One that does not listen is not waited for.
     pub fn tell(&self, word: Word) {
-        if let Err(error) = self.connection.try_send(&FromNew::Tell(word)) {
+        if let Err(error) = self.connection.try_send(&FromNew::Tell(word), &[]) {
             tracing::debug!(%error, ?word, "the daemon before is not told");
         }
     }
@@ -182,15 +208,21 @@ impl Before {
     /// When the daemon has gone, or there can be no thread.
     pub fn hear(comer: Comer, confinement: Confinement) -> io::Result<Self> {
         let connection = Arc::new(comer.connection);
-        connection.try_send(&FromNew::Heard)?;
-        let (told, left) = watch::channel(Vec::new());
-        let heard = connection.clone();
-        confinement.start_exposed("predecessor", || Ok(()), move |()| hear(&heard, &told))?;
+        connection.try_send(&FromNew::Heard, &[])?;
+        let (hearer, heard) = Hearer::new();
+        let other = connection.clone();
+        confinement.start_exposed("predecessor", || Ok(()), move |()| hearer.hear(&other))?;
         Ok(Self {
-            left,
+            heard,
             own_cgroups: comer.own_cgroups,
             connection,
         })
+    }
+
+    /// What passes certificates to it.
+    #[must_use]
+    pub fn passer(&self) -> Passer {
+        Passer(self.connection.clone())
     }
 
     /// Ends its process, which has not done so when it was told to. Its connection is still open, so
@@ -204,6 +236,20 @@ impl Before {
             return Err(io::Error::other("its process number is not known here"));
         }
         Ok(kill(process, Signal::SIGKILL)?)
+    }
+}
+
+// === impl Passer ===
+
+impl Passer {
+    /// Passes what there is of an identity.
+    ///
+    /// # Errors
+    /// `WouldBlock` where there is no room for it now, and another one when the daemon has ended.
+    pub fn pass(&self, identity: &SpiffeId, passed: &Passed) -> io::Result<()> {
+        let (pass, file) = Pass::pack(identity, passed)?;
+        let file = file.as_ref().map(AsFd::as_fd);
+        self.0.try_send(&FromNew::Pass(pass), file.as_slice())
     }
 }
 
@@ -230,9 +276,10 @@ impl Talk {
         }
         match self.take() {
             Ok(true) => {
-                self.left.send_replace(vec![Draining::beginning(&offer)]);
+                let beginning = vec![Draining::beginning(&offer)];
+                self.hearer.left.send_replace(beginning);
                 let _ = self.taken.send(Ok(()));
-                hear(&self.connection, &self.left);
+                self.hearer.hear(&self.connection);
             }
             // It has ended meanwhile, of itself.
             Ok(false) => {
@@ -247,12 +294,7 @@ impl Talk {
     /// Says who we are, and hears what is handed over.
     fn greet(&self) -> Result<(Offer, Vec<OwnedFd>), TakeoverError> {
         let broken = |source| self.broken(source);
-        let peer = self.connection.peer().map_err(broken)?;
-        let own = nix::unistd::geteuid().as_raw();
-        if peer.uid() != 0 && peer.uid() != own {
-            let who = format!("user {} answers there", peer.uid());
-            return Err(broken(io::Error::other(who)));
-        }
+        self.connection.check_peer().map_err(broken)?;
         let hello = FromNew::Hello(Hello::new(self.ports));
         self.connection.send(&hello, &[]).map_err(broken)?;
         let next = || self.connection.receive(ANSWER_TIMEOUT).map_err(broken);
@@ -302,18 +344,42 @@ impl Talk {
     }
 }
 
-/// Passes on what the old daemon says is left of it, until it has ended.
-fn hear(connection: &Connection, left: &watch::Sender<Vec<Draining>>) {
-    loop {
-        match connection.receive(None) {
-            Ok((FromOld::Left(now), _)) => {
-                left.send_replace(now);
+// === impl Hearer ===
+
+impl Hearer {
+    fn new() -> (Self, Heard) {
+        let (left, heard_left) = watch::channel(Vec::new());
+        let (used, heard_used) = watch::channel(BTreeSet::new());
+        let heard = Heard {
+            left: heard_left,
+            used: heard_used,
+        };
+        (Self { left, used }, heard)
+    }
+
+    /// Passes on what the old daemon says, until it has ended.
+    fn hear(&self, connection: &Connection) {
+        let mut used = BTreeSet::new();
+        loop {
+            match connection.receive(None) {
+                Ok((FromOld::Left(now), _)) => {
+                    self.left.send_replace(now);
+                }
+                Ok((FromOld::Uses(Uses { identities, more }), _)) => {
+                    used.extend(identities);
+                    while used.len() > MOST_IDENTITIES {
+                        used.pop_last();
+                    }
+                    if !more {
+                        self.used.send_replace(std::mem::take(&mut used));
+                    }
+                }
+                Ok(_) => {}
+                // A later version may say more than this one understands.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
             }
-            Ok(_) => {}
-            // A later version may say more than this one understands.
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
         }
     }
 }
@@ -328,8 +394,8 @@ mod tests {
     fn what_a_draining_daemon_says_is_heard_until_it_ends_and_nothing_else_is_an_end() {
         let (old, new) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None).unwrap();
         let (old, new) = (Connection::new(old).unwrap(), Connection::new(new).unwrap());
-        let (left, heard) = watch::channel(Vec::new());
-        let hearing = std::thread::spawn(move || hear(&new, &left));
+        let (hearer, heard) = Hearer::new();
+        let hearing = std::thread::spawn(move || hearer.hear(&new));
         for later in ["", "of a later version"] {
             old.send(&later, &[]).unwrap();
         }
@@ -339,9 +405,20 @@ mod tests {
         };
         let said = FromOld::Left(vec![draining.clone()]);
         old.send(&said, &[]).unwrap();
+        let ids = ["a", "b"].map(|name| format!("spiffe://example.org/{name}"));
+        let ids = ids.map(|id| SpiffeId::parse(&id).unwrap());
+        for (id, more) in ids.iter().zip([true, false]) {
+            let identities = vec![id.clone()];
+            let uses = FromOld::Uses(Uses { identities, more });
+            old.send(&uses, &[]).unwrap();
+        }
         drop(old);
         hearing.join().unwrap();
-        assert_eq!(*heard.borrow(), [draining]);
-        assert!(heard.has_changed().is_err(), "its end is heard as well");
+        assert_eq!(*heard.left.borrow(), [draining]);
+        assert_eq!(*heard.used.borrow(), BTreeSet::from(ids));
+        assert!(
+            heard.left.has_changed().is_err(),
+            "its end is heard as well"
+        );
     }
 }

@@ -1,6 +1,7 @@
 //! The old daemon's side: waits for a new one, and lets it have what it needs.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -16,10 +17,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     packet::{self, Connection, MAX_DESCRIPTORS},
-    protocol::{Draining, FromNew, FromOld, Offer, Old, Word},
+    protocol::{Draining, FromNew, FromOld, Offer, Old, Uses, Word},
     socket_beside,
 };
-use crate::{config::Ports, privileges::Confinement};
+use crate::{
+    config::Ports,
+    identity::{Passed, SpiffeId},
+    privileges::Confinement,
+};
 
 /// Mode of the socket: its owner alone may connect.
 const MODE: u32 = 0o600;
@@ -31,6 +36,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(120);
 const HEARD_TIMEOUT: Duration = Duration::from_secs(15);
 /// Daemons that may wait to be heard.
 const BACKLOG: i32 = 16;
+/// Identities in one message: as many as fit, however long they are.
+const IDENTITIES: usize = 24;
 /// After `accept` failed, as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -52,12 +59,14 @@ pub enum Request {
         /// served like what it has accepted before.
         done: oneshot::Sender<()>,
         /// To be told again and again what is left, for the new daemon to know.
-        left: mpsc::Sender<Vec<Draining>>,
+        rest: mpsc::Sender<Rest>,
     },
     /// The new daemon has given up: go on as before.
     Resume,
     /// The new daemon, which has taken over, says this.
     Told(Word),
+    /// The daemon that serves passes this of an identity.
+    Passed(SpiffeId, Passed),
     /// The daemon that took over does not listen any more; another one may.
     Unheard,
     /// Another daemon listens to what is left of this one.
@@ -72,6 +81,15 @@ pub enum Request {
 pub struct Comer {
     pub(super) connection: Connection,
     pub(super) own_cgroups: Vec<(u64, u32)>,
+}
+
+/// What an old daemon has left.
+#[derive(Clone, Debug)]
+pub struct Rest {
+    /// Of its connections, and of daemons before it.
+    pub left: Vec<Draining>,
+    /// The identities that its connections use.
+    pub used: BTreeSet<SpiffeId>,
 }
 
 /// A new daemon that asks.
@@ -94,7 +112,7 @@ enum Outcome {
     NotBegun,
     GivenUp,
     /// With what is to be told from now on, and to whom.
-    Taken(mpsc::Receiver<Vec<Draining>>, Connection),
+    Taken(mpsc::Receiver<Rest>, Connection),
 }
 
 // === impl Listener ===
@@ -148,8 +166,8 @@ impl Listener {
                 }
             };
             match serve(socket, ports, requests) {
-                Ok(Outcome::Taken(left, connection)) => {
-                    tell(connection, left, requests);
+                Ok(Outcome::Taken(rest, connection)) => {
+                    tell(connection, rest, requests);
                     return;
                 }
                 Ok(Outcome::NotBegun | Outcome::GivenUp) => {}
@@ -159,8 +177,8 @@ impl Listener {
     }
 }
 
-/// Says at the hand-over socket of whoever serves now that this daemon is still there, and tells what is
-/// `left` of it from then on. Whether it is heard is asked of control.
+/// Says at the hand-over socket of whoever serves now that this daemon is still there, and tells the
+/// `rest` of it from then on. Whether it is heard is asked of control.
 ///
 /// # Errors
 /// When nobody is there, or there can be no thread.
@@ -168,10 +186,11 @@ pub fn come(
     admin_socket: &Path,
     own_cgroups: Vec<(u64, u32)>,
     confinement: Confinement,
-    left: mpsc::Receiver<Vec<Draining>>,
+    rest: mpsc::Receiver<Rest>,
     requests: mpsc::Sender<Request>,
 ) -> io::Result<()> {
     let connection = Connection::connect_at_once(&socket_beside(admin_socket))?;
+    connection.check_peer()?;
     let come = move |()| {
         let greeted = connection
             .send(&FromNew::Old(Old { own_cgroups }), &[])
@@ -179,7 +198,7 @@ pub fn come(
         match greeted {
             Ok((FromNew::Heard, _)) => {
                 if requests.blocking_send(Request::Heard).is_ok() {
-                    tell(connection, left, &requests);
+                    tell(connection, rest, &requests);
                 }
             }
             _ => {
@@ -192,17 +211,27 @@ pub fn come(
 }
 
 /// Tells the new daemon what is left of this one, and hears what it says, for as long as either goes on.
-fn tell(
-    connection: Connection,
-    mut left: mpsc::Receiver<Vec<Draining>>,
-    requests: &mpsc::Sender<Request>,
-) {
-    while let Some(left) = left.blocking_recv() {
+fn tell(connection: Connection, mut rest: mpsc::Receiver<Rest>, requests: &mpsc::Sender<Request>) {
+    // Nobody to tell means that this daemon is ending.
+    let ask = |request| drop(requests.blocking_send(request));
+    let (mut passes, mut told) = (false, None);
+    while let Some(Rest { left, used }) = rest.blocking_recv() {
         loop {
             match connection.try_receive() {
                 Ok((FromNew::Tell(word), _)) => {
-                    // Nobody to tell means that this daemon is ending.
-                    let _ = requests.blocking_send(Request::Told(word));
+                    passes |= word == Word::Certificates;
+                    ask(Request::Told(word));
+                }
+                Ok((FromNew::Pass(pass), files)) => {
+                    let identity = pass.identity.clone();
+                    match pass.unpack(files.into_iter().next()) {
+                        Ok(passed) => ask(Request::Passed(identity, passed)),
+                        Err(error) => tracing::warn!(
+                            spiffe_id = %identity,
+                            "the certificate that the daemon that serves passes is refused, the one in \
+                             force stays so until it expires: {error}"
+                        ),
+                    }
                 }
                 Ok(_) => {}
                 // A later version may say more than this one understands.
@@ -211,10 +240,14 @@ fn tell(
                 Err(_) => break,
             }
         }
-        if let Err(error) = connection.send(&FromOld::Left(left), &[]) {
+        let mut sent = connection.send(&FromOld::Left(left), &[]);
+        if passes && told.as_ref() != Some(&used) {
+            sent = sent.and_then(|()| tell_used(&connection, &used));
+            told = Some(used);
+        }
+        if let Err(error) = sent {
             tracing::debug!(%error, "the daemon that took over does not listen");
-            // Nobody to tell means that this daemon is ending.
-            let _ = requests.blocking_send(Request::Unheard);
+            ask(Request::Unheard);
             return;
         }
     }
@@ -222,6 +255,22 @@ fn tell(
     if requests.is_closed() {
         // Closed at the very end of the process, which is what its closing says.
         std::mem::forget(connection);
+    }
+}
+
+fn tell_used(connection: &Connection, used: &BTreeSet<SpiffeId>) -> io::Result<()> {
+    let all: Vec<_> = used.iter().cloned().collect();
+    let mut parts = all.chunks(IDENTITIES).peekable();
+    loop {
+        let uses = Uses {
+            identities: parts.next().unwrap_or_default().to_vec(),
+            more: parts.peek().is_some(),
+        };
+        let more = uses.more;
+        connection.send(&FromOld::Uses(uses), &[])?;
+        if !more {
+            return Ok(());
+        }
     }
 }
 
@@ -252,7 +301,7 @@ fn serve(socket: Socket, ports: Ports, requests: &mpsc::Sender<Request>) -> io::
             let _ = requests.blocking_send(Request::Came(comer));
             return Ok(Outcome::NotBegun);
         }
-        Ok((FromNew::Take | FromNew::Tell(_) | FromNew::Heard, _)) => {
+        Ok((FromNew::Take | FromNew::Tell(_) | FromNew::Heard | FromNew::Pass(_), _)) => {
             refuse("a hand-over begins with a hello".to_owned())?;
             return Ok(Outcome::NotBegun);
         }
@@ -275,7 +324,7 @@ fn serve(socket: Socket, ports: Ports, requests: &mpsc::Sender<Request>) -> io::
         is_notifying: hello.notifies,
     };
     let outcome = match offer(&connection, asker, requests) {
-        Ok(Offered::Taken(left)) => return Ok(Outcome::Taken(left, connection)),
+        Ok(Offered::Taken(rest)) => return Ok(Outcome::Taken(rest, connection)),
         Ok(Offered::Refused(why)) => {
             refuse(why)?;
             Outcome::NotBegun
@@ -295,7 +344,7 @@ enum Offered {
     /// There was none, and why.
     Refused(String),
     /// With what is to be told from now on.
-    Taken(mpsc::Receiver<Vec<Draining>>),
+    Taken(mpsc::Receiver<Rest>),
 }
 
 /// From the freeze to the end of accepting.
@@ -325,12 +374,12 @@ fn offer(
         _ => return Err(io::Error::other("it said something else")),
     }
     let (done, taken) = oneshot::channel();
-    let (left, told) = mpsc::channel(1);
+    let (rest, told) = mpsc::channel(1);
     requests
         .blocking_send(Request::Take {
             process: asker.process,
             done,
-            left,
+            rest,
         })
         .map_err(|_| ending())?;
     // A daemon that is ending accepts no more either.

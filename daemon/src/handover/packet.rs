@@ -56,6 +56,15 @@ impl Connection {
         Self::new(socket)
     }
 
+    /// Fails unless root is at the other end, or whoever runs this daemon.
+    pub(super) fn check_peer(&self) -> io::Result<()> {
+        let (peer, own) = (self.peer()?.uid(), nix::unistd::geteuid().as_raw());
+        match peer == 0 || peer == own {
+            true => Ok(()),
+            false => Err(io::Error::other(format!("user {peer} answers there"))),
+        }
+    }
+
     /// Who is at the other end.
     pub(super) fn peer(&self) -> io::Result<UnixCredentials> {
         Ok(getsockopt(&self.0, PeerCredentials)?)
@@ -66,6 +75,24 @@ impl Connection {
         message: &impl Serialize,
         descriptors: &[BorrowedFd<'_>],
     ) -> io::Result<()> {
+        self.send_with(message, descriptors, MsgFlags::empty())
+    }
+
+    /// Sends a message if there is room for it now; `WouldBlock` where there is none.
+    pub(super) fn try_send(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
+        self.send_with(message, descriptors, MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn send_with(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+        flags: MsgFlags,
+    ) -> io::Result<()> {
         let text = serde_json::to_vec(message)?;
         let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
@@ -74,17 +101,9 @@ impl Connection {
             self.0.as_raw_fd(),
             &[IoSlice::new(&text)],
             ancillary,
-            MsgFlags::MSG_NOSIGNAL,
+            flags | MsgFlags::MSG_NOSIGNAL,
             None,
         )?;
-        Ok(())
-    }
-
-    /// Sends a message if there is room for it now.
-    pub(super) fn try_send(&self, message: &impl Serialize) -> io::Result<()> {
-        let text = serde_json::to_vec(message)?;
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&text)], &[], flags, None)?;
         Ok(())
     }
 

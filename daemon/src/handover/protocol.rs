@@ -5,7 +5,8 @@ use std::{fmt, time::Duration};
 use reeve_common::LAYOUT_VERSION;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Ports;
+use super::material::Pass;
+use crate::{config::Ports, identity::SpiffeId};
 
 /// Version of the hand-over. A field that is added does not raise it.
 pub(super) const PROTOCOL_VERSION: u32 = 1;
@@ -24,6 +25,9 @@ pub(super) enum FromNew {
     Old(Old),
     /// The answer to that: what is left of it is heard from now on.
     Heard,
+    /// To an old daemon that has said [`FromOld::Uses`]: the certificate of one of these identities,
+    /// whenever there is another one. A file comes along.
+    Pass(Pass),
 }
 
 /// An old daemon that looks for the one that serves.
@@ -42,6 +46,8 @@ pub enum Word {
     Reload,
     /// Another daemon serves now: [`FromNew::Old`] is for it.
     Move,
+    /// Certificates are passed from now on to who says which identities are used: no source need be asked.
+    Certificates,
     /// Connections may end by themselves for so many seconds, those of earlier daemons as well.
     EndWithin {
         /// From now on.
@@ -88,6 +94,17 @@ pub(super) enum FromOld {
     /// Again and again after that: what is left of it, and of daemons before it. A daemon that does
     /// not know this passes it over.
     Left(Vec<Draining>),
+    /// After [`Word::Certificates`], and whenever they are others.
+    Uses(Uses),
+}
+
+/// The identities that an old daemon's connections use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Uses {
+    pub(super) identities: Vec<SpiffeId>,
+    /// The next message has more of them.
+    pub(super) more: bool,
 }
 
 /// What is handed over.
@@ -122,6 +139,23 @@ pub struct Draining {
     pub seconds: u64,
     /// What is left; none where the daemon is of a version that does not say.
     pub left: Option<Left>,
+    /// Its certificates; none where the daemon is of a version that does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificates: Option<DrainingCertificates>,
+}
+
+/// The certificates that a daemon's connections use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainingCertificates {
+    /// The daemon that serves passes them; otherwise it asks the sources by itself.
+    pub passed: bool,
+    /// Identities that its connections use.
+    pub identities: usize,
+    /// Those of them without a valid certificate.
+    pub missing: usize,
+    /// Seconds until the first of the certificates expires; none without any.
+    pub seconds_left: Option<u64>,
 }
 
 /// What is left of a daemon's connections.
@@ -175,9 +209,31 @@ impl fmt::Display for Draining {
             humantime::format_duration(since)
         )?;
         match &self.left {
-            Some(left) => left.fmt(f),
-            None => f.write_str("it does not say how many connections are left"),
+            Some(left) => left.fmt(f)?,
+            None => f.write_str("it does not say how many connections are left")?,
         }
+        match &self.certificates {
+            Some(certificates) if certificates.identities > 0 => write!(f, "; {certificates}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+// === impl DrainingCertificates ===
+
+impl fmt::Display for DrainingCertificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let valid = self.identities.saturating_sub(self.missing);
+        write!(f, "certificates: {valid} of {}", self.identities)?;
+        f.write_str(match self.passed {
+            true => ", passed by the daemon that serves",
+            false => ", from its own sources",
+        })?;
+        let Some(seconds) = self.seconds_left else {
+            return Ok(());
+        };
+        let left = humantime::format_duration(Duration::from_secs(seconds));
+        write!(f, ", the first expires in {left}")
     }
 }
 
@@ -321,6 +377,15 @@ mod tests {
         );
         draining.left = None;
         assert!(draining.to_string().contains("it does not say"));
+        draining.certificates = Some(DrainingCertificates {
+            passed: true,
+            identities: 2,
+            missing: 1,
+            seconds_left: Some(7),
+        });
+        let said =
+            "; certificates: 1 of 2, passed by the daemon that serves, the first expires in 7s";
+        assert!(draining.to_string().ends_with(said), "{draining}");
     }
 
     #[test]
