@@ -1,7 +1,7 @@
 //! Certificates from a SPIFFE agent: what it gives is used at once, what it takes back is dropped at
 //! once, and while it cannot be reached what it gave is good. The agent is a real gRPC server.
 
-use std::time::Duration;
+use std::{thread, time::Duration};
 
 use harness::{
     Daemon, Process, Workload,
@@ -172,6 +172,37 @@ fn the_broker_api_gives_by_process_and_no_longer_than_it_lives() {
     let (root, agent, guarded, _workload_api) = by_broker();
     lives_with_its_workload(&agent, &root, guarded);
     assert!(agent.presented().iter().all(|id| id == REEVE));
+}
+
+#[test]
+fn after_a_takeover_one_daemon_asks_a_broker_and_for_its_own_certificate() {
+    let (root, agent, mut guarded, workload_api) = by_broker();
+    agent.grant(place(&guarded.server), Grant::of(&root, &[SERVER]));
+    let client = Client::new(&guarded.stranger).presenting(&root.leaf(CLIENT));
+    eventually("the server's certificate", || {
+        client.tunnel(guarded.tunnel_port()).is_ok()
+    });
+    let tunnel = client.tunnel(guarded.tunnel_port()).unwrap();
+    let stream = tunnel.connect(&guarded.authority()).unwrap();
+    assert_eq!(stream.status, 200);
+    let open = || {
+        thread::sleep(Duration::from_secs(1));
+        [agent.open_calls(), workload_api.open_calls()]
+    };
+    let before = open();
+    assert_eq!(before[1], 1);
+    let old = guarded.daemon.take_over();
+    eventually("the old one asks nobody", || {
+        old.stderr().contains("sources are not asked")
+    });
+    eventually("the new one does", || open() == before && open() == before);
+    assert!(!tunnel.ended());
+    // Nobody serves, and nobody passes anything.
+    guarded.daemon.kill();
+    eventually("the old one asks", || {
+        old.stderr().contains("sources are asked again") && open()[1] == 1
+    });
+    assert!(!tunnel.ended());
 }
 
 #[test]

@@ -35,6 +35,7 @@ mod harness_itself;
 mod hbone_itself;
 mod health;
 mod image;
+mod inherited;
 mod interoperation;
 mod metrics_port;
 mod network_policy;

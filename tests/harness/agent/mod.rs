@@ -9,9 +9,13 @@ mod messages;
 use std::{
     collections::HashMap,
     fs,
+    future::poll_fn,
     os::unix::net::UnixListener as StdListener,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -74,7 +78,12 @@ struct Shared {
     connections: Mutex<Vec<JoinHandle<()>>>,
     /// Who presented itself, where TLS is spoken.
     presented: Mutex<Vec<String>>,
+    calls: AtomicUsize,
+    open: AtomicUsize,
 }
+
+/// A call, for as long as it is answered.
+struct Open(Arc<Shared>);
 
 // === impl Grant ===
 
@@ -201,6 +210,8 @@ impl Agent {
             refusal: Mutex::default(),
             connections: Mutex::default(),
             presented: Mutex::default(),
+            calls: AtomicUsize::new(0),
+            open: AtomicUsize::new(0),
         });
         let accepting = runtime().spawn(accept(listener, acceptor, shared.clone()));
         Self {
@@ -238,6 +249,18 @@ impl Agent {
         self.shared.grants.send_modify(|_| {});
     }
 
+    /// Calls that there have been.
+    #[must_use]
+    pub fn calls(&self) -> usize {
+        self.shared.calls.load(Ordering::Relaxed)
+    }
+
+    /// Calls that are being answered: subscriptions.
+    #[must_use]
+    pub fn open_calls(&self) -> usize {
+        self.shared.open.load(Ordering::Relaxed)
+    }
+
     /// Who presented itself.
     #[must_use]
     pub fn presented(&self) -> Vec<String> {
@@ -253,6 +276,20 @@ impl Drop for Agent {
         }
         // It may be gone with its folder.
         let _ = fs::remove_file(&self.socket);
+    }
+}
+
+impl Open {
+    fn count(shared: &Arc<Shared>) -> Self {
+        shared.calls.fetch_add(1, Ordering::Relaxed);
+        shared.open.fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -300,6 +337,7 @@ async fn answer(
     respond: SendResponse<Bytes>,
     shared: Arc<Shared>,
 ) -> Result<(), h2::Error> {
+    let _open = Open::count(&shared);
     let path = request.uri().path().to_owned();
     let has = |key: &str| {
         request
@@ -328,7 +366,11 @@ async fn answer(
             }
             Err((status, text)) => return grpc::end(&mut stream, status, &text),
         }
-        if grants.changed().await.is_err() {
+        let changed = tokio::select! {
+            changed = grants.changed() => changed.is_ok(),
+            _ = poll_fn(|cx| stream.poll_reset(cx)) => false,
+        };
+        if !changed {
             return Ok(());
         }
     }
