@@ -16,7 +16,7 @@ pub use maps::*;
 pub use reason::*;
 
 /// Version of everything in this crate. Pinned maps of another version are never adopted.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Firewall mark of the daemon's connections to local applications. The namespace routes marked
 /// packets to the loopback device, so that replies to the client's address come back to reeve.

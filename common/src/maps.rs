@@ -351,8 +351,11 @@ pub const fn flow_sets(capacity: u32) -> u32 {
 pub struct Flow {
     /// Address of the far end.
     pub remote: Address,
-    /// `CLOCK_MONOTONIC` nanoseconds of the last packet in the direction that was judged.
+    /// `CLOCK_MONOTONIC` nanoseconds of the last packet that kept it alive: one in the direction that
+    /// was judged, or an answer of or to the same socket.
     pub last_seen: u64,
+    /// Cookie of the workload's socket in the direction that was judged; 0 where there is none.
+    pub socket: u64,
     /// [`Settings::generation`] of the verdict.
     pub generation: u32,
     /// Port of the workload, host byte order; the identifier of an ICMP echo.
@@ -563,7 +566,7 @@ const _: () = {
     assert!(size_of::<VerdictEntry>() == 16);
     assert!(size_of::<Origin>() == 32);
     assert!(size_of::<FlowSlot>() == 8);
-    assert!(size_of::<Flow>() == 40);
+    assert!(size_of::<Flow>() == 48);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowEntry>() == 16);
     assert!(size_of::<SocketTag>() == 48);

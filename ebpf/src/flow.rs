@@ -141,18 +141,12 @@ fn find(connection: &Connection, first: u32, now: u64, found: &mut Found) {
     }
 }
 
-/// Remembers a connection's flow in place of whatever is in the slot. False where the kernel has
-/// no room.
+/// Remembers a connection's flow, of the connection's direction, in place of whatever is in the slot.
+/// False where the kernel has no room.
 ///
 /// A function of its own, as above.
 #[inline(never)]
-fn keep(
-    connection: &Connection,
-    slot: u32,
-    direction: u8,
-    last_seen: u64,
-    generation: u32,
-) -> bool {
+fn keep(connection: &Connection, slot: u32, last_seen: u64, generation: u32, socket: u64) -> bool {
     let key = FlowSlot {
         workload: connection.workload,
         slot,
@@ -160,11 +154,12 @@ fn keep(
     let flow = Flow {
         remote: connection.remote,
         last_seen,
+        socket,
         generation,
         local_port: connection.local_port,
         remote_port: connection.remote_port,
         protocol: number(connection.protocol),
-        direction: direction.into(),
+        direction: connection.direction.into(),
     };
     FLOWS.insert(&key, &flow, 0).is_ok()
 }
@@ -176,9 +171,10 @@ fn remove(workload: WorkloadId, slot: u32) -> bool {
 }
 
 /// Whether a packet or message may pass, given the direction in which its connection would have
-/// been opened. `told` says that a verdict of this generation was reported already.
+/// been opened. `told` says that a verdict of this generation was reported already, and `socket` is the
+/// cookie of the workload's socket.
 #[inline(always)]
-pub fn pass(connection: &mut Connection, settings: &Settings, told: bool) -> bool {
+pub fn pass(connection: &mut Connection, settings: &Settings, told: bool, socket: u64) -> bool {
     // SAFETY: a reference is never null.
     let passes = unsafe {
         reeve_pass(
@@ -186,6 +182,7 @@ pub fn pass(connection: &mut Connection, settings: &Settings, told: bool) -> boo
             settings.generation,
             settings.flow_seed,
             told.into(),
+            socket,
         )
     };
     // The compiler knows that it is 0 or 1, and would return it from a hook as it is; the verifier,
@@ -205,16 +202,23 @@ unsafe extern "C" fn reeve_pass(
     generation: u32,
     seed: u32,
     told: u32,
+    socket: u64,
 ) -> u32 {
     // SAFETY: as the caller promises.
     match unsafe { connection.as_mut() } {
-        Some(connection) => passes(connection, generation, seed, told != 0).into(),
+        Some(connection) => passes(connection, generation, seed, told != 0, socket).into(),
         None => 0,
     }
 }
 
 #[inline(always)]
-fn passes(connection: &mut Connection, generation: u32, seed: u32, told: bool) -> bool {
+fn passes(
+    connection: &mut Connection,
+    generation: u32,
+    seed: u32,
+    told: bool,
+    socket: u64,
+) -> bool {
     let direction = connection.direction;
     // SAFETY: asking for the time has no condition.
     let now = unsafe { bpf_ktime_get_ns() };
@@ -227,22 +231,32 @@ fn passes(connection: &mut Connection, generation: u32, seed: u32, told: bool) -
         // Another processor's clock may be a moment ahead: no time has passed.
         let idle = now.saturating_sub(last_seen);
         if idle < FLOW_IDLE_NANOSECONDS {
+            let asker = flow.socket;
             let mut live = flow.generation == generation;
-            let mut refresh = opened == direction && idle > REFRESH_NANOSECONDS;
+            // An answer keeps it alive only for the socket that asked: once that is closed, the far end
+            // cannot keep its port open.
+            let asks = opened == direction;
+            let keeps_alive = asks || (socket == asker && socket != 0);
+            let mut refresh = keeps_alive && idle > REFRESH_NANOSECONDS;
+            // One that asks from the port of one before it is the asker at once. Of ICMP each processor
+            // has a socket of its own.
+            refresh |= asks && socket != asker && connection.protocol == protocol::UDP;
             let last_seen = if refresh { now } else { last_seen };
+            let asker = if asks { socket } else { asker };
+            connection.direction = opened;
             if !live {
-                connection.direction = opened;
                 live = judge(connection).allowed();
-                connection.direction = direction;
                 refresh = true;
             }
             if live {
                 if refresh {
                     // Where it cannot be written, the old entry stays and is judged again.
-                    let _ = keep(connection, slot, opened, last_seen, generation);
+                    let _ = keep(connection, slot, last_seen, generation, asker);
                 }
+                connection.direction = direction;
                 return true;
             }
+            connection.direction = direction;
             // Whoever takes the entry away tells that it was revoked: so it is told once.
             revoked = remove(connection.workload, slot);
         }
@@ -259,7 +273,7 @@ fn passes(connection: &mut Connection, generation: u32, seed: u32, told: bool) -
         );
         return false;
     }
-    if !keep(connection, own, direction, now, generation) {
+    if !keep(connection, own, now, generation, socket) {
         report(connection, Outcome::deny(Reason::MapFailure));
         return false;
     }

@@ -95,7 +95,7 @@ pub fn icmp(
     if reply {
         connection.direction = flow::opposite(connection.direction);
     }
-    flow(settings, subject, connection)
+    flow(skb, settings, subject, connection)
 }
 
 /// Whether an error encloses a packet of a connection that is allowed, and is sent to where that

@@ -7,7 +7,7 @@
 
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
-    helpers::generated::bpf_sk_fullsock,
+    helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock},
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
@@ -408,7 +408,7 @@ fn judge_packet(
             if translated
                 && !is_unknown(&subject.entry)
                 && !judge::is_own(&connection.remote, connection.workload)
-                && !flow::pass(&mut connection, settings, true)
+                && !flow::pass(&mut connection, settings, true, cookie(ctx.skb.skb))
             {
                 return false;
             }
@@ -417,7 +417,7 @@ fn judge_packet(
                 connection.remote = packet.destination;
                 connection.remote_port = packet.destination_port;
             }
-            stays || flow(settings, subject, &mut connection)
+            stays || flow(ctx.skb.skb, settings, subject, &mut connection)
         }
     }
 }
@@ -516,7 +516,12 @@ pub fn remember(
 
 /// Everything without a handshake.
 #[inline(always)]
-pub fn flow(settings: &Settings, subject: &Subject, connection: &mut Connection) -> bool {
+pub fn flow(
+    skb: *mut __sk_buff,
+    settings: &Settings,
+    subject: &Subject,
+    connection: &mut Connection,
+) -> bool {
     if is_unknown(&subject.entry) {
         report(connection, Outcome::deny(Reason::UnknownWorkload));
         return false;
@@ -531,5 +536,12 @@ pub fn flow(settings: &Settings, subject: &Subject, connection: &mut Connection)
                 && tag.remote_port == connection.remote_port
                 && tag.remote == connection.remote
         });
-    flow::pass(connection, settings, told)
+    flow::pass(connection, settings, told, cookie(skb))
+}
+
+/// The cookie of a packet's socket.
+#[inline(always)]
+fn cookie(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: `skb` is the program's context.
+    unsafe { bpf_get_socket_cookie(skb.cast()) }
 }

@@ -2,7 +2,10 @@
 //! except that a reply passes. `recvmsg()` that asks for the sender. By either, a socket that was made
 //! elsewhere is the workload's that uses it.
 
-use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    bindings::bpf_sock_addr, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
 use reeve_common::{Address, Direction, Hook, Reason};
 
 use crate::{
@@ -100,7 +103,9 @@ fn sendmsg(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     }
     // SAFETY: a field of the hook's socket. The kernel has chosen a port before it asks.
     connection.local_port = field(unsafe { &raw const (*socket(ctx)).src_port }) as u16;
-    if flow::pass(&mut connection, &settings, false) {
+    // SAFETY: `ctx` is the program's context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    if flow::pass(&mut connection, &settings, false, cookie) {
         PROCEED
     } else {
         REFUSE

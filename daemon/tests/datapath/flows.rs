@@ -80,6 +80,14 @@ impl Asking {
         })
     }
 
+    /// Has the workload's port be another socket's, which has asked nothing yet.
+    fn ends_and_begins_again(&mut self) {
+        for port in [1001, 1000] {
+            let at = self.world.here.port4(port);
+            self.here = self.world.as_workload(|| udp(at));
+        }
+    }
+
     fn flows(&self) -> HashMap<MapData, FlowSlot, Flow> {
         let pin = self.world.settings.pins.join("FLOWS");
         let map = Map::HashMap(MapData::from_pin(pin).unwrap());
@@ -125,15 +133,69 @@ fn a_flow_that_has_been_silent_for_long_is_judged_anew() {
 }
 
 #[test]
-fn only_who_asks_keeps_a_flow_alive() {
-    let asking = Asking::new();
+fn a_question_and_its_answers_keep_a_flow_alive() {
+    let mut asking = Asking::new();
     asking.ask();
+    let age = 60 * SECOND;
+    for _ in 0..6 {
+        asking.age(age);
+        assert!(asking.hears(), "an answer, though nothing was asked since");
+        assert!(asking.last_seen() > now() - age / 2);
+    }
+    asking.age(age);
+    asking.ask();
+    assert!(asking.last_seen() > now() - age / 2, "a question");
+    // For no longer than a policy allows the question.
+    asking.world.state.tables.verdicts.clear();
+    asking.world.apply();
+    assert!(!asking.hears());
+}
+
+#[test]
+fn a_server_goes_on_answering_who_has_asked_once() {
+    let mut asking = Asking::new();
+    asking
+        .world
+        .allow(Direction::Ingress, Scope::Port(UDP, 1000));
+    asking.world.apply();
+    let (here, there) = (&asking.here, &asking.there);
+    let (own, far) = (asking.world.here.port4(1000), asking.world.there.port4(53));
+    asking
+        .world
+        .as_far_end(|| there.send_to(b"x", own))
+        .unwrap();
+    here.recv(&mut [0]).unwrap();
+    for _ in 0..6 {
+        asking.age(60 * SECOND);
+        asking
+            .world
+            .as_workload(|| here.send_to(b"y", far))
+            .unwrap();
+        there.recv(&mut [0]).unwrap();
+    }
+    asking.world.state.tables.verdicts.clear();
+    asking.world.apply();
+    assert_refused(asking.world.as_workload(|| here.send_to(b"y", far)));
+}
+
+#[test]
+fn answers_keep_no_flow_alive_for_another_socket_than_the_one_that_asked() {
+    let mut asking = Asking::new();
+    asking.ask();
+    asking.ends_and_begins_again();
     let age = 60 * SECOND;
     asking.age(age);
     assert!(asking.hears());
-    assert!(asking.last_seen() < now() - age / 2, "an answer");
+    assert!(asking.last_seen() < now() - age / 2);
+    asking.age(FLOW_IDLE_NANOSECONDS + SECOND);
+    assert!(!asking.hears());
+    // Once it asks, it is answered as well, though the flow has been seen a moment ago.
     asking.ask();
-    assert!(asking.last_seen() > now() - age / 2, "a question");
+    asking.ends_and_begins_again();
+    asking.ask();
+    asking.age(age);
+    assert!(asking.hears());
+    assert!(asking.last_seen() > now() - age / 2);
 }
 
 #[test]
