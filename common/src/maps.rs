@@ -34,6 +34,23 @@ pub const fn link_local_key(address: &Address, workload: WorkloadId) -> Option<A
     Some([a, b, c, d, w, x, y, z, i, j, k, l, m, n, o, p])
 }
 
+/// Where a connection to an IPv4 destination is redirected to: an address in `127.128.0.0/10` that is
+/// always the same for the destination and, but for one pair in four millions, no other's. The kernel
+/// tells connections apart by both ends, so that a workload has every local port for each destination.
+#[inline(always)]
+#[must_use]
+pub const fn redirect_address(destination: &Address, port: u16) -> [u8; 4] {
+    /// Odd, and without a pattern in its bits.
+    const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+    const NETWORK: u32 = 0x7f80_0000;
+    const HOST_BITS: u32 = 22;
+    let &[.., a, b, c, d] = destination;
+    let word = (u32::from_be_bytes([a, b, c, d]) as u64) << 16 | port as u64;
+    // The upper bits are the ones to which every bit has come.
+    let hash = word.wrapping_mul(MULTIPLIER) >> (u64::BITS - HOST_BITS);
+    (NETWORK | hash as u32).to_be_bytes()
+}
+
 /// Which end of a connection the judged workload is.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

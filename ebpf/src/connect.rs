@@ -12,7 +12,7 @@ use reeve_common::{
     Address, Direction, Hook, NAMESPACE_LISTENING, NAMESPACE_WITHOUT_V4, NAMESPACE_WITHOUT_V6,
     NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, SocketTag, TAG_ALLOWED, TAG_DIRECTION,
     TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE, UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId,
-    ipv4_mapped, protocol,
+    ipv4_mapped, protocol, redirect_address,
 };
 
 use crate::{
@@ -29,9 +29,7 @@ pub const PROCEED: i32 = 1;
 /// The call fails with `EPERM`.
 pub const REFUSE: i32 = 0;
 
-const LOCALHOST_V4: [u8; 4] = [127, 0, 0, 1];
 pub const LOCALHOST_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
-const LOCALHOST_MAPPED: Address = ipv4_mapped(LOCALHOST_V4);
 
 /// `SOCK_STREAM`.
 pub const STREAM: u32 = 1;
@@ -194,7 +192,7 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     }
     report(&connection, outcome);
     if outcome.through_tunnel() {
-        redirect(ctx, inet6, &connection.remote, settings.outbound_port);
+        redirect(ctx, inet6, &connection, settings.outbound_port);
     }
     PROCEED
 }
@@ -312,22 +310,24 @@ fn is_listening(ctx: *mut bpf_sock_addr) -> bool {
     namespace(ctx).is_some_and(|entry| entry.flags & NAMESPACE_LISTENING != 0)
 }
 
-/// Sends the call to the outbound listener of the namespace.
+/// Sends the call to the outbound listener of the namespace. IPv6 has one loopback address for all
+/// destinations.
 #[inline(always)]
-fn redirect(ctx: *mut bpf_sock_addr, inet6: bool, remote: &Address, port: u16) {
+fn redirect(ctx: *mut bpf_sock_addr, inet6: bool, connection: &Connection, port: u16) {
+    let v4 = redirect_address(&connection.remote, connection.remote_port);
     // SAFETY: these fields of the context may be written in this hook.
     unsafe {
         (*ctx).user_port = u32::from(port.to_be());
         if !inet6 {
-            (*ctx).user_ip4 = u32::from_ne_bytes(LOCALHOST_V4);
+            (*ctx).user_ip4 = u32::from_ne_bytes(v4);
             return;
         }
-        let localhost = if is_mapped(remote) {
-            &LOCALHOST_MAPPED
+        let listener = if is_mapped(&connection.remote) {
+            ipv4_mapped(v4)
         } else {
-            &LOCALHOST_V6
+            LOCALHOST_V6
         };
-        write_v6(&raw mut (*ctx).user_ip6, localhost);
+        write_v6(&raw mut (*ctx).user_ip6, &listener);
     }
 }
 

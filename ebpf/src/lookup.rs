@@ -71,6 +71,12 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
     let Some(workload) = judge::workload_at(&connection.local) else {
         return PASS;
     };
+    if tcp && connection.local_port == settings.outbound_port {
+        // What is redirected arrives at loopback's addresses.
+        connection.workload = workload;
+        report(&connection, Outcome::deny(Reason::ReservedPort));
+        return DROP;
+    }
     // Who writes such a source from elsewhere is found out at the packet, which comes by a device.
     if judge::is_own(&connection.remote, workload) {
         return PASS;

@@ -50,15 +50,17 @@ impl Netns {
         Ok(sockets)
     }
 
-    /// Listening, non-blocking sockets for redirected connections: `127.0.0.1` and `::1`
-    /// (only the first where the namespace has no IPv6). `SO_REUSEPORT`, one set per worker.
+    /// Listening, non-blocking sockets for redirected connections: on every IPv4 address, since each
+    /// destination has one of its own ([`reeve_common::redirect_address`]), and on `::1` (only the first
+    /// where the namespace has no IPv6). The programs let in redirected connections alone.
+    /// `SO_REUSEPORT`, one set per worker.
     /// What they accept inherits [`LOCAL_CONGESTION_CONTROL`]; the kernel programs set it for the
     /// other ends, and for both ends of onward connections.
     ///
     /// # Errors
     /// From the kernel.
     pub fn outbound_listeners(&self, port: u16) -> io::Result<Vec<Socket>> {
-        let v4 = self.run(|| listen_for_redirected((Ipv4Addr::LOCALHOST, port).into()))?;
+        let v4 = self.run(|| listen_for_redirected((Ipv4Addr::UNSPECIFIED, port).into()))?;
         let v6 = self.outbound_listener_v6(port)?;
         Ok([v4].into_iter().chain(v6).collect())
     }

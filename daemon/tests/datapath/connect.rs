@@ -14,6 +14,8 @@ use reeve_common::{
     NAMESPACE_WITHOUT_V6, PEER_TUNNEL, Reason, WorkloadId, protocol::TCP,
 };
 
+use socket2::{Domain, Socket, Type};
+
 use crate::world::{CLASS, MOMENT, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
 
 const OTHER: WorkloadId = WORKLOAD + 1;
@@ -192,6 +194,53 @@ fn a_tunnels_connection_goes_to_the_daemon_and_looks_as_it_was_asked_for() {
     world.apply();
     assert_refused(world.as_workload(|| TcpStream::connect(tunnel_port)));
     world.verdict_event(Hook::Connect, false, Reason::ReservedPort);
+}
+
+#[test]
+fn a_local_port_serves_for_each_destination() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Protocol(TCP));
+    world.listening();
+    world.apply();
+    let listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    let accept = |listener: &Socket| {
+        listener.set_nonblocking(false).unwrap();
+        TcpListener::from(listener.try_clone().unwrap()).accept()
+    };
+    let connect = |from: SocketAddr, to: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&from.into())?;
+        socket.connect(&to.into())?;
+        Ok::<_, std::io::Error>(TcpStream::from(socket))
+    };
+    let own = world.here.port4(4000);
+    let mapped: SocketAddr = "[::ffff:10.0.0.1]:4000".parse().unwrap();
+    let mut clients = Vec::new();
+    for (from, to) in [
+        (own, world.there.port4(80)),
+        (own, world.there.port4(81)),
+        (mapped, "[::ffff:10.0.0.2]:82".parse().unwrap()),
+    ] {
+        let client = world.as_workload(|| connect(from, to)).unwrap();
+        let (accepted, source) = accept(&listeners[0]).unwrap();
+        assert_eq!(source, own);
+        let origin = world.datapath().origin(accepted.as_fd()).unwrap();
+        assert_eq!(origin.port, to.port());
+        assert_eq!(client.peer_addr().unwrap(), to);
+        clients.push((client, accepted));
+    }
+    // To one destination once, as without reeve.
+    let to = world.there.port4(80);
+    let error = world.as_workload(|| connect(own, to)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
+    // IPv6 has one loopback address.
+    let own = world.here.port6(4000);
+    let [one, other] = [80, 81].map(|port| world.there.port6(port));
+    let _client = world.as_workload(|| connect(own, one)).unwrap();
+    let error = world.as_workload(|| connect(own, other)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
 }
 
 #[test]

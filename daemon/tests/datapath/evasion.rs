@@ -374,8 +374,8 @@ fn a_redirected_connection_that_is_turned_aside_leaves_nothing() {
     half.world.here.ip(&[
         "rule add pref 10 lookup local".into(),
         "rule del pref 0".into(),
-        "rule add pref 5 to 127.0.0.1 lookup 77".into(),
-        "route add 127.0.0.1 via 10.0.0.2 dev wire table 77 onlink".into(),
+        "rule add pref 5 to 127.0.0.0/8 lookup 77".into(),
+        "route add 127.0.0.0/8 via 10.0.0.2 dev wire table 77 onlink".into(),
     ]);
     let to = half.world.there.port4(80);
     let connected = half

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use reeve_common::{
     Direction, Hook, NAMESPACE_LISTENING, NamespaceEntry, PEER_TUNNEL, Reason, protocol::TCP,
 };
@@ -113,19 +114,25 @@ fn who_is_given_reeves_port_by_the_kernel_meets_no_redirected_connection() {
         let narrow = format!("{OUTBOUND} {OUTBOUND}");
         let netns = &world.here.netns;
         netns.run(|| std::fs::write(range, &narrow)).unwrap();
+        let to = if domain == Domain::IPV4 {
+            world.there.port4(80)
+        } else {
+            world.there.port6(80)
+        };
         let thief = world.here.run(&world.stranger, || {
             let socket = open(domain);
+            // At the address to which connections to the far end are redirected.
+            if domain == Domain::IPV4 {
+                let at = reeve_common::redirect_address(&reeve::datapath::address(to.ip()), 80);
+                setsockopt(&socket, IpBindAddressNoPort, &true).unwrap();
+                socket.bind(&SocketAddr::from((at, 0)).into()).unwrap();
+            }
             let begun = begin(&socket, SocketAddr::new(loopback(domain), CLIENT));
             assert_eq!(begun.unwrap_err().raw_os_error(), Some(libc::EINPROGRESS));
             socket
         });
         let own = thief.local_addr().unwrap().as_socket().unwrap();
         assert_eq!(own.port(), OUTBOUND);
-        let to = if domain == Domain::IPV4 {
-            world.there.port4(80)
-        } else {
-            world.there.port6(80)
-        };
         let connected = world.as_workload(|| {
             let socket = open(domain);
             let any = if domain == Domain::IPV4 {

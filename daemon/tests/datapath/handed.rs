@@ -227,11 +227,14 @@ fn who_took_reeves_port_before_gets_nothing_of_a_tunnel() {
     for by_stranger in [true, false] {
         let mut world = World::new();
         world.apply();
-        // With leave to share the port, as reeve's own listeners have it.
+        // At the address to which the workload's connection is redirected, and with leave to share the port,
+        // as reeve's own listeners have it.
+        let to = world.there.port4(80);
+        let at = reeve_common::redirect_address(&reeve::datapath::address(to.ip()), 80);
         let take = || {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             socket.set_reuse_port(true).unwrap();
-            let at: SocketAddr = (Ipv4Addr::LOCALHOST, 15001).into();
+            let at: SocketAddr = (at, 15001).into();
             socket.bind(&at.into()).unwrap();
             socket.listen(8).unwrap();
             socket.set_nonblocking(true).unwrap();
@@ -256,7 +259,6 @@ fn who_took_reeves_port_before_gets_nothing_of_a_tunnel() {
         world.allow(Direction::Egress, Scope::Port(TCP, 80));
         world.apply();
 
-        let to = world.there.port4(80);
         let connected = world.as_workload(|| TcpStream::connect_timeout(&to, MOMENT));
         assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
         let event = world.verdict_event(Hook::PacketIngress, false, Reason::ReservedPort);

@@ -234,6 +234,18 @@ fn what_no_client_of_a_workload_has_opened_is_dropped_at_the_outbound_listener()
     assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
     let event = world.verdict_event(Hook::PacketIngress, false, Reason::NoOrigin);
     assert_eq!(event.remote, reeve::datapath::address(world.there.v4));
+    // The listener's other addresses are refused to everybody.
+    let to = world.here.port4(15001);
+    let connected = world.as_far_end(|| connect_at(world.there.port4(0), to));
+    assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
+    world.verdict_event(Hook::PacketIngress, false, Reason::NoOrigin);
+    world
+        .datapath()
+        .attach_namespace(&world.here.netns)
+        .unwrap();
+    let connected = world.as_far_end(|| connect_at(world.there.port4(0), to));
+    assert_eq!(connected.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    world.verdict_event(Hook::SocketLookup, false, Reason::ReservedPort);
     for listener in listeners {
         assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
     }
