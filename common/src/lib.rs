@@ -61,8 +61,8 @@ pub mod protocol {
 mod user {
     use crate::{
         Arriving, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey, FlowSlot,
-        NamespaceEntry, Origin, PeerEntry, PeerPortKey, Settings, SocketTag, ToldKey, VerdictEntry,
-        VerdictKey, WorkloadEntry,
+        NamespaceEntry, Origin, PeerEntry, PeerPortKey, Settings, ShownAddresses, SocketTag,
+        ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
     };
 
     macro_rules! pod {
@@ -89,6 +89,7 @@ mod user {
         PeerEntry,
         PeerPortKey,
         Settings,
+        ShownAddresses,
         SocketTag,
         ToldKey,
         VerdictEntry,

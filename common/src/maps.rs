@@ -162,6 +162,18 @@ pub enum NamespaceSource {
 /// `sk_lookup`, which sees no cgroup, and wherever it is asked what stays in a workload.
 pub type LocalAddressEntry = WorkloadId;
 
+/// `SHOWN_ADDRESSES`: hash from [`WorkloadId`] to this, what `getsockname()` shows of a redirected
+/// socket in place of the loopback address that it has. Written by the daemon; decides nothing.
+/// Zeroes where the workload has no address of the family.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShownAddresses {
+    /// The workload's first IPv4 address, mapped.
+    pub v4: Address,
+    /// Its first IPv6 address.
+    pub v6: Address,
+}
+
 /// `PEERS`: longest prefix match from an address to what is known of the far end. aya's LPM key
 /// carries the prefix length; this is its data. IPv4 prefixes are 96 bits longer than written.
 pub type PeerKey = Address;
@@ -577,6 +589,7 @@ const _: () = {
     assert!(size_of::<Settings>() == 24);
     assert!(size_of::<WorkloadEntry>() == 8);
     assert!(size_of::<NamespaceEntry>() == 8);
+    assert!(size_of::<ShownAddresses>() == 32);
     assert!(size_of::<PeerEntry>() == 12);
     assert!(size_of::<PeerPortKey>() == 20);
     assert!(size_of::<VerdictKey>() == 12);

@@ -1,6 +1,7 @@
 //! `connect()`: judged, and sent through reeve where the policy wants a tunnel; `getpeername()`:
-//! shows what was asked for. `accept()` asks for the peer's name too, which tells whose the
-//! connection is that a listener from elsewhere has accepted.
+//! shows what was asked for; `getsockname()`: shows the workload's own address. `accept()` asks for
+//! the peer's name too, which tells whose the connection is that a listener from elsewhere has
+//! accepted.
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
@@ -20,7 +21,7 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     failing,
     judge::{self, is_reeve, is_unknown},
-    maps::{NAMESPACES, Settings, set_tag, settings, tag},
+    maps::{NAMESPACES, SHOWN_ADDRESSES, Settings, set_tag, settings, tag},
     packet::{is_reeves_port, port},
 };
 
@@ -55,6 +56,16 @@ pub fn reeve_peername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn reeve_peername6(ctx: SockAddrContext) -> i32 {
     peername(ctx.sock_addr, true)
+}
+
+#[cgroup_sock_addr(getsockname4)]
+pub fn reeve_sockname4(ctx: SockAddrContext) -> i32 {
+    sockname(ctx.sock_addr, false)
+}
+
+#[cgroup_sock_addr(getsockname6)]
+pub fn reeve_sockname6(ctx: SockAddrContext) -> i32 {
+    sockname(ctx.sock_addr, true)
 }
 
 /// The socket of a call; never null.
@@ -434,14 +445,43 @@ fn peername(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     if tag.flags & TAG_REDIRECTED == 0 {
         return PROCEED;
     }
-    // SAFETY: these fields of the context may be written in this hook.
-    unsafe {
-        (*ctx).user_port = u32::from(tag.remote_port.to_be());
-        if inet6 {
-            write_v6(&raw mut (*ctx).user_ip6, &tag.remote);
-        } else {
-            (*ctx).user_ip4 = to_words(&tag.remote)[3];
-        }
+    // SAFETY: this field of the context may be written in this hook.
+    unsafe { (*ctx).user_port = u32::from(tag.remote_port.to_be()) };
+    show(ctx, inet6, &tag.remote);
+    PROCEED
+}
+
+/// Shows a redirected socket an address of its workload's, where the kernel has chosen one of loopback.
+/// One that the application has bound is shown as it is.
+#[inline(always)]
+fn sockname(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
+    let Some(tag) = tag(socket(ctx)) else {
+        return PROCEED;
+    };
+    let named = named_address(ctx, inet6);
+    if tag.flags & TAG_REDIRECTED == 0 || !is_loopback(&named) || is_unspecified(&named) {
+        return PROCEED;
+    }
+    // SAFETY: the entry stays readable until the program ends.
+    let Some(own) = (unsafe { SHOWN_ADDRESSES.get(&tag.workload) }) else {
+        return PROCEED;
+    };
+    let own = if is_mapped(&named) { &own.v4 } else { &own.v6 };
+    if !is_unspecified(own) {
+        show(ctx, inet6, own);
     }
     PROCEED
+}
+
+/// Has a call that asks for an address get this one.
+#[inline(always)]
+fn show(ctx: *mut bpf_sock_addr, inet6: bool, address: &Address) {
+    // SAFETY: these fields of the context may be written in the hooks that ask.
+    unsafe {
+        if inet6 {
+            write_v6(&raw mut (*ctx).user_ip6, address);
+        } else {
+            (*ctx).user_ip4 = to_words(address)[3];
+        }
+    }
 }

@@ -12,8 +12,8 @@ use aya_ebpf::{
 use reeve_common::{
     Address, Arriving, COUNTER_SLOTS, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
     FlowSlot, LocalAddressEntry, NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey,
-    PeerPortKey, SocketTag, ToldKey, Translated, VerdictEntry, VerdictKey, WorkloadEntry,
-    WorkloadId,
+    PeerPortKey, ShownAddresses, SocketTag, ToldKey, Translated, VerdictEntry, VerdictKey,
+    WorkloadEntry, WorkloadId,
 };
 
 use crate::{address::field, parse::Packet};
@@ -66,6 +66,10 @@ pub static NAMESPACES: HashMap<u64, NamespaceEntry, SET_AT_LOAD, GROWING> = Hash
 
 #[btf_map]
 pub static LOCAL_ADDRESSES: HashMap<Address, LocalAddressEntry, SET_AT_LOAD, GROWING> =
+    HashMap::new();
+
+#[btf_map]
+pub static SHOWN_ADDRESSES: HashMap<WorkloadId, ShownAddresses, SET_AT_LOAD, GROWING> =
     HashMap::new();
 
 #[btf_map]

@@ -7,8 +7,8 @@ use std::{
 };
 
 use reeve_common::{
-    Address, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN,
-    WorkloadEntry, WorkloadId, link_local_key,
+    Address, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, ShownAddresses, WORKLOAD_IS_REEVE,
+    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key,
 };
 
 use crate::{
@@ -32,6 +32,7 @@ pub(super) fn kernel_state(
         workloads: workloads(own, discovery),
         namespaces: namespaces(discovery, listening, without),
         local_addresses: local_addresses(discovery),
+        shown_addresses: shown_addresses(discovery),
         tables,
     }
 }
@@ -124,6 +125,23 @@ fn local_addresses(discovery: &Discovery) -> Vec<(Address, WorkloadId)> {
         })
         .filter(|(address, _)| seen.insert(*address))
         .collect()
+}
+
+/// The first address of each family: the daemon does not know where a connection would leave.
+fn shown_addresses(discovery: &Discovery) -> Vec<(WorkloadId, ShownAddresses)> {
+    let workloads = discovery.workloads.iter().map(|running| {
+        let first = |is_v4| {
+            let mut addresses = running.addresses.iter();
+            let first = addresses.find(|ip| ip.is_ipv4() == is_v4);
+            first.map_or([0; 16], |ip| map_address(*ip))
+        };
+        let shown = ShownAddresses {
+            v4: first(true),
+            v6: first(false),
+        };
+        (running.workload.id, shown)
+    });
+    workloads.collect()
 }
 
 fn map_address(ip: IpAddr) -> Address {

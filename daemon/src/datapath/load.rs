@@ -41,10 +41,12 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/re
 ///
 /// The order is that of their use in a connection's life; the sockets' hooks come before the
 /// packets', which is what a connection that is opened meanwhile needs.
-const CGROUP_PROGRAMS: [(&str, AttachType); 14] = [
+const CGROUP_PROGRAMS: [(&str, AttachType); 16] = [
     ("reeve_sock_ops", AttachType::CgroupSockOps),
     ("reeve_peername4", AttachType::CgroupGetpeername4),
     ("reeve_peername6", AttachType::CgroupGetpeername6),
+    ("reeve_sockname4", AttachType::CgroupGetsockname4),
+    ("reeve_sockname6", AttachType::CgroupGetsockname6),
     ("reeve_connect4", AttachType::CgroupConnect4),
     ("reeve_connect6", AttachType::CgroupConnect6),
     ("reeve_sendmsg4", AttachType::CgroupSendmsg4),
@@ -160,6 +162,8 @@ pub(super) fn load(
         }
         loader.map_pin_path(name, path);
     }
+    // It decides nothing, so each daemon fills one of its own.
+    loader.map_max_entries("SHOWN_ADDRESSES", settings.maps.workloads);
     let log_level: u8 = match settings.log {
         EbpfLog::Off => 0,
         EbpfLog::Debug => aya_log::Level::Debug as u8,

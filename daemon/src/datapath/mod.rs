@@ -51,9 +51,9 @@ use aya::{
 };
 use reeve_common::{
     Address, Direction, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey, FlowSlot,
-    LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, SocketTag, TAG_ONWARD,
-    TAG_REEVE, TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped,
-    protocol,
+    LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, ShownAddresses, SocketTag,
+    TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId,
+    ipv4_mapped, protocol,
 };
 use tokio::sync::Notify;
 
@@ -115,6 +115,8 @@ pub struct KernelState {
     pub namespaces: Vec<(u64, NamespaceEntry)>,
     /// `LOCAL_ADDRESSES`.
     pub local_addresses: Vec<(Address, WorkloadId)>,
+    /// `SHOWN_ADDRESSES`.
+    pub shown_addresses: Vec<(WorkloadId, ShownAddresses)>,
     /// Policy.
     pub tables: KernelTables,
 }

@@ -22,8 +22,8 @@ use aya::{
 };
 use reeve_common::{
     Action, Address, LAYOUT_VERSION, NO_WORKLOAD, NameDigest, NamespaceEntry, PeerEntry, PeerKey,
-    PeerPortKey, Settings as KernelSettings, VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN,
-    WorkloadEntry, WorkloadId,
+    PeerPortKey, Settings as KernelSettings, ShownAddresses, VerdictEntry, VerdictKey,
+    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId,
 };
 
 use super::{
@@ -62,6 +62,7 @@ pub(super) struct State {
     pub(super) workloads: Tracked<Hash<u64, WorkloadEntry>>,
     namespaces: Tracked<Hash<u64, NamespaceEntry>>,
     pub(super) local_addresses: Tracked<Hash<Address, WorkloadId>>,
+    shown_addresses: Tracked<Hash<WorkloadId, ShownAddresses>>,
     pub(super) peers: Tracked<Trie<PeerKey, PeerEntry>>,
     pub(super) peer_ports: Tracked<Hash<PeerPortKey, PeerEntry>>,
     pub(super) verdicts: Tracked<Trie<VerdictKey, VerdictEntry>>,
@@ -98,6 +99,7 @@ impl State {
             workloads: tracked(ebpf, "WORKLOADS", Hash::try_from)?,
             namespaces: tracked(ebpf, "NAMESPACES", Hash::try_from)?,
             local_addresses: tracked(ebpf, "LOCAL_ADDRESSES", Hash::try_from)?,
+            shown_addresses: tracked(ebpf, "SHOWN_ADDRESSES", Hash::try_from)?,
             peers: tracked(ebpf, "PEERS", Trie::try_from)?,
             peer_ports: tracked(ebpf, "PEER_PORTS", Hash::try_from)?,
             verdicts: tracked(ebpf, "VERDICTS", Trie::try_from)?,
@@ -151,6 +153,9 @@ impl State {
     /// Makes the maps hold `desired`. The first thing that did not fit is the error; everything
     /// else is in force.
     pub(super) fn apply(&mut self, desired: &KernelState, order: Order) -> Result<(), Error> {
+        if let Err(error) = self.show_addresses(&desired.shown_addresses) {
+            tracing::warn!(%error, "applications may see a loopback address as their own");
+        }
         let mut desired = Desired::new(desired);
         let room = self.room();
         self.shortage = desired.fit(room, &self.kept());
@@ -206,6 +211,13 @@ impl State {
             })?;
         }
         fits.and_then(|()| self.roomy())
+    }
+
+    /// No verdict depends on them, so that they have no part in the generation.
+    fn show_addresses(&mut self, shown: &[(WorkloadId, ShownAddresses)]) -> Result<(), Error> {
+        let shown = shown.iter().copied().collect();
+        self.shown_addresses.prune(&shown)?;
+        self.shown_addresses.put(&shown).map(drop)
     }
 
     /// How many entries of a state have no room. Changes nothing.

@@ -45,6 +45,8 @@ pub(super) enum AttachType {
     CgroupSetsockopt = 22,
     CgroupGetpeername4 = 29,
     CgroupGetpeername6 = 30,
+    CgroupGetsockname4 = 31,
+    CgroupGetsockname6 = 32,
     SkLookup = 36,
 }
 

@@ -197,6 +197,61 @@ fn a_tunnels_connection_goes_to_the_daemon_and_looks_as_it_was_asked_for() {
 }
 
 #[test]
+fn a_tunnels_socket_has_an_address_of_its_workload() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.listening();
+    world.apply();
+    let _listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    let mapped: SocketAddr = "[::ffff:10.0.0.2]:80".parse().unwrap();
+    let own_mapped = "::ffff:10.0.0.1".parse().unwrap();
+    world.here.ip(&["addr add 10.0.0.5/24 dev wire".into()]);
+    world.state.local_addresses.push((
+        reeve::datapath::address("10.0.0.5".parse().unwrap()),
+        WORKLOAD,
+    ));
+    world.apply();
+    let connect = |from: Option<&str>, to: SocketAddr| {
+        world.as_workload(|| {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+            if let Some(from) = from {
+                let from: SocketAddr = from.parse().unwrap();
+                socket.bind(&from.into()).unwrap();
+            }
+            socket.connect(&to.into()).unwrap();
+            TcpStream::from(socket)
+        })
+    };
+    for (from, to, own) in [
+        (None, world.there.port4(80), world.here.v4),
+        (None, mapped, own_mapped),
+        (None, world.there.port6(80), world.here.v6),
+        // What the application has bound is what it sees.
+        (
+            Some("10.0.0.5:0"),
+            world.there.port4(80),
+            "10.0.0.5".parse().unwrap(),
+        ),
+    ] {
+        let client = connect(from, to);
+        let local = client.local_addr().unwrap();
+        assert_eq!(local.ip(), own, "getsockname() towards {to}");
+        assert_ne!(local.port(), 0);
+        assert_eq!(client.peer_addr().unwrap(), to);
+    }
+    // Where the workload has no address, as the kernel has it.
+    world.state.shown_addresses.clear();
+    world.apply();
+    let client = connect(None, world.there.port4(80));
+    assert!(client.local_addr().unwrap().ip().is_loopback());
+    // And loopback's own is loopback's.
+    let server = world.as_workload(|| TcpListener::bind("127.0.0.1:80").unwrap());
+    let client = connect(None, server.local_addr().unwrap());
+    assert!(client.local_addr().unwrap().ip().is_loopback());
+}
+
+#[test]
 fn a_local_port_serves_for_each_destination() {
     let mut world = World::enrolled();
     world.peer(PEER_TUNNEL);

@@ -25,8 +25,9 @@ use reeve::{
 };
 use reeve_common::{
     Action, Direction, Event, Hook, NAMESPACE_LISTENING, NamespaceEntry, NamespaceSource,
-    PeerEntry, Reason, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL, VERDICT_PREFIX_FULL,
-    VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE, WorkloadEntry, WorkloadId, protocol,
+    PeerEntry, Reason, ShownAddresses, VERDICT_PREFIX_ANY_PORT, VERDICT_PREFIX_ANY_PROTOCOL,
+    VERDICT_PREFIX_FULL, VerdictEntry, VerdictKey, WORKLOAD_IS_REEVE, WorkloadEntry, WorkloadId,
+    protocol,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{runtime::Runtime, time::timeout};
@@ -180,6 +181,11 @@ impl World {
         for ip in [self.here.v4, self.here.v6] {
             self.state.local_addresses.push((address(ip), WORKLOAD));
         }
+        let shown = ShownAddresses {
+            v4: address(self.here.v4),
+            v6: address(self.here.v6),
+        };
+        self.state.shown_addresses.push((WORKLOAD, shown));
     }
 
     /// Enrols another cgroup.
