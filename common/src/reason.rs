@@ -112,4 +112,6 @@ reasons! {
     CertificateReplaced = 37 => "certificate_replaced",
     /// The port of the workload that was admitted is held by a listener that is not its own.
     WrongListener = 38 => "wrong_listener",
+    /// A tunnel is needed, and the socket is bound to a device that does not lead to it.
+    BoundToDevice = 39 => "bound_to_device",
 }

@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
-    helpers::bpf_get_netns_cookie,
+    helpers::{bpf_get_netns_cookie, bpf_setsockopt},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -22,7 +22,7 @@ use crate::{
     failing,
     judge::{self, is_reeve, is_unknown},
     maps::{NAMESPACES, SHOWN_ADDRESSES, Settings, set_tag, settings, tag},
-    packet::{is_reeves_port, port},
+    packet::{LOOPBACK_DEVICE, is_reeves_port, port},
 };
 
 /// The call goes on.
@@ -192,6 +192,10 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
             report(&connection, failure);
             return REFUSE;
         }
+        if !leave_device(ctx) {
+            report(&connection, Outcome::deny(Reason::BoundToDevice));
+            return REFUSE;
+        }
         remembered.flags |= TAG_REDIRECTED;
     } else if connection.protocol == protocol::TCP && is_unspecified(&source) {
         // The kernel chooses the address after this; the first packet has it, and is asked whose it is.
@@ -319,6 +323,32 @@ fn namespace(ctx: *mut bpf_sock_addr) -> Option<NamespaceEntry> {
 #[inline(always)]
 fn is_listening(ctx: *mut bpf_sock_addr) -> bool {
     namespace(ctx).is_some_and(|entry| entry.flags & NAMESPACE_LISTENING != 0)
+}
+
+/// Has a socket that is bound to a device (`SO_BINDTODEVICE`) be bound to none: the listener is on
+/// loopback. False where the caller may not bind it to another one: that takes `CAP_NET_RAW`.
+#[inline(always)]
+fn leave_device(ctx: *mut bpf_sock_addr) -> bool {
+    /// Of `asm-generic/socket.h`.
+    const SOL_SOCKET: i32 = 1;
+    const SO_BINDTOIFINDEX: i32 = 62;
+    // SAFETY: a field of the hook's socket.
+    let device = field(unsafe { &raw const (*socket(ctx)).bound_dev_if });
+    if device == 0 || device == LOOPBACK_DEVICE {
+        return true;
+    }
+    let mut none = 0_i32;
+    // SAFETY: `ctx` is the program's context, and `none` outlives the call.
+    let left = unsafe {
+        bpf_setsockopt(
+            ctx.cast(),
+            SOL_SOCKET,
+            SO_BINDTOIFINDEX,
+            (&raw mut none).cast(),
+            size_of::<i32>() as i32,
+        )
+    };
+    left == 0
 }
 
 /// Sends the call to the outbound listener of the namespace. IPv6 has one loopback address for all

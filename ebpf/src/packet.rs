@@ -43,7 +43,7 @@ const LISTEN: u32 = 10;
 const SYN_SENT: u32 = 2;
 const SYN_RECV: u32 = 3;
 /// The loopback device's index, in every namespace.
-const LOOPBACK_DEVICE: u32 = 1;
+pub const LOOPBACK_DEVICE: u32 = 1;
 
 #[cgroup_skb(egress)]
 pub fn reeve_egress(ctx: SkBuffContext) -> i32 {

@@ -16,7 +16,7 @@ use reeve_common::{
 
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{CLASS, MOMENT, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
+use crate::world::{CLASS, MOMENT, PATIENCE, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
 
 const OTHER: WorkloadId = WORKLOAD + 1;
 
@@ -249,6 +249,46 @@ fn a_tunnels_socket_has_an_address_of_its_workload() {
     let server = world.as_workload(|| TcpListener::bind("127.0.0.1:80").unwrap());
     let client = connect(None, server.local_addr().unwrap());
     assert!(client.local_addr().unwrap().ip().is_loopback());
+}
+
+#[test]
+fn a_socket_that_is_bound_to_a_device_reaches_its_tunnel_or_fails_at_once() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.listening();
+    world.apply();
+    let listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    for (to, listener) in [world.there.port4(80), world.there.port6(80)]
+        .into_iter()
+        .zip(&listeners)
+    {
+        let bound = || {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+            socket.bind_device(Some(b"wire")).unwrap();
+            socket
+        };
+        let client = world.as_workload(|| {
+            let client = bound();
+            client.connect_timeout(&to.into(), PATIENCE).unwrap();
+            client
+        });
+        let (accepted, _) = listener.accept().unwrap();
+        assert!(world.datapath().origin(accepted.as_fd()).is_some());
+        assert_eq!(client.device().unwrap(), None);
+        // Only who has this capability may bind a socket to another device, or to none.
+        assert_refused(world.as_workload(|| {
+            let client = bound();
+            without_raw();
+            client.connect_timeout(&to.into(), PATIENCE)
+        }));
+        world.verdict_event(Hook::Connect, false, Reason::BoundToDevice);
+    }
+}
+
+/// Takes `CAP_NET_RAW` from this thread.
+fn without_raw() {
+    caps::drop(None, caps::CapSet::Effective, caps::Capability::CAP_NET_RAW).unwrap();
 }
 
 #[test]
