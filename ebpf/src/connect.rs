@@ -21,7 +21,7 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     failing,
     judge::{self, is_reeve, is_unknown},
-    maps::{NAMESPACES, SHOWN_ADDRESSES, Settings, set_tag, settings, tag},
+    maps::{NAMESPACES, SHOWN_ADDRESSES, Settings, multipath, set_tag, settings, tag},
     packet::{LOOPBACK_DEVICE, is_reeves_port, port},
 };
 
@@ -207,6 +207,11 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
     }
     report(&connection, outcome);
     if outcome.through_tunnel() {
+        let whole = multipath(socket);
+        if !whole.is_null() {
+            // The application asks it for its names. Without a tag it sees loopback's.
+            let _ = set_tag(whole, &mut remembered);
+        }
         redirect(ctx, inet6, &connection, settings.outbound_port);
     }
     PROCEED
@@ -393,6 +398,15 @@ unsafe fn write_v6(words: *mut [u32; 4], address: &Address) {
 /// The verdict that a socket remembers ends with a new `connect()`; its workload stays.
 #[inline(always)]
 fn forget(socket: *mut bpf_sock) {
+    clear(socket);
+    let whole = multipath(socket);
+    if !whole.is_null() {
+        clear(whole);
+    }
+}
+
+#[inline(always)]
+fn clear(socket: *mut bpf_sock) {
     if let Some(tag) = tag(socket) {
         tag.generation = 0;
         tag.flags = 0;

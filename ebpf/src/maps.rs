@@ -6,7 +6,7 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
-    helpers::generated::bpf_sk_storage_get,
+    helpers::generated::{bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
     macros::btf_map,
 };
 use reeve_common::{
@@ -37,6 +37,10 @@ pub static COOKIE_OFFSET: Global<u32> = Global::new(0);
 pub static KERNEL_SOCKET_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static KERNEL_SOCKET_MASK: Global<u8> = Global::new(0);
+
+/// 1 where the kernel tells the programs of which multipath connection a TCP socket is a part, set at load.
+#[unsafe(no_mangle)]
+pub static KNOWS_MULTIPATH: Global<u8> = Global::new(0);
 
 /// Sets of a workload in `FLOWS`, in each direction. Set at load, by the map's capacity.
 #[unsafe(no_mangle)]
@@ -172,6 +176,19 @@ pub fn tag(socket: *mut bpf_sock) -> Option<&'static mut SocketTag> {
         .cast::<SocketTag>()
         .as_mut()
     }
+}
+
+/// The socket of the multipath connection (MPTCP) of which a TCP socket is a part: the one that the
+/// application has. `socket` is never null; null where it is part of none.
+///
+/// The constant lets the verifier drop the call where the kernel lacks it.
+#[inline(always)]
+pub fn multipath(socket: *mut bpf_sock) -> *mut bpf_sock {
+    if KNOWS_MULTIPATH.load() == 0 {
+        return core::ptr::null_mut();
+    }
+    // SAFETY: asked of a socket, which is not null.
+    unsafe { bpf_skc_to_mptcp_sock(socket.cast()).cast() }
 }
 
 /// Keeps the origin of an accepted connection with its socket. Without it the daemon refuses the

@@ -20,6 +20,20 @@ pub(super) struct KernelSocketBit {
     pub(super) mask: u8,
 }
 
+/// Whether the programs at `connect()` can ask of which multipath connection (MPTCP) a socket is a part.
+pub(super) fn knows_multipath() -> bool {
+    let helper = is_helper_supported(
+        ProgramType::CgroupSockAddr,
+        BpfHelper::BPF_FUNC_skc_to_mptcp_sock,
+    );
+    // A kernel that is built without it has the helper, and no type for its answer.
+    let has_type = || {
+        let types = KernelTypes::of_running_kernel();
+        types.is_ok_and(|types| types.offset("mptcp_sock", &["sk"]).is_some())
+    };
+    helper.unwrap_or(false) && has_type()
+}
+
 // === impl KernelSocketBit ===
 
 impl KernelSocketBit {

@@ -25,7 +25,7 @@ use reeve_common::{
 
 use super::{
     Error, Settings, bpffs,
-    kernel_sockets::KernelSocketBit,
+    kernel_sockets::{KernelSocketBit, knows_multipath},
     links::{self, Target},
     namespace_source::PacketNamespaces,
     pins::SETTINGS,
@@ -179,6 +179,8 @@ pub(super) fn load(
     loader.override_global("SOCKET_OFFSET", &socket, true);
     loader.override_global("KERNEL_SOCKET_OFFSET", &kernels.offset, true);
     loader.override_global("KERNEL_SOCKET_MASK", &kernels.mask, true);
+    let multipath = u8::from(knows_multipath());
+    loader.override_global("KNOWS_MULTIPATH", &multipath, true);
     loader.override_global("NETWORK_OFFSET", &offsets.network, true);
     loader.override_global("COOKIE_OFFSET", &offsets.cookie, true);
     let mut ebpf = loader.load(OBJECT)?;

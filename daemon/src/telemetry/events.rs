@@ -88,7 +88,7 @@ impl Events {
 }
 
 /// Whether the kernel sends a connection into a tunnel, as what it allows for no other reason, or would, were
-/// it not that others have just failed there.
+/// it not that others have just failed there, or that its socket does not reach reeve.
 fn is_for_a_tunnel(allowed: bool, reason: Reason) -> bool {
     match reason {
         Reason::Policy => allowed,
@@ -97,6 +97,7 @@ fn is_for_a_tunnel(allowed: bool, reason: Reason) -> bool {
         | Reason::PeerCertificate
         | Reason::PeerIdentity
         | Reason::PeerFailed
+        | Reason::BoundToDevice
         | Reason::Timeout => !allowed,
         _ => false,
     }

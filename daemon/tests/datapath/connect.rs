@@ -14,7 +14,7 @@ use reeve_common::{
     NAMESPACE_WITHOUT_V6, PEER_TUNNEL, Reason, WorkloadId, protocol::TCP,
 };
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::world::{CLASS, MOMENT, PATIENCE, PEER, RULE, Scope, WORKLOAD, World, assert_refused};
 
@@ -289,6 +289,29 @@ fn a_socket_that_is_bound_to_a_device_reaches_its_tunnel_or_fails_at_once() {
 /// Takes `CAP_NET_RAW` from this thread.
 fn without_raw() {
     caps::drop(None, caps::CapSet::Effective, caps::Capability::CAP_NET_RAW).unwrap();
+}
+
+#[test]
+fn a_multipath_socket_in_a_tunnel_looks_as_it_was_asked_for() {
+    let mut world = World::enrolled();
+    world.peer(PEER_TUNNEL);
+    world.allow(Direction::Egress, Scope::Port(TCP, 80));
+    world.listening();
+    world.apply();
+    let _listeners = world.as_reeve(|netns| netns.outbound_listeners(15001).unwrap());
+    for (to, own) in [
+        (world.there.port4(80), world.here.v4),
+        (world.there.port6(80), world.here.v6),
+    ] {
+        let client = world.as_workload(|| {
+            let domain = Domain::for_address(to);
+            let client = Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP)).unwrap();
+            client.connect(&to.into()).unwrap();
+            TcpStream::from(client)
+        });
+        assert_eq!(client.peer_addr().unwrap(), to, "getpeername()");
+        assert_eq!(client.local_addr().unwrap().ip(), own, "getsockname()");
+    }
 }
 
 #[test]
