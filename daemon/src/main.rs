@@ -51,6 +51,7 @@ fn main() -> ExitCode {
         Command::Reload { asking, service } => cli::reload(&asking, service),
         Command::Upgrade(words) => cli::upgrade(&words),
         Command::Status(asking) => cli::status(&asking),
+        Command::Wait(words) => cli::wait(&words),
         Command::Ca { command } => cli::ca(&command),
         Command::Certs(words) => cli::certs(&words),
         Command::Observe(words) => cli::observe(&words),

@@ -196,6 +196,32 @@ fn instances_of_a_template_and_slices_are_followed_when_they_restart() {
 }
 
 #[test]
+fn a_oneshot_unit_may_connect_at_once() {
+    let scene = Scene::new(ONCE_AND_JOBS, "");
+    let machine = scene.boot();
+    for workload in ["once", "jobs"] {
+        let file = format!("/etc/reeve/policies/{workload}.yaml");
+        machine.write(&file, &scene.policy_of(workload));
+    }
+    let unit = ONCE.replace("SERVER", &scene.server());
+    machine.write("/run/systemd/system/once.service", &unit);
+    machine.run(["systemctl", "daemon-reload"]).ok();
+    machine.run(["systemctl", "reload", "reeve"]).ok();
+    // Its cgroup is another one at each start.
+    for _ in 0..5 {
+        machine.run(["systemctl", "start", "once"]).ok();
+    }
+    // In a slice that is the workload there is nothing to wait for.
+    machine.run(["systemctl", "start", "jobs.slice"]).ok();
+    for _ in 0..5 {
+        start_in("jobs.slice", &machine, &scene).ok();
+    }
+    let wait = ["reeve", "wait", "--timeout", "100ms"];
+    let failed = machine.run(wait).fails();
+    assert!(failed.contains("no workload"), "{failed}");
+}
+
+#[test]
 fn a_unit_that_does_not_exist_is_found_by_check_and_told_of_by_the_daemon() {
     let scene = Scene::new(WEB_AND_JOBS, "");
     let machine = scene.boot();
@@ -377,6 +403,18 @@ fn logged_as(priority: &str, machine: &Machine) -> String {
     ];
     machine.run(words.iter().chain(&[priority])).ok()
 }
+
+const ONCE_AND_JOBS: &str = "enforcedParents: [/system.slice]
+workloads:
+  - {name: once, unit: once.service}
+  - {name: jobs, unit: jobs.slice}";
+
+const ONCE: &str = "
+[Service]
+Type=oneshot
+ExecStartPre=+/usr/local/bin/reeve wait
+ExecStart=/usr/local/bin/peer send SERVER --text hello --patience 5
+";
 
 const JOBS: &str = "workloads: [{name: jobs, unit: jobs.slice}]";
 

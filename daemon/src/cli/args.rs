@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::{
     CaCommand, PolicyCommand, certs::Certs, explain::Explain, observe::Observe, upgrade::Upgrade,
+    wait::Wait,
 };
 
 pub(super) const DEFAULT_CONFIG: &str = "/etc/reeve/reeve.yaml";
@@ -157,6 +158,27 @@ Examples:
 Exit codes: 0 the daemon answered, ready or not; 1 it did not."
     )]
     Status(Asking),
+
+    /// Wait until the daemon knows the caller's workload: for units that connect as soon as they start
+    #[command(
+        long_about = "\
+Wait until the daemon has enrolled the workload to which the caller's cgroup belongs, listens for it, and has a \
+certificate for it.
+
+systemd makes a unit's cgroup when the unit starts, and the daemon sees it some milliseconds later. A unit that \
+connects before that is refused below an enforced parent, and not protected elsewhere. As an `ExecStartPre=` \
+of the unit, this has its other processes start afterwards. The `+` is for units with a `User=`: the daemon answers \
+root alone.",
+        after_help = "\
+Examples:
+  reeve wait
+  reeve wait --timeout 5s
+
+In a unit: ExecStartPre=+/usr/local/bin/reeve wait
+
+Exit codes: 0 the workload can connect; 1 it cannot, and the message says what is missing."
+    )]
+    Wait(Wait),
 
     /// Show this node's certificates, or check any other
     #[command(

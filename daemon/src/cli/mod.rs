@@ -15,6 +15,7 @@ mod reload;
 mod status;
 mod table;
 mod upgrade;
+mod wait;
 
 use std::{
     io::{self, Write},
@@ -33,6 +34,7 @@ pub use man::man;
 pub use observe::{Observe, observe};
 pub use policy::{PolicyCommand, policy};
 pub use upgrade::{Upgrade, report, upgrade};
+pub use wait::{Wait, wait};
 
 use crate::{
     admin::{self, Answer, Status},
