@@ -60,9 +60,9 @@ pub mod protocol {
 #[cfg(feature = "user")]
 mod user {
     use crate::{
-        Arriving, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey, FlowSlot,
-        NamespaceEntry, Origin, PeerEntry, PeerPortKey, Settings, ShownAddresses, SocketTag,
-        ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
+        Arriving, Event, ExpectedCgroup, ExpectedEntry, FailingEntry, FailingKey, Flow, FlowEntry,
+        FlowKey, FlowSlot, NamespaceEntry, Origin, PeerEntry, PeerPortKey, Settings,
+        ShownAddresses, SocketTag, ToldKey, VerdictEntry, VerdictKey, WorkloadEntry,
     };
 
     macro_rules! pod {
@@ -78,6 +78,8 @@ mod user {
     pod!(
         Arriving,
         Event,
+        ExpectedCgroup,
+        ExpectedEntry,
         FailingEntry,
         FailingKey,
         Flow,

@@ -121,6 +121,51 @@ pub const WORKLOAD_IS_REEVE: u32 = 1 << 0;
 /// loopback ([`crate::Reason::UnknownWorkload`]).
 pub const WORKLOAD_UNKNOWN: u32 = 1 << 1;
 
+/// Bytes of the name of an [`ExpectedCgroup`].
+pub const EXPECTED_NAME: usize = 120;
+
+/// `EXPECTED`: hash from this to [`ExpectedEntry`]. A cgroup that will be a workload's once it is made:
+/// it is enrolled as soon as it is, by the program that the kernel tells of new cgroups, and is in
+/// `WORKLOADS` before anything runs in it. Written by the daemon.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ExpectedCgroup {
+    /// Id of the cgroup above it.
+    pub parent: u64,
+    /// Name of its folder, with zeroes behind it.
+    pub name: [u8; EXPECTED_NAME],
+}
+
+impl ExpectedCgroup {
+    /// The one of this name; none where the name is too long, or is none.
+    #[must_use]
+    pub fn new(parent: u64, name: &[u8]) -> Option<Self> {
+        let mut key = Self {
+            parent,
+            name: [0; EXPECTED_NAME],
+        };
+        // With a zero behind it, and shorter than one that was cut.
+        if name.is_empty() || name.len() + 1 >= EXPECTED_NAME {
+            return None;
+        }
+        key.name.get_mut(..name.len())?.copy_from_slice(name);
+        Some(key)
+    }
+}
+
+/// Value of `EXPECTED`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExpectedEntry {
+    /// The workload.
+    pub workload: WorkloadId,
+    /// Zero.
+    pub reserved: u32,
+    /// Id of the last cgroup that was made so, written by the program: there is no more than one at a
+    /// time, so that its entry in `WORKLOADS` goes with the next one.
+    pub last: u64,
+}
+
 /// `NAMESPACES`: hash from network namespace cookie (`u64`, `SO_NETNS_COOKIE`) to this. Written by
 /// the daemon for each namespace in which an enrolled workload runs.
 #[repr(C)]
@@ -588,6 +633,8 @@ pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
 const _: () = {
     assert!(size_of::<Settings>() == 24);
     assert!(size_of::<WorkloadEntry>() == 8);
+    assert!(size_of::<ExpectedCgroup>() == 128);
+    assert!(size_of::<ExpectedEntry>() == 16);
     assert!(size_of::<NamespaceEntry>() == 8);
     assert!(size_of::<ShownAddresses>() == 32);
     assert!(size_of::<PeerEntry>() == 12);

@@ -9,6 +9,7 @@ mod address;
 mod bind;
 mod connect;
 mod event;
+mod expected;
 mod failing;
 mod flow;
 mod icmp;

@@ -10,10 +10,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use reeve_common::{
-    Address, Arriving, COUNTER_SLOTS, Event, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
-    FlowSlot, LocalAddressEntry, NameDigest, NamespaceEntry, Origin, PeerEntry, PeerKey,
-    PeerPortKey, ShownAddresses, SocketTag, ToldKey, Translated, VerdictEntry, VerdictKey,
-    WorkloadEntry, WorkloadId,
+    Address, Arriving, COUNTER_SLOTS, Event, ExpectedCgroup, ExpectedEntry, FailingEntry,
+    FailingKey, Flow, FlowEntry, FlowKey, FlowSlot, LocalAddressEntry, NameDigest, NamespaceEntry,
+    Origin, PeerEntry, PeerKey, PeerPortKey, ShownAddresses, SocketTag, ToldKey, Translated,
+    VerdictEntry, VerdictKey, WorkloadEntry, WorkloadId,
 };
 
 use crate::{address::field, parse::Packet};
@@ -37,6 +37,21 @@ pub static COOKIE_OFFSET: Global<u32> = Global::new(0);
 pub static KERNEL_SOCKET_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static KERNEL_SOCKET_MASK: Global<u8> = Global::new(0);
+
+/// Offsets of fields in the running kernel's structures, set at load: `kn`, `root` and `self.parent` in
+/// `cgroup`, `hierarchy_id` in `cgroup_root`, `id` and `name` in `kernfs_node`.
+#[unsafe(no_mangle)]
+pub static CGROUP_NODE: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static CGROUP_ROOT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static CGROUP_PARENT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static HIERARCHY_ID: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static NODE_ID: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static NODE_NAME: Global<u32> = Global::new(0);
 
 /// 1 where the kernel tells the programs of which multipath connection a TCP socket is a part, set at load.
 #[unsafe(no_mangle)]
@@ -64,6 +79,13 @@ pub static IDS: HashMap<NameDigest, u32, SET_AT_LOAD, GROWING> = HashMap::new();
 
 #[btf_map]
 pub static WORKLOADS: HashMap<u64, WorkloadEntry, SET_AT_LOAD, GROWING> = HashMap::new();
+
+#[btf_map]
+pub static EXPECTED: HashMap<ExpectedCgroup, ExpectedEntry, SET_AT_LOAD, GROWING> = HashMap::new();
+
+/// The cgroup that is being made: it would take much of the stack.
+#[btf_map]
+pub static MADE: PerCpuArray<ExpectedCgroup, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static NAMESPACES: HashMap<u64, NamespaceEntry, SET_AT_LOAD, GROWING> = HashMap::new();

@@ -204,20 +204,23 @@ fn a_oneshot_unit_may_connect_at_once() {
         machine.write(&file, &scene.policy_of(workload));
     }
     let unit = ONCE.replace("SERVER", &scene.server());
-    machine.write("/run/systemd/system/once.service", &unit);
-    machine.run(["systemctl", "daemon-reload"]).ok();
-    machine.run(["systemctl", "reload", "reeve"]).ok();
-    // Its cgroup is another one at each start.
-    for _ in 0..5 {
-        machine.run(["systemctl", "start", "once"]).ok();
+    let waiting = unit.replace("Type=", "ExecStartPre=+/usr/local/bin/reeve wait\nType=");
+    for unit in [unit, waiting] {
+        machine.write("/run/systemd/system/once.service", &unit);
+        machine.run(["systemctl", "daemon-reload"]).ok();
+        machine.run(["systemctl", "reload", "reeve"]).ok();
+        // Its cgroup is another one at each start.
+        for _ in 0..5 {
+            machine.run(["systemctl", "start", "once"]).ok();
+        }
     }
-    // In a slice that is the workload there is nothing to wait for.
+    // In a slice that is the workload, the slice's cgroup stays.
     machine.run(["systemctl", "start", "jobs.slice"]).ok();
     for _ in 0..5 {
         start_in("jobs.slice", &machine, &scene).ok();
     }
-    let wait = ["reeve", "wait", "--timeout", "100ms"];
-    let failed = machine.run(wait).fails();
+    let wait = "systemd-run --quiet --wait --pipe reeve wait --timeout 100ms";
+    let failed = machine.shell(wait).fails();
     assert!(failed.contains("no workload"), "{failed}");
 }
 
@@ -412,7 +415,6 @@ workloads:
 const ONCE: &str = "
 [Service]
 Type=oneshot
-ExecStartPre=+/usr/local/bin/reeve wait
 ExecStart=/usr/local/bin/peer send SERVER --text hello --patience 5
 ";
 

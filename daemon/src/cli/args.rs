@@ -165,10 +165,10 @@ Exit codes: 0 the daemon answered, ready or not; 1 it did not."
 Wait until the daemon has enrolled the workload to which the caller's cgroup belongs, listens for it, and has a \
 certificate for it.
 
-systemd makes a unit's cgroup when the unit starts, and the daemon sees it some milliseconds later. A unit that \
-connects before that is refused below an enforced parent, and not protected elsewhere. As an `ExecStartPre=` \
-of the unit, this has its other processes start afterwards. The `+` is for units with a `User=`: the daemon answers \
-root alone.",
+Most units may connect as soon as they start. Those in a network namespace of their own have no listeners until the \
+daemon has seen it, and a SPIFFE agent is asked for a certificate once there is a process. As an `ExecStartPre=` of \
+the unit, this has its other processes start when all of that is there. The `+` is for units with a `User=`: the \
+daemon answers root alone.",
         after_help = "\
 Examples:
   reeve wait

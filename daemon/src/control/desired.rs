@@ -7,8 +7,8 @@ use std::{
 };
 
 use reeve_common::{
-    Address, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, ShownAddresses, WORKLOAD_IS_REEVE,
-    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key,
+    Address, ExpectedCgroup, NAMESPACE_LISTENING, NO_WORKLOAD, NamespaceEntry, ShownAddresses,
+    WORKLOAD_IS_REEVE, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId, link_local_key,
 };
 
 use crate::{
@@ -30,6 +30,7 @@ pub(super) fn kernel_state(
 ) -> KernelState {
     KernelState {
         workloads: workloads(own, discovery),
+        expected: expected(discovery),
         namespaces: namespaces(discovery, listening, without),
         local_addresses: local_addresses(discovery),
         shown_addresses: shown_addresses(discovery),
@@ -76,6 +77,16 @@ fn workloads(own: &[(u64, u32)], discovery: &Discovery) -> Vec<(u64, u32, Worklo
         .filter(|(cgroup, _)| seen.insert(*cgroup))
         .map(|((id, depth), entry)| (id, depth, entry))
         .collect()
+}
+
+/// What is too long for the map is found when it is there.
+fn expected(discovery: &Discovery) -> Vec<(ExpectedCgroup, u32, WorkloadId)> {
+    let expected = discovery.expected.iter();
+    let keyed = expected.filter_map(|expected| {
+        let key = ExpectedCgroup::new(expected.parent, expected.name.as_bytes())?;
+        Some((key, expected.depth, expected.workload))
+    });
+    keyed.collect()
 }
 
 fn namespaces(
@@ -194,7 +205,7 @@ mod tests {
         let discovery = Discovery {
             workloads: vec![running(1, 10, None), running(2, 10, None)],
             enforced_parents: vec![(10, 1), (11, 1)],
-            problems: Vec::new(),
+            ..Discovery::default()
         };
         let found = workloads(&[(12, 2)], &discovery);
         let meanings: Vec<_> = found

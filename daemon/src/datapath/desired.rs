@@ -97,9 +97,12 @@ pub(super) struct Desired {
 impl Desired {
     pub(super) fn new(state: &KernelState) -> Self {
         Self {
-            depths: state.workloads.iter().fold(0, |depths, (_, depth, _)| {
-                depths | 1_u32.wrapping_shl(*depth)
-            }),
+            depths: {
+                let there = state.workloads.iter().map(|(_, depth, _)| *depth);
+                let to_come = state.expected.iter().map(|(_, depth, _)| *depth);
+                let depths = there.chain(to_come);
+                depths.fold(0, |depths, depth| depths | 1_u32.wrapping_shl(depth))
+            },
             workloads: state
                 .workloads
                 .iter()

@@ -21,23 +21,20 @@ pub(super) struct KernelSocketBit {
 }
 
 /// Whether the programs at `connect()` can ask of which multipath connection (MPTCP) a socket is a part.
-pub(super) fn knows_multipath() -> bool {
+pub(super) fn knows_multipath(types: Option<&KernelTypes>) -> bool {
     let helper = is_helper_supported(
         ProgramType::CgroupSockAddr,
         BpfHelper::BPF_FUNC_skc_to_mptcp_sock,
     );
     // A kernel that is built without it has the helper, and no type for its answer.
-    let has_type = || {
-        let types = KernelTypes::of_running_kernel();
-        types.is_ok_and(|types| types.offset("mptcp_sock", &["sk"]).is_some())
-    };
-    helper.unwrap_or(false) && has_type()
+    let has_type = types.is_some_and(|types| types.offset("mptcp_sock", &["sk"]).is_some());
+    helper.unwrap_or(false) && has_type
 }
 
 // === impl KernelSocketBit ===
 
 impl KernelSocketBit {
-    pub(super) fn find() -> Self {
+    pub(super) fn find(types: Option<&KernelTypes>) -> Self {
         let readable = is_helper_supported(
             ProgramType::CgroupSkb,
             BpfHelper::BPF_FUNC_probe_read_kernel,
@@ -46,7 +43,7 @@ impl KernelSocketBit {
             return Self::default();
         }
         let found = || {
-            let types = KernelTypes::of_running_kernel().ok()?;
+            let types = types?;
             let (offset, mask) = types.bit("sock", "sk_kern_sock")?;
             Some(Self {
                 socket: types.offset("sk_buff", &["sk"])?,

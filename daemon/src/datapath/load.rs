@@ -18,14 +18,16 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use reeve_common::{
-    Address, Arriving, Flow, FlowEntry, FlowKey, FlowSlot, NameDigest, NamespaceEntry, Origin,
-    PeerEntry, PeerPortKey, Settings as KernelSettings, SocketTag, VerdictEntry, VerdictKey,
-    WorkloadEntry, WorkloadId, flow_sets,
+    Address, Arriving, ExpectedCgroup, ExpectedEntry, Flow, FlowEntry, FlowKey, FlowSlot,
+    NameDigest, NamespaceEntry, Origin, PeerEntry, PeerPortKey, Settings as KernelSettings,
+    SocketTag, VerdictEntry, VerdictKey, WorkloadEntry, WorkloadId, flow_sets,
 };
 
 use super::{
     Error, Settings, bpffs,
+    kernel_cgroups::{self, CgroupFields},
     kernel_sockets::{KernelSocketBit, knows_multipath},
+    kernel_types::KernelTypes,
     links::{self, Target},
     namespace_source::PacketNamespaces,
     pins::SETTINGS,
@@ -80,10 +82,11 @@ pub(super) struct Links {
 type Shape = (&'static str, MapType, usize, usize);
 
 /// The pinned maps. The others belong to one load: constants, the log, and what may be forgotten.
-const PINNED_MAPS: [Shape; 15] = [
+const PINNED_MAPS: [Shape; 16] = [
     shape::<u32, KernelSettings>(SETTINGS, MapType::Array),
     shape::<NameDigest, u32>("IDS", MapType::Hash),
     shape::<u64, WorkloadEntry>("WORKLOADS", MapType::Hash),
+    shape::<ExpectedCgroup, ExpectedEntry>("EXPECTED", MapType::Hash),
     shape::<u64, NamespaceEntry>("NAMESPACES", MapType::Hash),
     shape::<Address, WorkloadId>("LOCAL_ADDRESSES", MapType::Hash),
     trie::<Address, PeerEntry>("PEERS"),
@@ -118,6 +121,8 @@ fn capacity(maps: &Maps, name: &str) -> Option<u32> {
         // Whoever is in either of these has a name.
         "IDS" => Some(maps.workloads.saturating_add(maps.peers)),
         "WORKLOADS" => Some(maps.workloads),
+        // A unit is expected in each slice.
+        "EXPECTED" => Some(maps.workloads.saturating_mul(4)),
         "NAMESPACES" => Some(maps.namespaces),
         "LOCAL_ADDRESSES" => Some(maps.local_addresses),
         "PEERS" => Some(maps.peers),
@@ -173,14 +178,20 @@ pub(super) fn load(
     let source = namespaces.source() as u8;
     let offsets = namespaces.offsets();
     loader.override_global("NAMESPACE_SOURCE", &source, true);
-    let kernels = KernelSocketBit::find();
+    let types = KernelTypes::of_running_kernel().ok();
+    let kernels = KernelSocketBit::find(types.as_ref());
     // The same place, whichever found it.
     let socket = offsets.socket.max(kernels.socket);
     loader.override_global("SOCKET_OFFSET", &socket, true);
     loader.override_global("KERNEL_SOCKET_OFFSET", &kernels.offset, true);
     loader.override_global("KERNEL_SOCKET_MASK", &kernels.mask, true);
-    let multipath = u8::from(knows_multipath());
+    let fields = types.as_ref().and_then(CgroupFields::find);
+    if let Some(fields) = &fields {
+        fields.set(&mut loader);
+    }
+    let multipath = u8::from(knows_multipath(types.as_ref()));
     loader.override_global("KNOWS_MULTIPATH", &multipath, true);
+    drop(types);
     loader.override_global("NETWORK_OFFSET", &offsets.network, true);
     loader.override_global("COOKIE_OFFSET", &offsets.cookie, true);
     let mut ebpf = loader.load(OBJECT)?;
@@ -190,6 +201,12 @@ pub(super) fn load(
     }
     verify(&mut ebpf, LOOKUP_PROGRAM)?;
     drop(loader);
+    if fields.is_none() || kernel_cgroups::attach(&mut ebpf).is_err() {
+        tracing::warn!(
+            "the kernel does not tell the programs of new cgroups: a workload's is enforced some \
+             milliseconds after it is made"
+        );
+    }
     give_back_memory();
     Ok(ebpf)
 }

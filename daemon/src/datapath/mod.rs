@@ -15,6 +15,7 @@ mod events;
 mod families;
 mod ids;
 mod interfaces;
+mod kernel_cgroups;
 mod kernel_sockets;
 mod kernel_types;
 mod links;
@@ -50,10 +51,10 @@ use aya::{
     maps::{self, MapData, PerCpuArray, RingBuf},
 };
 use reeve_common::{
-    Address, Direction, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey, FlowSlot,
-    LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, ShownAddresses, SocketTag,
-    TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId,
-    ipv4_mapped, protocol,
+    Address, Direction, ExpectedCgroup, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
+    FlowSlot, LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, ShownAddresses,
+    SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry,
+    WorkloadId, ipv4_mapped, protocol,
 };
 use tokio::sync::Notify;
 
@@ -111,6 +112,8 @@ pub struct KernelState {
     /// `WORKLOADS`: cgroup id, its depth, value. The depth counts from the root of the whole
     /// hierarchy, also where the daemon sees a part of it only.
     pub workloads: Vec<(u64, u32, WorkloadEntry)>,
+    /// `EXPECTED`: key, the depth of the cgroup that is to come, its workload.
+    pub expected: Vec<(ExpectedCgroup, u32, WorkloadId)>,
     /// `NAMESPACES`: cookie, value.
     pub namespaces: Vec<(u64, NamespaceEntry)>,
     /// `LOCAL_ADDRESSES`.

@@ -21,9 +21,9 @@ use aya::{
     maps::{self, MapData},
 };
 use reeve_common::{
-    Action, Address, LAYOUT_VERSION, NO_WORKLOAD, NameDigest, NamespaceEntry, PeerEntry, PeerKey,
-    PeerPortKey, Settings as KernelSettings, ShownAddresses, VerdictEntry, VerdictKey,
-    WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId,
+    Action, Address, ExpectedCgroup, ExpectedEntry, LAYOUT_VERSION, NO_WORKLOAD, NameDigest,
+    NamespaceEntry, PeerEntry, PeerKey, PeerPortKey, Settings as KernelSettings, ShownAddresses,
+    VerdictEntry, VerdictKey, WORKLOAD_UNKNOWN, WorkloadEntry, WorkloadId,
 };
 
 use super::{
@@ -60,6 +60,7 @@ pub(super) struct State {
     /// Who has which id.
     pub(super) ids: Tracked<Hash<NameDigest, u32>>,
     pub(super) workloads: Tracked<Hash<u64, WorkloadEntry>>,
+    expected: Tracked<Hash<ExpectedCgroup, ExpectedEntry>>,
     namespaces: Tracked<Hash<u64, NamespaceEntry>>,
     pub(super) local_addresses: Tracked<Hash<Address, WorkloadId>>,
     shown_addresses: Tracked<Hash<WorkloadId, ShownAddresses>>,
@@ -97,6 +98,7 @@ impl State {
             current,
             ids: tracked(ebpf, "IDS", Hash::try_from)?,
             workloads: tracked(ebpf, "WORKLOADS", Hash::try_from)?,
+            expected: tracked(ebpf, "EXPECTED", Hash::try_from)?,
             namespaces: tracked(ebpf, "NAMESPACES", Hash::try_from)?,
             local_addresses: tracked(ebpf, "LOCAL_ADDRESSES", Hash::try_from)?,
             shown_addresses: tracked(ebpf, "SHOWN_ADDRESSES", Hash::try_from)?,
@@ -115,6 +117,7 @@ impl State {
             .map_err(|source| map_error("SETTINGS", "read", source))?;
         self.ids.reread()?;
         self.workloads.reread()?;
+        self.expected.reread()?;
         self.namespaces.reread()?;
         self.local_addresses.reread()?;
         self.peers.reread()?;
@@ -156,6 +159,7 @@ impl State {
         if let Err(error) = self.show_addresses(&desired.shown_addresses) {
             tracing::warn!(%error, "applications may see a loopback address as their own");
         }
+        let expected = self.expect_no_others(&desired.expected)?;
         let mut desired = Desired::new(desired);
         let room = self.room();
         self.shortage = desired.fit(room, &self.kept());
@@ -189,6 +193,9 @@ impl State {
                 ..self.current
             })?;
         }
+        if let Err(error) = self.expected.put(&expected) {
+            tracing::debug!(%error, "a workload's cgroup is enforced once the daemon has seen it");
+        }
 
         changed |= self.prune(&desired)?;
         // What was removed may have made room.
@@ -211,6 +218,32 @@ impl State {
             })?;
         }
         fits.and_then(|()| self.roomy())
+    }
+
+    /// Enrols no new cgroup but as is `expected`, which is written when the rest is: what is expected to
+    /// be a workload finds its policy there.
+    fn expect_no_others(
+        &mut self,
+        expected: &[(ExpectedCgroup, u32, WorkloadId)],
+    ) -> Result<HashMap<ExpectedCgroup, ExpectedEntry>, Error> {
+        let content = self.expected.content();
+        let entry = |(key, _, workload): &(ExpectedCgroup, u32, WorkloadId)| {
+            let known = content.get(key).filter(|entry| entry.workload == *workload);
+            let new = ExpectedEntry {
+                workload: *workload,
+                ..ExpectedEntry::default()
+            };
+            (*key, known.copied().unwrap_or(new))
+        };
+        // Of several that name the same one, the first has it.
+        let expected: HashMap<_, _> = expected.iter().rev().map(entry).collect();
+        let others = content.iter().filter(|(key, entry)| {
+            let wanted = expected.get(*key);
+            wanted.is_none_or(|wanted| wanted.workload != entry.workload)
+        });
+        let others: Vec<_> = others.map(|(key, _)| *key).collect();
+        settled(self.expected.remove(&others))?;
+        Ok(expected)
     }
 
     /// No verdict depends on them, so that they have no part in the generation.

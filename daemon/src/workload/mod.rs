@@ -9,7 +9,9 @@ mod namespace;
 mod registry;
 mod roster;
 
-pub use registry::{Declaration, Discovery, Registry, RegistryError, Remark, Remarks, Reserved};
+pub use registry::{
+    Declaration, Discovery, Expected, Registry, RegistryError, Remark, Remarks, Reserved,
+};
 pub use roster::{Roster, RosterSource};
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};

@@ -63,10 +63,25 @@ pub struct Reserved {
 pub struct Discovery {
     /// Every declared workload, in the order of the declaration.
     pub workloads: Vec<Arc<RunningWorkload>>,
+    /// Cgroups of workloads that are to come, or come again.
+    pub expected: Vec<Expected>,
     /// Ids and depths of the enforced parents that are there.
     pub enforced_parents: Vec<(u64, u32)>,
     /// What could not be found out, one sentence each.
     pub problems: Vec<String>,
+}
+
+/// A cgroup that will be a workload's when it is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// Id of the cgroup above it.
+    pub parent: u64,
+    /// Its name.
+    pub name: String,
+    /// Its depth, or one of those that are possible.
+    pub depth: u32,
+    /// The workload.
+    pub workload: WorkloadId,
 }
 
 /// Follows the declared workloads for as long as it lives.

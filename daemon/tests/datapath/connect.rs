@@ -212,7 +212,7 @@ fn a_tunnels_socket_has_an_address_of_its_workload() {
         WORKLOAD,
     ));
     world.apply();
-    let connect = |from: Option<&str>, to: SocketAddr| {
+    let connect = |world: &World, from: Option<&str>, to: SocketAddr| {
         world.as_workload(|| {
             let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
             if let Some(from) = from {
@@ -234,7 +234,7 @@ fn a_tunnels_socket_has_an_address_of_its_workload() {
             "10.0.0.5".parse().unwrap(),
         ),
     ] {
-        let client = connect(from, to);
+        let client = connect(&world, from, to);
         let local = client.local_addr().unwrap();
         assert_eq!(local.ip(), own, "getsockname() towards {to}");
         assert_ne!(local.port(), 0);
@@ -243,11 +243,11 @@ fn a_tunnels_socket_has_an_address_of_its_workload() {
     // Where the workload has no address, as the kernel has it.
     world.state.shown_addresses.clear();
     world.apply();
-    let client = connect(None, world.there.port4(80));
+    let client = connect(&world, None, world.there.port4(80));
     assert!(client.local_addr().unwrap().ip().is_loopback());
     // And loopback's own is loopback's.
     let server = world.as_workload(|| TcpListener::bind("127.0.0.1:80").unwrap());
-    let client = connect(None, server.local_addr().unwrap());
+    let client = connect(&world, None, server.local_addr().unwrap());
     assert!(client.local_addr().unwrap().ip().is_loopback());
 }
 

@@ -16,6 +16,7 @@ mod cost;
 mod datagram;
 mod errors;
 mod evasion;
+mod expected;
 mod extension;
 mod flows;
 mod halfway;

@@ -11,7 +11,7 @@ use std::{
 use reeve_common::WorkloadId;
 
 use super::{
-    Declaration, Discovery, Remark, Remarks, Reserved,
+    Declaration, Discovery, Expected, Remark, Remarks, Reserved,
     claims::{Claims, Found},
     remark::Told,
 };
@@ -83,6 +83,9 @@ struct Notes {
     settling: HashMap<String, Instant>,
     members: HashMap<u64, Members>,
     remarks: BTreeMap<String, Vec<Remark>>,
+    expected: Vec<Expected>,
+    /// Ids of folders, as far as they were asked for.
+    ids: HashMap<PathBuf, Option<u64>>,
 }
 
 /// A cgroup that was found.
@@ -137,7 +140,7 @@ impl Scanner {
             .into_iter()
             .flat_map(|path| {
                 let selector = CgroupSelector::Cgroup(path);
-                self.find("an enforced parent", &selector, &mut notes)
+                self.find("an enforced parent", &selector, &mut notes).0
             })
             .flat_map(|cgroup| cgroup.ids)
             .collect();
@@ -172,6 +175,7 @@ impl Scanner {
 
         let different = workloads.len() != self.discovery.workloads.len()
             || notes.problems != self.discovery.problems
+            || notes.expected != self.discovery.expected
             || enforced_parents != self.discovery.enforced_parents
             || !workloads
                 .iter()
@@ -180,6 +184,7 @@ impl Scanner {
         if different {
             self.discovery = Arc::new(Discovery {
                 workloads: workloads.into_iter().map(Arc::new).collect(),
+                expected: notes.expected,
                 enforced_parents,
                 problems: notes.problems,
             });
@@ -195,7 +200,8 @@ impl Scanner {
         notes: &mut Notes,
     ) -> RunningWorkload {
         let whose = format!("workload {}", workload.name);
-        let found = self.find(&whose, &workload.selector, notes);
+        let (found, to_come) = self.find(&whose, &workload.selector, notes);
+        self.expect(workload.id, &to_come, notes);
         let last = before.and_then(|running| running.netns.clone());
         let processes = self.processes(&found, last.as_deref(), now, notes);
         // Its cgroup is enforced all the same, but nothing that a namespace is needed for.
@@ -471,11 +477,38 @@ impl Scanner {
         netns
     }
 
-    /// The cgroups that are meant and can be enrolled. They, and what must be watched to see
-    /// them come, are noted.
-    fn find(&self, whose: &str, selector: &CgroupSelector, notes: &mut Notes) -> Vec<Cgroup> {
+    /// Notes the folders at which cgroups of a workload are made.
+    fn expect(&self, workload: WorkloadId, folders: &[PathBuf], notes: &mut Notes) {
+        for folder in folders {
+            let (Some(parent), Some(name)) = (folder.parent(), folder.file_name()) else {
+                continue;
+            };
+            let id = || cgroup::id(parent).ok();
+            let parent = *notes.ids.entry(parent.to_owned()).or_insert_with(id);
+            let (Some(parent), Some(name)) = (parent, name.to_str()) else {
+                continue;
+            };
+            let expected = self.tree.depths(folder).into_iter().map(|depth| Expected {
+                parent,
+                name: name.to_owned(),
+                depth,
+                workload,
+            });
+            notes.expected.extend(expected);
+        }
+    }
+
+    /// The cgroups that are meant and can be enrolled, and the folders at which others may be made. They,
+    /// and what must be watched to see them come, are noted.
+    fn find(
+        &self,
+        whose: &str,
+        selector: &CgroupSelector,
+        notes: &mut Notes,
+    ) -> (Vec<Cgroup>, Vec<PathBuf>) {
         let mut cgroups = Vec::new();
-        for folder in self.folders_of(whose, selector, notes) {
+        let (found, to_come) = self.folders_of(whose, selector, notes);
+        for folder in found {
             let Ok(id) = cgroup::id(&folder) else {
                 continue;
             };
@@ -493,7 +526,7 @@ impl Scanner {
             let ids = depths.into_iter().map(|depth| (id, depth)).collect();
             cgroups.push(Cgroup { folder, ids });
         }
-        cgroups
+        (cgroups, to_come)
     }
 
     fn folders_of(
@@ -501,19 +534,24 @@ impl Scanner {
         whose: &str,
         selector: &CgroupSelector,
         notes: &mut Notes,
-    ) -> Vec<PathBuf> {
+    ) -> (Vec<PathBuf>, Vec<PathBuf>) {
         match selector {
             CgroupSelector::Cgroup(path) => {
                 let folder = self.tree.folder(path);
                 if folder.is_dir() {
-                    return vec![folder];
+                    return (vec![folder.clone()], vec![folder]);
                 }
                 let nearest = folder.ancestors().find(|folder| folder.is_dir());
                 notes.folders.extend(nearest.map(PathBuf::from));
-                Vec::new()
+                (Vec::new(), vec![folder])
             }
             CgroupSelector::Unit(name) => {
                 let (found, slices) = self.tree.units(name);
+                // Which instances a template has is known once they are there.
+                let to_come = match name.contains("@.") {
+                    true => found.clone(),
+                    false => slices.iter().map(|slice| slice.join(name)).collect(),
+                };
                 notes.folders.extend(slices);
                 if found.is_empty()
                     && let Some(elsewhere) = self.tree.unit_outside(name)
@@ -523,7 +561,7 @@ impl Scanner {
                          nothing is enforced there"
                     ));
                 }
-                found
+                (found, to_come)
             }
         }
     }

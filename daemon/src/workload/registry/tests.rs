@@ -515,6 +515,33 @@ fn a_unit_is_found_in_slices_and_nowhere_else() {
 }
 
 #[test]
+fn where_a_workloads_cgroup_will_be_made_is_known_before() {
+    let root = TestCgroup::new();
+    let slice = root.child("system.slice");
+    let _session = root.child("user.service");
+    let [root_id, slice_id] = [&root, &slice].map(|cgroup| cgroup::id(&cgroup.0).unwrap());
+    let unit = CgroupSelector::Unit("nginx.service".into());
+    let cgroup = CgroupSelector::Cgroup(format!("{}/web", root.path()));
+    for (selector, name, mut places) in [
+        (unit, "nginx.service", vec![(root_id, 2), (slice_id, 3)]),
+        (cgroup, "web", vec![(root_id, 2)]),
+    ] {
+        let web = workload("web", selector);
+        let registry = start(root.tree(), declare([web.clone()])).unwrap();
+        let expected = registry.discovery().borrow().expected.clone();
+        let mut found: Vec<_> = expected
+            .iter()
+            .map(|expected| (expected.parent, expected.depth))
+            .collect();
+        found.sort_unstable();
+        places.sort_unstable();
+        assert_eq!(found, places, "{name}");
+        let is_webs = |expected: &Expected| expected.name == name && expected.workload == web.id;
+        assert!(expected.iter().all(is_webs), "{name}");
+    }
+}
+
+#[test]
 fn instances_of_a_template_are_one_workload_and_are_followed() {
     let root = TestCgroup::new();
     let system = root.child("system.slice");
