@@ -18,6 +18,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::world::{MOMENT, PATIENCE};
 
+/// Of `linux/ipv6_route.h`: what goes there stays here.
+const RTF_LOCAL: u32 = 0x8000_0000;
+/// Of `linux/if_addr.h`.
+const IFA_F_NODAD: u32 = 0x02;
+
 /// A threaded cgroup; dropping it removes it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
@@ -141,8 +146,50 @@ impl Place {
         })
     }
 
-    /// Runs `ip` here with several command lines.
+    /// Runs `ip` here with several command lines, after which the addresses that they add are there.
     pub(crate) fn ip(&self, lines: &[String]) {
+        self.ip_at_once(lines);
+        if lines.iter().any(|line| line.ends_with("nodad")) {
+            self.settle();
+        }
+    }
+
+    /// Waits until packets to the IPv6 addresses of this place stay in it: the kernel adds their routes
+    /// some time after the addresses. A device whose far end is down gets none, so no longer than a moment.
+    fn settle(&self) {
+        let until = Instant::now() + PATIENCE / 5;
+        let table = |name: &str| {
+            let path = format!("/proc/thread-self/net/{name}");
+            self.netns.run(|| fs::read_to_string(path)).unwrap()
+        };
+        while Instant::now() < until {
+            let addresses = table("if_inet6");
+            let routes = table("ipv6_route");
+            let is_local = |address: &str| {
+                let mut routes = routes.lines();
+                // Destination and its length are followed by six more fields, the flags, and the device.
+                routes.any(|route| {
+                    let flags = route.split_whitespace().nth(8);
+                    let flags = flags.and_then(|flags| u32::from_str_radix(flags, 16).ok());
+                    route.starts_with(&format!("{address} 80 "))
+                        && flags.is_some_and(|flags| flags & RTF_LOCAL != 0)
+                })
+            };
+            // Those whose flags say that nobody is asked whether he has the address, too.
+            let mut addresses = addresses.lines().filter_map(|line| {
+                let mut fields = line.split_whitespace();
+                let address = fields.next()?;
+                let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
+                (flags & IFA_F_NODAD != 0).then_some(address)
+            });
+            if addresses.all(is_local) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn ip_at_once(&self, lines: &[String]) {
         let status = self
             .netns
             .run(|| {
@@ -181,12 +228,15 @@ pub(crate) fn wire(here: &Place, there: &Place) {
         "link add wire type veth peer name wire netns {path}"
     )]);
     for place in [here, there] {
-        place.ip(&[
+        place.ip_at_once(&[
             "link set lo up".into(),
             "link set wire up".into(),
             format!("addr add {}/24 dev wire", place.v4),
             format!("addr add {}/64 dev wire nodad", place.v6),
         ]);
+    }
+    for place in [here, there] {
+        place.settle();
     }
 }
 
