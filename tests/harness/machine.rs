@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::{Cgroup, Node, Output, Place, Process, Programs, eventually, run::Run};
+use crate::{Cgroup, Node, Output, Place, Process, Programs, eventually, run::Run, wait};
 
 /// Folder of the machine's files, in cargo's target folder.
 const FILES: &str = "machines/trixie";
@@ -94,11 +94,14 @@ impl Machine {
             first: first.expect("it was found"),
             name,
         };
-        eventually("the machine has booted", || {
+        let booted = wait::until(wait::START, || {
             let state = machine.run(["systemctl", "is-system-running"]).stdout;
             // A container lacks things that units want: degraded is as good.
-            ["running", "degraded"].contains(&state.trim())
+            ["running", "degraded"]
+                .contains(&state.trim())
+                .then_some(())
         });
+        assert!(booted.is_some(), "the machine has not booted");
         machine
     }
 
