@@ -469,13 +469,13 @@ fn place(workload: &Workload) -> Subject {
 }
 
 /// Why status says that an identity's last attempt failed; empty where it did not.
-fn error(daemon: &Daemon, id: &str) -> String {
+pub(crate) fn error(daemon: &Daemon, id: &str) -> String {
     let error = &certificate(daemon, id)["lastError"];
     error.as_str().unwrap_or_default().to_owned()
 }
 
 /// What status says of an identity's certificate.
-fn certificate(daemon: &Daemon, id: &str) -> Value {
+pub(crate) fn certificate(daemon: &Daemon, id: &str) -> Value {
     let status = daemon.status();
     let certificates = status["certificates"].as_array().unwrap();
     let found = certificates.iter().find(|entry| entry["spiffeId"] == id);

@@ -42,6 +42,7 @@ mod network_policy;
 mod no_way_round;
 mod observe;
 mod opposite;
+mod peers;
 mod plaintext;
 mod policy_files;
 mod policy_kinds;

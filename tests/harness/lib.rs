@@ -45,6 +45,8 @@ mod programs;
 mod rotated_pair;
 pub mod run;
 mod soak;
+#[cfg(feature = "certificates")]
+pub mod spire;
 mod storm;
 mod wait;
 mod workload;

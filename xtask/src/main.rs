@@ -15,6 +15,7 @@ mod fuzz;
 mod kernels;
 mod licences;
 mod lint;
+mod peers;
 mod run;
 mod setup;
 mod soak;
@@ -54,6 +55,8 @@ enum Command {
     Faults(faults::Options),
     /// Boot the kernels that reeve supports, and run its tests in them
     Kernels(kernels::Options),
+    /// Run the tests with a real SPIRE, which is built first and takes minutes
+    Peers(peers::Options),
     /// Fuzz the parsers that meet others' bytes
     Fuzz(fuzz::Options),
     /// Make what is released: a tarball with the static binary, and the container image
@@ -85,6 +88,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Soak(options) => soak::run(&options),
         Command::Faults(options) => faults::run(&options),
         Command::Kernels(options) => kernels::run(&options),
+        Command::Peers(options) => peers::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Lint => lint::run(),

@@ -7,12 +7,52 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
-use super::mirror::Mirror;
+use super::{mirror::Mirror, say};
 use crate::run;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Suites by the order in which they are tried: `$` is the machine's own release.
+const SUITES: [&str; 6] = [
+    "$-backports",
+    "$",
+    "trixie-backports",
+    "stable-backports",
+    "testing",
+    "unstable",
+];
+
+/// Downloads packages from the first suite that has all of them, into folders below `folder`.
+pub(super) fn from_the_first_suite(folder: &Path, packages: &[String]) -> Result<Vec<PathBuf>> {
+    if run::find("apt-get").is_none() || run::find("dpkg").is_none() {
+        bail!("this machine has no apt-get and dpkg");
+    }
+    let mirror = Mirror::of_this_machine()?;
+    let names = packages.join(" ");
+    for suite in SUITES {
+        let suite = suite.replace('$', &mirror.codename);
+        let downloaded = Suite::open(&mirror, &suite, &folder.join(&suite))
+            .and_then(|suite| packages.iter().map(|it| suite.download(it)).collect());
+        match downloaded {
+            Ok(files) => {
+                say(&format!("taking {names} from {suite}"));
+                return Ok(files);
+            }
+            Err(_) => say(&format!("{names} is not in {suite}")),
+        }
+    }
+    bail!("no suite of the machine's Debian mirror has {names}")
+}
+
+/// Unpacks packages into a folder, without installing them.
+pub(super) fn unpack(packages: &[PathBuf], folder: &Path) -> Result<()> {
+    for package in packages {
+        run::output(Command::new("dpkg").arg("-x").arg(package).arg(folder))?;
+    }
+    Ok(())
+}
 
 /// A suite, with its lists.
 pub(crate) struct Suite {

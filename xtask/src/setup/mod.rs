@@ -5,17 +5,20 @@
 //! own library sources: cargo looks for those beside the compiler only.
 
 mod apt;
+mod go;
 mod host;
 mod machine;
 mod mirror;
 mod packages;
 mod rust_src;
+mod spire;
 mod tools;
 
 use anyhow::Result;
 
 pub(crate) use apt::Suite;
 pub(crate) use mirror::Mirror;
+pub(crate) use spire::Spire;
 
 use crate::workspace::Workspace;
 
@@ -52,6 +55,11 @@ pub(crate) fn for_running(workspace: &Workspace) -> Result<()> {
 /// What booting other kernels lacks.
 pub(crate) fn for_kernels() -> Result<()> {
     packages::ensure(&packages::KERNELS)
+}
+
+/// What running reeve with other implementations lacks.
+pub(crate) fn for_peers(workspace: &Workspace) -> Result<Spire> {
+    spire::ensure(workspace)
 }
 
 /// Says what is being done.

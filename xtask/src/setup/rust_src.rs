@@ -12,23 +12,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use super::{apt::Suite, mirror::Mirror, say};
+use super::{apt, say};
 use crate::{run, workspace::Workspace};
 
 /// rustup answers in seconds or has no server; it must not hold up the fallback.
 const RUSTUP: Duration = Duration::from_secs(60);
-
-/// Debian's suites, by the order in which they are tried: `$` is the machine's own release.
-const SUITES: [&str; 6] = [
-    "$-backports",
-    "$",
-    "trixie-backports",
-    "stable-backports",
-    "testing",
-    "unstable",
-];
 
 pub(super) fn ensure(workspace: &Workspace) -> Result<()> {
     let sysroot =
@@ -71,33 +61,14 @@ fn compiler_version() -> Result<String> {
 }
 
 fn from_debian(workspace: &Workspace, version: &str, library: &Path) -> Result<()> {
-    if run::find("apt-get").is_none() || run::find("dpkg").is_none() {
-        bail!("this machine has no apt-get, and rustup no server");
-    }
-    let mirror = Mirror::of_this_machine()?;
     let folder = workspace.target.join("setup");
-    for suite in SUITES {
-        let suite = suite.replace('$', &mirror.codename);
-        let package = Suite::open(&mirror, &suite, &folder.join(&suite))
-            .and_then(|suite| suite.download(&format!("rust-src={version}*")));
-        match package {
-            Ok(package) => {
-                say(&format!("unpacking {} of {suite}", package.display()));
-                return unpack(&package, version, &folder, library);
-            }
-            Err(_) => say(&format!("it is not in {suite}")),
-        }
-    }
-    bail!("no suite of the machine's Debian mirror has rust-src {version}")
+    let packages = apt::from_the_first_suite(&folder, &[format!("rust-src={version}*")])?;
+    unpack(&packages, version, &folder, library)
 }
 
-fn unpack(package: &Path, version: &str, folder: &Path, library: &Path) -> Result<()> {
+fn unpack(packages: &[PathBuf], version: &str, folder: &Path, library: &Path) -> Result<()> {
     let unpacked = folder.join("unpacked");
-    run::output(
-        Command::new("dpkg")
-            .arg("-x")
-            .args([package, unpacked.as_path()]),
-    )?;
+    apt::unpack(packages, &unpacked)?;
     let source = unpacked.join(format!("usr/src/rustc-{version}/library"));
     let above = library.parent().context("the sysroot has no parent")?;
     fs::create_dir_all(above).with_context(|| format!("making {}", above.display()))?;
