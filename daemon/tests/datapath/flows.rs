@@ -158,8 +158,9 @@ fn a_server_goes_on_answering_who_has_asked_once() {
         .world
         .allow(Direction::Ingress, Scope::Port(UDP, 1000));
     asking.world.apply();
-    let (here, there) = (&asking.here, &asking.there);
-    let (own, far) = (asking.world.here.port4(1000), asking.world.there.port4(53));
+    // A port that the workload may not ask.
+    let (own, far) = (asking.world.here.port4(1000), asking.world.there.port4(54));
+    let (here, there) = (&asking.here, asking.world.as_far_end(|| udp(far)));
     asking
         .world
         .as_far_end(|| there.send_to(b"x", own))
@@ -172,6 +173,7 @@ fn a_server_goes_on_answering_who_has_asked_once() {
             .as_workload(|| here.send_to(b"y", far))
             .unwrap();
         there.recv(&mut [0]).unwrap();
+        assert!(asking.last_seen() > now() - 30 * SECOND);
     }
     asking.world.state.tables.verdicts.clear();
     asking.world.apply();
