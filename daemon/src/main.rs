@@ -13,7 +13,7 @@ use clap::Parser;
 use reeve::{
     cli::{self, Cli, Command},
     config::{Config, Declared},
-    control::{self, Control, Daemon, Endpoints, Parts, RunError, StandIn},
+    control::{self, Control, Daemon, Endpoints, Looks, Parts, RunError, StandIn},
     datapath::Datapath,
     handover::{self, Inherited},
     policy::Snapshot,
@@ -72,6 +72,7 @@ fn run(
 ) -> Result<(), RunError> {
     let kept = handover::from_service_manager();
     let config = Arc::new(Config::load(file)?);
+    let looks = Looks::at(&config);
     let policies = control::policies(&config, &config.roster())?;
     telemetry::start_logging(&config.log)?;
     control::prepare_process();
@@ -176,6 +177,7 @@ fn run(
             rosters,
             registry,
             policies,
+            looks,
             readiness,
             health,
             events,

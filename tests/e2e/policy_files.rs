@@ -76,6 +76,29 @@ fn a_file_that_is_deleted_takes_its_policies_away_at_once() {
 }
 
 #[test]
+fn what_changes_while_everything_is_read_again_is_not_missed() {
+    let (_pair, one, _two) = Pair::started();
+    let file = one.policies().join("0.yaml");
+    let text = fs::read_to_string(&file).unwrap();
+    for round in 0..40 {
+        thread::scope(|scope| {
+            let reload = scope.spawn(|| one.command(["reload"]).ok());
+            // What `reeve reload` itself takes to start, and then all of the daemon's turn.
+            thread::sleep(Duration::from_millis(5 + round % 30));
+            match round % 2 {
+                0 => fs::remove_file(&file).unwrap(),
+                _ => fs::write(&file, &text).unwrap(),
+            }
+            reload.join().unwrap();
+        });
+        let wanted = json!(round % 2);
+        eventually("what is there now is in force", || {
+            one.status()["policies"]["policies"] == wanted
+        });
+    }
+}
+
+#[test]
 fn who_asks_for_a_reload_in_between_waits_for_the_rest() {
     let (pair, one, _two) = Pair::started();
     let _server = serve(&pair.server, PORT, &["--mode", "answer"]);

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use tokio::task::block_in_place;
 
-use crate::{identity::EmbeddedCa, watch::Files};
+use crate::{identity::EmbeddedCa, watch::Look};
 
-/// Reads the CA's folder again at each change, for as long as the daemon runs. Needs a tokio runtime.
-pub(super) fn follow(ca: Arc<EmbeddedCa>) {
-    let mut files = Files::watch(vec![ca.folder().to_owned()], Vec::new());
+/// Reads the CA's folder again at each change since the look, for as long as the daemon runs. Needs a
+/// tokio runtime.
+pub(super) fn follow(ca: Arc<EmbeddedCa>, look: Look) {
+    let mut files = look.watch();
     tokio::spawn(async move {
         loop {
             files.changed().await;

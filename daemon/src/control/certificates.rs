@@ -15,6 +15,7 @@ use crate::{
         RevocationLists, SourceError, Sources, SpiffeId, TrustBundle, TrustDomain, WorkloadApi,
         read_bundle, read_revocation_lists,
     },
+    watch::Look,
     workload::{CgroupSelector, Discovery, cgroup::CgroupTree},
 };
 
@@ -110,12 +111,13 @@ fn open(
             holders.clone(),
         ))),
         Source::Embedded(embedded) => {
+            let look = Look::at(vec![embedded.ca_dir.clone()], Vec::new());
             let ca = Arc::new(EmbeddedCa::open(
                 &embedded.ca_dir,
                 &config.trust_domain,
                 embedded.leaf_lifetime,
             )?);
-            ca::follow(ca.clone());
+            ca::follow(ca.clone(), look);
             Ok(ca)
         }
         Source::Files(layout) => Ok(Arc::new(FilesSource::new(layout.clone()))),

@@ -69,7 +69,7 @@ pub use own_cgroup::{open_cgroups, settle_in};
 pub use parents::ParentError;
 pub use process::{prepare as prepare_process, spawn_orphan};
 pub use reconcile::{Compiled, steps};
-pub use reload::{declaration, policies};
+pub use reload::{Looks, declaration, policies};
 pub use service::{StandIn, unknown_units};
 
 use daemon::{Reloads, View};
@@ -150,6 +150,8 @@ pub struct Parts {
     pub registry: Registry,
     /// The policies to begin with.
     pub policies: PolicySet,
+    /// The files of these and of trust, from before they were read.
+    pub looks: Looks,
     /// Where readiness is told.
     pub readiness: watch::Sender<Readiness>,
     /// Where health is told.
@@ -251,9 +253,9 @@ impl Control {
             policy_status: reload::policy_status(&config, &parts.policies),
             policies: Arc::new(parts.policies),
             enforced: None,
-            policy_files: reload::watch_policies(&config.policies),
+            policy_files: parts.looks.policies.watch(),
             doubt: Doubt::default(),
-            bundle_files: reload::watch_bundles(&config),
+            bundle_files: parts.looks.bundles.watch(),
             reloads: daemon.reloads(),
             namespaces: Namespaces::default(),
             host_addresses: HostAddresses::default(),

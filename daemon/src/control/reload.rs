@@ -24,7 +24,7 @@ use crate::{
     config::{Config, ConfigErrors},
     handover::Word,
     policy::{Known, PolicySet, PolicySources},
-    watch::Files,
+    watch::Look,
     workload::{Declaration, Reserved, Roster},
 };
 
@@ -42,6 +42,15 @@ const EMPTY_LOOK: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 pub(super) struct Doubt {
     since: Option<Instant>,
+}
+
+/// The files that a configuration names, as they were before they were read.
+#[derive(Debug)]
+pub struct Looks {
+    /// Of policies.
+    pub(super) policies: Look,
+    /// Trust bundles and revocation lists.
+    pub(super) bundles: Look,
 }
 
 /// Whom the registry shall look for.
@@ -81,17 +90,6 @@ pub fn policies(config: &Config, roster: &Roster) -> Result<PolicySet, ConfigErr
     Ok(policies)
 }
 
-pub(super) fn watch_policies(sources: &PolicySources) -> Files {
-    Files::watch(
-        sources.folder.clone().into_iter().collect(),
-        sources.files.clone(),
-    )
-}
-
-pub(super) fn watch_bundles(config: &Config) -> Files {
-    Files::watch(Vec::new(), certificates::trust_files(config))
-}
-
 pub(super) fn policy_status(config: &Config, policies: &PolicySet) -> PolicyStatus {
     let sources = config.policies.folder.iter().chain(&config.policies.files);
     PolicyStatus {
@@ -100,6 +98,23 @@ pub(super) fn policy_status(config: &Config, policies: &PolicySet) -> PolicyStat
         refused: None,
     }
 }
+
+// === impl Looks ===
+
+impl Looks {
+    /// Before anything else than the configuration is read.
+    #[must_use]
+    pub fn at(config: &Config) -> Self {
+        let PolicySources { folder, files } = &config.policies;
+        let folder = folder.clone().into_iter().collect();
+        Self {
+            policies: Look::at(folder, files.clone()),
+            bundles: Look::at(Vec::new(), certificates::trust_files(config)),
+        }
+    }
+}
+
+// === impl Control ===
 
 impl Control {
     /// Reads everything again that is read from files or asked of others. What is refused leaves
@@ -186,11 +201,12 @@ impl Control {
         let before = self.daemon.config.load_full();
         let read = || {
             let config = Config::load(file)?;
+            let looks = Looks::at(&config);
             let policies = policies(&config, &config.roster())?;
-            Ok::<_, ConfigErrors>((config, policies))
+            Ok::<_, ConfigErrors>((config, looks, policies))
         };
         let mut both = block_in_place(read);
-        while let Ok((_, policies)) = &both
+        while let Ok((_, _, policies)) = &both
             && self.doubt.is_about(policies, &self.policies)
         {
             sleep(EMPTY_LOOK).await;
@@ -198,7 +214,7 @@ impl Control {
         }
         self.doubt.since = None;
         match both {
-            Ok((new, policies)) => self.take_config(&before, new, policies),
+            Ok((new, looks, policies)) => self.take_config(&before, new, looks, policies),
             Err(mistakes) => Err(self.refuse("config", &mistakes)),
         }
     }
@@ -240,6 +256,7 @@ impl Control {
         &mut self,
         before: &Arc<Config>,
         new: Config,
+        looks: Looks,
         policies: PolicySet,
     ) -> Result<String, Vec<String>> {
         let (config, needed) = before.reloaded(new);
@@ -282,8 +299,8 @@ impl Control {
         self.host_addresses.follow(config.node.host_addresses);
         self.declared.replace(&config);
         self.follow_roster(&config);
-        self.policy_files = watch_policies(&config.policies);
-        self.bundle_files = watch_bundles(&config);
+        self.policy_files = looks.policies.watch();
+        self.bundle_files = looks.bundles.watch();
         self.daemon.config.store(config.clone());
         self.daemon.metrics.reload("config", true);
         tracing::info!(

@@ -25,6 +25,13 @@ use std::{
 
 use tokio::sync::watch;
 
+/// Files as they were before somebody read them: what changes while they are read must not be missed.
+#[derive(Clone, Debug)]
+pub struct Look {
+    watched: Watched,
+    print: Print,
+}
+
 /// Watches files for as long as it is kept.
 #[derive(Clone, Debug)]
 pub struct Files {
@@ -50,18 +57,35 @@ pub struct Print(Vec<(PathBuf, u64, u64, i64, i64)>);
 
 static WATCHER: LazyLock<thread::Watcher> = LazyLock::new(thread::Watcher::start);
 
+// === impl Look ===
+
+impl Look {
+    /// Looks at the files in `folders` (subfolders not) and at `files`, and reads none of them.
+    #[must_use]
+    pub fn at(folders: Vec<PathBuf>, files: Vec<PathBuf>) -> Self {
+        let watched = Watched { folders, files };
+        let print = watched.print();
+        Self { watched, print }
+    }
+
+    /// Watches them from now on. A change since the look is told.
+    #[must_use]
+    pub fn watch(self) -> Files {
+        let (sender, changes) = watch::channel(0);
+        let polled = Polled::default();
+        WATCHER.add(self, sender, polled.clone());
+        Files { changes, polled }
+    }
+}
+
 // === impl Files ===
 
 impl Files {
-    /// Watches the files in `folders` (subfolders not) and `files`. A change before this returns
-    /// is not told, one after it is.
+    /// Watches the files in `folders` (subfolders not) and `files`, which are read later. A change before
+    /// this returns is not told, one after it is.
     #[must_use]
     pub fn watch(folders: Vec<PathBuf>, files: Vec<PathBuf>) -> Self {
-        let watched = Watched { folders, files };
-        let (sender, changes) = watch::channel(0);
-        let polled = Polled::default();
-        WATCHER.add(watched, sender, polled.clone());
-        Self { changes, polled }
+        Look::at(folders, files).watch()
     }
 
     /// Waits for the next change.

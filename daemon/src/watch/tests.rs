@@ -67,6 +67,20 @@ async fn writes_in_a_row_are_one_change() {
 }
 
 #[tokio::test]
+async fn what_changes_between_a_look_and_the_watch_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = file(&folder);
+    write(&path, "before");
+    let look = |path: &Path| Look::at(Vec::new(), vec![path.to_owned()]);
+    let mut same = look(&path).watch();
+    let before = look(&path);
+    fs::remove_file(&path).unwrap();
+    before.watch().told().await;
+    same.told().await;
+    assert!(look(&path).watch().is_quiet().await, "nothing has changed");
+}
+
+#[tokio::test]
 async fn what_is_written_in_place_is_told_when_its_writer_has_closed_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = file(&folder);

@@ -16,7 +16,7 @@ use notify::{
 };
 use tokio::sync::watch;
 
-use super::{Polled, Print, Watched, places::places};
+use super::{Look, Polled, Print, Watched, places::places};
 
 /// The look that nothing caused: inotify does not work on every file system.
 const POLL: Duration = Duration::from_secs(5);
@@ -108,12 +108,11 @@ impl Watcher {
         Self { messages }
     }
 
-    pub(super) fn add(&self, watched: Watched, sender: watch::Sender<u64>, polled: Polled) {
+    pub(super) fn add(&self, look: Look, sender: watch::Sender<u64>, polled: Polled) {
         let now = Instant::now();
         let entry = Entry {
-            // Taken by the caller: what happens from here on is a change.
-            print: watched.print(),
-            watched,
+            watched: look.watched,
+            print: look.print,
             sender,
             polled,
             places: BTreeSet::new(),
