@@ -85,6 +85,9 @@ fn build() -> Result<(), String> {
         .args(["build", "--release", "--locked", "--quiet"])
         .args(["--target", triple, "-Z", "build-std=core", "--target-dir"])
         .arg(&target);
+    if env::var_os("CARGO_FEATURE_OTHER_LAYOUT").is_some() {
+        cargo.args(["--features", "other-layout"]);
+    }
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(is_outer) {
             cargo.env_remove(name);

@@ -16,7 +16,11 @@ pub use maps::*;
 pub use reason::*;
 
 /// Version of everything in this crate. Pinned maps of another version are never adopted.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = if cfg!(feature = "other-layout") {
+    u32::MAX
+} else {
+    5
+};
 
 /// Firewall mark of the daemon's connections to local applications. The namespace routes marked
 /// packets to the loopback device, so that replies to the client's address come back to reeve.

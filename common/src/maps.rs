@@ -83,7 +83,20 @@ pub struct Settings {
     pub next_id: u32,
     /// Random, for as long as the maps live: no peer can tell which flows share a set of `FLOWS`.
     pub flow_seed: u32,
+    /// `SETTINGS_*` bits, while programs of another layout judge as well.
+    pub flags: u32,
 }
+
+/// Programs of another layout judge as well, and each daemon's sockets are unknown to the other's maps: a
+/// socket that bears [`crate::ONWARD_MARK`] and was made in a cgroup of reeve's is one of the other daemon's
+/// to an application, for whatever workload. The other programs ask whose listener it meets.
+pub const SETTINGS_BESIDE: u32 = 1 << 0;
+/// The other programs were there before, and still send connections to the outbound listener. They come
+/// first, so that these see such a connection as one to the listener: the others say what it was meant for.
+pub const SETTINGS_JOINING: u32 = 1 << 1;
+/// The other programs send connections to the outbound listener; these judge and remember as ever, and
+/// leave that to them.
+pub const SETTINGS_ASIDE: u32 = 1 << 2;
 
 /// Deepest cgroup that may be enrolled (depth of the root is 0).
 pub const MAX_CGROUP_DEPTH: u32 = 15;
@@ -109,9 +122,13 @@ pub const UNKNOWN_WORKLOAD: WorkloadId = WorkloadId::MAX;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkloadEntry {
+    /// `WORKLOAD_*` bits.
+    #[cfg(feature = "other-layout")]
+    pub flags: u32,
     /// The workload, or [`NO_WORKLOAD`] where `flags` says what the cgroup is instead.
     pub workload: WorkloadId,
     /// `WORKLOAD_*` bits.
+    #[cfg(not(feature = "other-layout"))]
     pub flags: u32,
 }
 
@@ -486,9 +503,13 @@ pub struct FlowEntry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketTag {
+    /// `CLOCK_MONOTONIC` nanoseconds at which the connection was established.
+    #[cfg(feature = "other-layout")]
+    pub since: u64,
     /// The far end that the application asked for, or that was judged.
     pub remote: Address,
     /// `CLOCK_MONOTONIC` nanoseconds at which the connection was established.
+    #[cfg(not(feature = "other-layout"))]
     pub since: u64,
     /// The judged workload, or [`UNKNOWN_WORKLOAD`].
     pub workload: WorkloadId,
@@ -517,7 +538,8 @@ pub const TAG_REDIRECTED: u32 = 1 << 2;
 /// The application's end of a connection that came through a tunnel: the tunnel judges it.
 pub const TAG_TUNNELLED: u32 = 1 << 3;
 /// One of reeve's own sockets to a local application, whose workload the tag names. The daemon
-/// writes it through the descriptor when it makes the socket.
+/// writes it through the descriptor when it makes the socket. Of another layout's daemon
+/// ([`SETTINGS_BESIDE`]) the programs write it, with [`NO_WORKLOAD`].
 pub const TAG_ONWARD: u32 = 1 << 4;
 /// The connection stays in the workload: never in question, and not reported.
 pub const TAG_LOCAL: u32 = 1 << 5;
@@ -631,7 +653,7 @@ pub const FLOW_IDLE_NANOSECONDS: u64 = 180 * 1_000_000_000;
 
 /// The same bytes on both sides: no type may hold padding, and none is larger than it was.
 const _: () = {
-    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Settings>() == 28);
     assert!(size_of::<WorkloadEntry>() == 8);
     assert!(size_of::<ExpectedCgroup>() == 128);
     assert!(size_of::<ExpectedEntry>() == 16);

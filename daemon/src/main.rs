@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -90,7 +91,12 @@ fn run(
     runtime.block_on(async {
         // Sockets of the daemon before: its own, where it hands over, or those that were kept.
         let asked = match takeover {
-            true => handover::ask(&config.admin.socket, config.ports, config.sandbox)?,
+            true => handover::ask(
+                &config.admin.socket,
+                config.ports,
+                &own_cgroups,
+                config.sandbox,
+            )?,
             false => None,
         };
         let (takeover, sockets) = asked.map_or((None, kept), |(takeover, sockets)| {
@@ -109,9 +115,16 @@ fn run(
         let mut endpoints = Endpoints::bind(&config, &mut inherited, metrics.clone(), told)?;
 
         // The kernel goes on with what is pinned until control has read everything.
-        let datapath = Arc::new(Datapath::load(control::datapath_settings(
-            &config, &cgroups,
-        ))?);
+        let settings = control::datapath_settings(&config, &cgroups, takeover.as_ref());
+        let datapath = Arc::new(Datapath::load(settings)?);
+        // Maps of another layout than those of the daemon before know none of its sockets.
+        let is_beside = takeover.as_ref().is_some_and(|before| before.offer.beside);
+        let listeners = inherited.listeners.values().flatten();
+        for listener in listeners.filter(|_| is_beside) {
+            if let Err(error) = datapath.adopt_listener(listener.as_fd()) {
+                tracing::warn!(%error, "a listener of the daemon before stays unknown to the programs");
+            }
+        }
         let config = Arc::new(control::give_ids(Config::clone(&config), &datapath)?);
         let declared = Declared::new(&config);
         let rosters = declared.rosters();

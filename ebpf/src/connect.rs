@@ -11,9 +11,9 @@ use aya_ebpf::{
 };
 use reeve_common::{
     Address, Direction, Hook, NAMESPACE_LISTENING, NAMESPACE_WITHOUT_V4, NAMESPACE_WITHOUT_V6,
-    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, SocketTag, TAG_ALLOWED, TAG_DIRECTION,
-    TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE, UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId,
-    ipv4_mapped, protocol, redirect_address,
+    NO_WORKLOAD, NamespaceEntry, ONWARD_MARK, Reason, SETTINGS_ASIDE, SETTINGS_BESIDE,
+    SETTINGS_JOINING, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE,
+    UNKNOWN_WORKLOAD, WorkloadEntry, WorkloadId, ipv4_mapped, protocol, redirect_address,
 };
 
 use crate::{
@@ -21,8 +21,9 @@ use crate::{
     event::{Connection, Outcome, count_verdict, report},
     failing,
     judge::{self, is_reeve, is_unknown},
-    maps::{NAMESPACES, SHOWN_ADDRESSES, Settings, multipath, set_tag, settings, tag},
+    maps::{NAMESPACES, SHOWN_ADDRESSES, Settings, has_flags, multipath, set_tag, settings, tag},
     packet::{LOOPBACK_DEVICE, is_reeves_port, port},
+    sender,
 };
 
 /// The call goes on.
@@ -168,9 +169,12 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
         direction: Direction::Egress as u8,
         flags: TAG_ALLOWED | TAG_DIRECTION,
     };
+    // The other layout's programs redirect, and say whether there is a listener: the connection is
+    // remembered as if these did.
+    let aside = has_flags(SETTINGS_ASIDE);
     if outcome.through_tunnel() {
         let flags = namespace(ctx).map_or(0, |entry| entry.flags);
-        if flags & NAMESPACE_LISTENING == 0 {
+        if !aside && flags & NAMESPACE_LISTENING == 0 {
             report(&connection, Outcome::deny(Reason::NoListener));
             return REFUSE;
         }
@@ -188,7 +192,7 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
             }
             return PROCEED;
         }
-        if let Some(failure) = failing::fail(&connection) {
+        if !aside && let Some(failure) = failing::fail(&connection) {
             report(&connection, failure);
             return REFUSE;
         }
@@ -212,7 +216,9 @@ fn connect(ctx: *mut bpf_sock_addr, inet6: bool) -> i32 {
             // The application asks it for its names. Without a tag it sees loopback's.
             let _ = set_tag(whole, &mut remembered);
         }
-        redirect(ctx, inet6, &connection, settings.outbound_port);
+        if !aside {
+            redirect(ctx, inet6, &connection, settings.outbound_port);
+        }
     }
     PROCEED
 }
@@ -270,8 +276,10 @@ fn judge_connect(
 ) -> Option<Outcome> {
     let tcp = connection.protocol == protocol::TCP;
     if from_here && is_loopback(&connection.remote) {
-        let reserved = connection.remote_port == settings.outbound_port
-            || connection.remote_port == settings.tunnel_port;
+        // The programs that come first have refused who asked for it.
+        let redirected =
+            connection.remote_port == settings.outbound_port && has_flags(SETTINGS_JOINING);
+        let reserved = !redirected && is_reeves_port(connection.remote_port, settings);
         return (tcp && reserved).then_some(Outcome::deny(Reason::ReservedPort));
     }
     if is_unknown(caller) {
@@ -472,6 +480,9 @@ fn connect_of_reeve(socket: *mut bpf_sock) -> i32 {
     if field(unsafe { &raw const (*socket).mark }) != ONWARD_MARK
         || tag(socket).is_some_and(|tag| tag.flags & TAG_ONWARD != 0)
     {
+        return PROCEED;
+    }
+    if has_flags(SETTINGS_BESIDE) && set_tag(socket, &mut sender::onward_of_other()) {
         return PROCEED;
     }
     count_verdict(Direction::Egress as u8, Outcome::deny(Reason::MapFailure));

@@ -6,14 +6,14 @@
 //! only refusals are.
 
 use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
-use reeve_common::{Direction, FlowKey, Hook, Reason, protocol};
+use reeve_common::{Direction, FlowKey, Hook, Reason, SETTINGS_JOINING, protocol};
 
 use crate::{
     address::{self, FAMILY_INET6, field, is_mapped},
     event::{Connection, Outcome, report},
     flow,
     judge::{self, judge},
-    maps::{ONWARD, settings},
+    maps::{ONWARD, has_flags, settings},
 };
 
 /// The kernel goes on looking.
@@ -66,6 +66,11 @@ fn lookup(ctx: *mut bpf_sk_lookup) -> u32 {
         return DROP;
     }
     if tcp && connection.local_port == settings.tunnel_port {
+        return PASS;
+    }
+    // A connection of the other daemon's may have begun before these programs looked. At the packet it is
+    // known.
+    if tcp && has_flags(SETTINGS_JOINING) {
         return PASS;
     }
     let Some(workload) = judge::workload_at(&connection.local) else {

@@ -184,6 +184,16 @@ pub fn settings() -> Option<Settings> {
     }
 }
 
+/// Whether all of these `SETTINGS_*` bits are set.
+#[inline(always)]
+pub fn has_flags(flags: u32) -> bool {
+    let Some(settings) = SETTINGS.get_ptr(0) else {
+        return false;
+    };
+    // SAFETY: as above.
+    field(unsafe { &raw const (*settings).flags }) & flags == flags
+}
+
 /// What a socket remembers, if it remembers anything. `socket` is never null.
 #[inline(always)]
 pub fn tag(socket: *mut bpf_sock) -> Option<&'static mut SocketTag> {

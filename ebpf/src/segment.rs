@@ -15,6 +15,7 @@ use crate::{
     maps::{ARRIVING, Settings, TOLD, tag},
     packet::{Subject, is_on_loopback, port, remember},
     parse::{ACK, FIN, Packet, RST, SYN},
+    sender,
 };
 
 /// A raw socket speaks TCP or UDP: refused, and told once for each socket and generation. The
@@ -77,6 +78,12 @@ pub fn tcp(
     if flags_before & TAG_TUNNELLED != 0 && is_on_loopback(skb) {
         // Established on another processor, after this one had asked for the tag and before it asked for
         // the entry.
+        return true;
+    }
+    if flags_before == 0 && sender::is_end_of_other(skb, subject.socket) {
+        // Established before these programs looked. Not remembered: the next packet takes this way again.
+        let flags = TAG_ALLOWED | TAG_DIRECTION | TAG_TUNNELLED;
+        let _ = remember(subject.socket, connection, settings.generation, flags);
         return true;
     }
     let is_known = flags_before & TAG_DIRECTION != 0;

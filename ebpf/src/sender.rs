@@ -5,18 +5,22 @@
 
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock, bpf_sock_tuple},
-    helpers::generated::{bpf_get_socket_uid, bpf_sk_lookup_tcp, bpf_sk_release, bpf_tcp_sock},
+    helpers::generated::{
+        bpf_get_socket_uid, bpf_sk_cgroup_id, bpf_sk_lookup_tcp, bpf_sk_release, bpf_tcp_sock,
+    },
 };
 use reeve_common::{
-    Arriving, Direction, FlowKey, Hook, NO_WORKLOAD, ONWARD_MARK, Origin, Reason, SocketTag,
-    TAG_ONWARD, TAG_REDIRECTED, TAG_WRONG_LISTENER, WorkloadId, protocol,
+    Arriving, Direction, FlowKey, Hook, NO_WORKLOAD, ONWARD_MARK, Origin, Reason, SETTINGS_BESIDE,
+    SETTINGS_JOINING, SocketTag, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE, TAG_WRONG_LISTENER,
+    WorkloadId, protocol,
 };
 
 use crate::{
-    address::{field, to_words},
+    address::{self, field, is_mapped, to_words},
     event::{Connection, Outcome, count_verdict, report},
-    maps::{ARRIVING, LISTENERS_PACKET, tag},
-    packet::is_on_loopback,
+    judge::is_reeve,
+    maps::{ARRIVING, LISTENERS_PACKET, WORKLOADS, has_flags, tag},
+    packet::{is_on_loopback, port},
     parse::{ACK, Packet, RST, SYN, parse},
 };
 
@@ -59,9 +63,14 @@ pub fn to_reeve(skb: *mut __sk_buff, outbound_port: u16) -> bool {
     arriving.origin.workload = NO_WORKLOAD;
     arriving.tunnelled = 0;
     if packet.destination_port == outbound_port
-        && !(is_on_loopback(skb) && ask_sender(skb, packet, true, |tag| origin(tag, arriving)))
+        && !(is_on_loopback(skb)
+            && ask_sender(skb, packet, true, |_, tag| {
+                tag.is_some_and(|tag| origin(tag, arriving))
+            }))
     {
-        if packet.tcp_flags & SYN != 0 {
+        // The other layout's programs know its origin, and refuse it where it has none there.
+        let of_other = is_on_loopback(skb) && has_flags(SETTINGS_JOINING);
+        if packet.tcp_flags & SYN != 0 && !of_other {
             refuse_without_origin(packet);
             return false;
         }
@@ -137,11 +146,17 @@ pub fn onward(skb: *mut __sk_buff, owner: WorkloadId, listening: bool, generatio
     // So is a socket that opens a connection itself, and meets this one half-way.
     let opening = packet.tcp_flags & (SYN | ACK) == SYN;
     let mut meant = false;
-    let sent_by_reeve = ask_sender(skb, packet, listening, |tag| {
+    let sent_by_reeve = ask_sender(skb, packet, listening, |socket, tag| {
+        let Some(tag) = tag else {
+            meant = is_of_other(socket);
+            return meant;
+        };
         if tag.flags & TAG_ONWARD == 0 {
             return false;
         }
+        // Of another layout's daemon, whose programs know for whom it is meant.
         meant = !(listening || opening)
+            || tag.workload == NO_WORKLOAD
             || tag.workload == owner
             || (owner == NO_WORKLOAD && is_roots(skb));
         if !meant {
@@ -187,8 +202,8 @@ fn file(arriving: &mut Arriving, packet: &Packet, generation: u32) {
     arriving.generation = generation;
 }
 
-/// Asks what the socket remembers that sent a TCP packet from this namespace. False where there is
-/// none, or `ask` says so.
+/// Asks the socket that sent a TCP packet from this namespace, and what it remembers. False where there
+/// is none, or `ask` says so.
 ///
 /// `in_flight` asks as well whether the socket has sent these very bytes and waits for their
 /// acknowledgement, as it does with all that completes a handshake: a packet may still be on its
@@ -198,17 +213,13 @@ fn ask_sender(
     skb: *mut __sk_buff,
     packet: &Packet,
     in_flight: bool,
-    ask: impl FnOnce(&mut SocketTag) -> bool,
+    ask: impl FnOnce(*mut bpf_sock, Option<&mut SocketTag>) -> bool,
 ) -> bool {
     let socket = sender(skb, packet);
     if socket.is_null() {
         return false;
     }
-    let answer = (!in_flight || is_in_flight(socket, packet.sequence))
-        && match tag(socket) {
-            Some(tag) => ask(tag),
-            None => false,
-        };
+    let answer = (!in_flight || is_in_flight(socket, packet.sequence)) && ask(socket, tag(socket));
     // SAFETY: the socket was found here, and is not used any more.
     unsafe { bpf_sk_release(socket.cast()) };
     answer
@@ -257,4 +268,97 @@ fn sender(skb: *mut __sk_buff, packet: &Packet) -> *mut bpf_sock {
     };
     // SAFETY: `skb` is the program's context, and `tuple` is at least as long as is said.
     unsafe { bpf_sk_lookup_tcp(skb.cast(), &raw mut tuple, length, THIS_NAMESPACE, 0) }
+}
+
+// === Sockets of another layout's daemon ===
+
+/// What a socket of another layout's daemon to an application remembers, see [`SETTINGS_BESIDE`].
+#[inline(always)]
+pub fn onward_of_other() -> SocketTag {
+    SocketTag {
+        remote: [0; 16],
+        since: 0,
+        workload: NO_WORKLOAD,
+        peer: 0,
+        rule: 0,
+        generation: 0,
+        remote_port: 0,
+        protocol: protocol::TCP,
+        direction: Direction::Ingress as u8,
+        flags: TAG_ONWARD | TAG_REEVE,
+    }
+}
+
+/// Whether a socket is one of another layout's daemon to an application: it bears reeve's mark, and was made
+/// in a cgroup of reeve's. `socket` is not null.
+#[inline(always)]
+fn is_of_other(socket: *mut bpf_sock) -> bool {
+    // SAFETY: a field of a whole socket, which is not null.
+    if !has_flags(SETTINGS_BESIDE) || field(unsafe { &raw const (*socket).mark }) != ONWARD_MARK {
+        return false;
+    }
+    // SAFETY: the socket is not null.
+    let cgroup = unsafe { bpf_sk_cgroup_id(socket.cast()) };
+    // SAFETY: only asked for its flags.
+    unsafe { WORKLOADS.get(&cgroup) }.is_some_and(is_reeve)
+}
+
+/// Whether a socket is an application's, and the other end of its connection is one of another layout's daemon.
+///
+/// A function of its own, as [`sender`].
+#[inline(never)]
+pub fn is_end_of_other(skb: *mut __sk_buff, socket: *mut bpf_sock) -> bool {
+    if socket.is_null() || !may_be_onward(skb) || !has_flags(SETTINGS_BESIDE) {
+        return false;
+    }
+    // As a packet of the opposite direction would name the connection of the other end.
+    // SAFETY: numbers only, of which zero is one.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    // SAFETY: fields of a whole socket.
+    let (family, far_port) = unsafe {
+        (
+            field(&raw const (*socket).family),
+            field(&raw const (*socket).dst_port),
+        )
+    };
+    let near_port = port(socket).to_be();
+    // SAFETY: as above.
+    let (near, far) = unsafe {
+        (
+            address::of_family(
+                family,
+                &raw const (*socket).src_ip4,
+                &raw const (*socket).src_ip6,
+            ),
+            address::of_family(
+                family,
+                &raw const (*socket).dst_ip4,
+                &raw const (*socket).dst_ip6,
+            ),
+        )
+    };
+    let is_mapped = is_mapped(&near);
+    let (near, far) = (to_words(&near), to_words(&far));
+    let length = if is_mapped {
+        tuple.__bindgen_anon_1.ipv4.saddr = near[3];
+        tuple.__bindgen_anon_1.ipv4.daddr = far[3];
+        tuple.__bindgen_anon_1.ipv4.sport = near_port;
+        tuple.__bindgen_anon_1.ipv4.dport = far_port;
+        IPV4_TUPLE
+    } else {
+        tuple.__bindgen_anon_1.ipv6.saddr = near;
+        tuple.__bindgen_anon_1.ipv6.daddr = far;
+        tuple.__bindgen_anon_1.ipv6.sport = near_port;
+        tuple.__bindgen_anon_1.ipv6.dport = far_port;
+        size_of::<bpf_sock_tuple>() as u32
+    };
+    // SAFETY: `skb` is the program's context, and `tuple` is at least as long as is said.
+    let other = unsafe { bpf_sk_lookup_tcp(skb.cast(), &raw mut tuple, length, THIS_NAMESPACE, 0) };
+    if other.is_null() {
+        return false;
+    }
+    let is = is_of_other(other);
+    // SAFETY: the socket was found here, and is not used any more.
+    unsafe { bpf_sk_release(other.cast()) };
+    is
 }

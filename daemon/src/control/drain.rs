@@ -209,6 +209,13 @@ impl Predecessors {
         }
     }
 
+    /// Tells all of them which cgroups are those of the daemon that serves, or is about to.
+    pub(super) fn tell_of(&self, cgroups: &[(u64, u32)]) {
+        for heard in self.heard.values() {
+            heard.before.tell_of(cgroups);
+        }
+    }
+
     pub(super) fn are_gone(&self) -> bool {
         let moves = |(_, since): &(Id, Instant)| since.elapsed() < MOVE;
         self.heard.is_empty() && !self.moving.iter().any(moves)

@@ -35,7 +35,7 @@ pub struct Guarded {
 pub fn guard(config: &Config) -> Result<Guarded, RunError> {
     let cgroups = open_cgroups(config)?;
     datapath::require_layout(&config.node.bpffs)?;
-    let datapath = Datapath::load(datapath_settings(config, &cgroups))?;
+    let datapath = Datapath::load(datapath_settings(config, &cgroups, None))?;
 
     let mut parents = Parents::new(&cgroups);
     let mut guarded = Guarded::default();

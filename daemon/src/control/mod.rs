@@ -42,6 +42,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use reeve_common::{Event, EventKind};
 use tokio::{
     sync::{oneshot, watch},
     task::block_in_place,
@@ -80,7 +81,7 @@ use housekeeping::Housekeeping;
 use reconcile::{Enforced, Namespaces};
 use reload::Doubt;
 use signals::{Signal, Signals};
-use succession::{LEAVE, READY_LOOK, Succession, at, within};
+use succession::{LEAVE, READY_LOOK, Reported, Succession, at, within};
 
 /// For a process that was killed to be gone.
 const DIE: Duration = Duration::from_secs(2);
@@ -211,9 +212,13 @@ struct Waits {
     retry_at: Option<Instant>,
 }
 
-/// What the datapath needs to know of the configuration.
+/// What the datapath needs to know of the configuration, and of the daemon before.
 #[must_use]
-pub fn datapath_settings(config: &Config, cgroups: &CgroupTree) -> datapath::Settings {
+pub fn datapath_settings(
+    config: &Config,
+    cgroups: &CgroupTree,
+    takeover: Option<&Takeover>,
+) -> datapath::Settings {
     datapath::Settings {
         cgroup_root: cgroups.root().to_owned(),
         pins: config.node.bpffs.clone(),
@@ -222,6 +227,7 @@ pub fn datapath_settings(config: &Config, cgroups: &CgroupTree) -> datapath::Set
         maps: config.maps,
         log: config.log.ebpf,
         namespace_source: None,
+        beside: takeover.is_some_and(|takeover| takeover.offer.beside),
     }
 }
 
@@ -413,7 +419,8 @@ impl Control {
                 // Whoever asked may have given up.
                 let _ = answer.send(report);
             }
-            Change::Request(Request::Freeze { asker, answer }) => self.freeze(asker, answer),
+            Change::Request(Request::Freeze { asker, answer }) => self.freeze(asker, answer).await,
+            Change::Request(Request::Serves(cgroups)) => self.know_next(&cgroups).await,
             Change::Request(Request::Resume) => self.resume().await,
             Change::Request(Request::Heard) => self.is_heard(true),
             Change::Request(Request::Unheard) => self.is_heard(false),
@@ -516,9 +523,10 @@ impl Control {
     /// Looks after what is pinned, unless that is another daemon's. What cannot be pinned keeps the
     /// daemon from being ready.
     fn keep_pinned(&self) {
-        if self.succession.frozen {
+        if self.succession.frozen && !self.succession.beside {
             return;
         }
+        self.sweep();
         let problem = match block_in_place(|| self.daemon.datapath.keep_pinned()) {
             Ok(again) => {
                 if !again.is_empty() {
@@ -569,32 +577,37 @@ async fn next_reload(reloads: &mut Option<Reloads>) -> Option<oneshot::Sender<Re
     reloads.as_mut()?.recv().await
 }
 
-/// Takes the kernel's events for as long as the future is polled and it is not `paused`: there is
-/// one reader at a time.
+/// Takes the kernel's events for as long as the future is polled, those that are `told`: there is one
+/// reader at a time.
 async fn follow_events(
     mut kernel: datapath::Events,
     events: Events,
     datapath: Arc<Datapath>,
     snapshot: Arc<ArcSwap<Snapshot>>,
-    mut paused: watch::Receiver<bool>,
+    mut told: watch::Receiver<Reported>,
 ) {
     let mut batch = Vec::new();
     // What was lost before nobody can be told.
     let mut lost = datapath.lost_events().ok();
     loop {
-        if paused.wait_for(|paused| !paused).await.is_err() {
-            return;
-        }
+        let which = match told.wait_for(|told| *told != Reported::Nothing).await {
+            Ok(which) => *which,
+            Err(_) => return,
+        };
         let read = tokio::select! {
             read = kernel.next(&mut batch) => read,
-            _ = paused.changed() => continue,
+            _ = told.changed() => continue,
         };
         if let Err(error) = read {
             tracing::error!(%error, "the kernel's events are no longer read");
             return;
         }
         let snapshot = snapshot.load();
-        for event in &batch {
+        let refusal = |event: &&Event| event.allowed == 0 && event.kind == EventKind::Verdict as u8;
+        for event in batch
+            .iter()
+            .filter(|event| which == Reported::All || refusal(event))
+        {
             events.record(event, &snapshot);
         }
         // An event is lost only where others wait to be read, so none is lost unnoticed.

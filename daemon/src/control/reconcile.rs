@@ -129,6 +129,16 @@ impl Control {
         let settled = settled.map(|old| (old.policies.clone(), old.refused.clone()));
         let namespaces = running_namespaces(&discovery);
         if self.succession.frozen {
+            if self.succession.beside {
+                // Both judge, so that what is allowed now is to be allowed by both.
+                let listening = self.daemon.view.load().listening.clone();
+                let order = Order::Replaces;
+                problems.clear();
+                self.apply(&discovery, &listening, &snapshot, order, &mut problems);
+                for problem in &problems {
+                    tracing::error!("{problem}");
+                }
+            }
             // The rest is another daemon's; what this one carries is judged all the same.
             self.snapshot.store(snapshot);
             self.daemon.tunnels.judge_again();
@@ -313,6 +323,7 @@ impl Control {
         let tables = snapshot.kernel_tables().clone();
         let mut own = self.own_cgroups.clone();
         own.extend(&self.succession.old_cgroups);
+        own.extend(&self.succession.next_cgroups);
         let without = self.namespaces.without();
         kernel_state(&own, discovery, listening, &without, tables)
     }

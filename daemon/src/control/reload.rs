@@ -272,6 +272,11 @@ impl Control {
             );
         }
         let numbered = block_in_place(|| {
+            if self.succession.has_handed_over && self.succession.beside {
+                // Cgroups are the other daemon's to make.
+                let config = give_ids(config, &self.daemon.datapath)?;
+                return Ok((self.own_cgroups.clone(), config));
+            }
             if self.succession.has_handed_over {
                 // Cgroups and ids are the other daemon's to make and to give.
                 let config = ids_of_others(config, &self.daemon.datapath)?;
@@ -309,6 +314,7 @@ impl Control {
             "the configuration was read again"
         );
         self.take_policies(&config, policies);
+        self.succession.predecessors.tell_of(&self.own_cgroups);
         self.succession.predecessors.tell(Word::Reload);
         let mut numbers = self.numbers(&config);
         if !needed.left.is_empty() {

@@ -32,6 +32,8 @@ use crate::{
 /// What live connections are judged by.
 struct Judge<'a> {
     snapshot: &'a Snapshot,
+    /// Connections of another layout's daemon may be unknown to the programs.
+    beside: bool,
     generation: u32,
     /// Whose each cgroup is.
     owners: HashMap<u64, WorkloadEntry>,
@@ -73,7 +75,8 @@ impl Control {
         }
         let started = Instant::now();
         let over = block_in_place(|| {
-            let judge = Judge::new(snapshot, generation, state, &self.cgroups);
+            let beside = self.daemon.datapath.is_beside();
+            let judge = Judge::new(snapshot, beside, generation, state, &self.cgroups);
             self.end_connections(&judge, namespaces)
         });
         self.told = Arc::clone(snapshot);
@@ -165,12 +168,14 @@ impl Control {
 impl<'a> Judge<'a> {
     fn new(
         snapshot: &'a Snapshot,
+        beside: bool,
         generation: u32,
         state: &KernelState,
         cgroups: &CgroupTree,
     ) -> Self {
         Self {
             snapshot,
+            beside,
             generation,
             owners: desired::owners(cgroups, state),
             namespaces: state
@@ -194,7 +199,7 @@ impl<'a> Judge<'a> {
         let goes_on = |remembered: Remembered| {
             remembered.in_tunnel || (remembered.allowed && remembered.generation == self.generation)
         };
-        if remembered.is_some_and(goes_on) {
+        if remembered.is_some_and(goes_on) || self.is_of_other_daemon(socket) {
             return None;
         }
         let mut connection = self.connection(socket, netns, Direction::Egress)?;
@@ -217,6 +222,15 @@ impl<'a> Judge<'a> {
             }
         };
         Some(over(connection, rule))
+    }
+
+    /// Whether a socket is connected to one of reeve's own, and the programs have not seen that yet: the
+    /// daemon that carries the connection judges it.
+    fn is_of_other_daemon(&self, socket: &LiveSocket) -> bool {
+        let owner = socket
+            .other_cgroup
+            .and_then(|cgroup| self.owners.get(&cgroup));
+        self.beside && owner.is_some_and(|owner| owner.flags & WORKLOAD_IS_REEVE != 0)
     }
 
     /// A socket's connection, in a direction; none where it is none of a workload's, or stays in

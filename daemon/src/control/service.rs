@@ -18,7 +18,7 @@ use crate::{config::Config, handover::Asker, privileges::Confinement, workload::
 
 /// Whether this daemon may hand over to another one, or why not. systemd takes what it hears from a
 /// unit's own processes, and ends the unit where it hears nothing.
-pub(super) fn admits(asker: Asker) -> Result<(), String> {
+pub(super) fn admits(asker: &Asker) -> Result<(), String> {
     if !is_service() {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use arc_swap::ArcSwapOption;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::block_in_place,
-    time::sleep_until,
+    time::{sleep, sleep_until},
 };
 
 use super::{
@@ -43,6 +43,9 @@ const LONGEST_LOOK: Duration = Duration::from_secs(15);
 const ALONE: Duration = Duration::from_secs(2);
 /// For how long an old daemon goes on that no other one hears. Nobody would see it.
 const UNHEARD: Duration = Duration::from_secs(600);
+/// For what waits in the listeners' queues to be accepted by a daemon that alone knows what it was meant
+/// for.
+const ACCEPT: Duration = Duration::from_millis(100);
 /// For daemons before to end, after they were to have ended: longer than their tunnels take.
 pub(super) const LEAVE: Duration = Duration::from_secs(8);
 
@@ -64,12 +67,18 @@ pub(super) struct Succession {
     end_old_after: Option<Duration>,
     /// The same, once this daemon has taken over.
     end_old_at: Option<Instant>,
-    /// The kernel's maps are another daemon's.
+    /// Another daemon serves, or is about to, and what concerns all of the node is its to do.
     pub(super) frozen: bool,
+    /// The maps are still this daemon's, since those of the other one have another layout.
+    pub(super) beside: bool,
+    /// Cgroups of daemons that have come after this one, where the maps are this one's.
+    pub(super) next_cgroups: Vec<(u64, u32)>,
+    /// Cgroups of all daemons before of which this one has sockets.
+    inherited_cgroups: Vec<(u64, u32)>,
     /// Another daemon serves, and this one what it has accepted: there is no way back.
     pub(super) has_handed_over: bool,
-    /// Whether events are left to another daemon.
-    pub(super) events_paused: watch::Sender<bool>,
+    /// Which of the kernel's events are this daemon's to tell of.
+    pub(super) events: watch::Sender<Reported>,
     pub(super) requests: mpsc::Receiver<Request>,
     sender: mpsc::Sender<Request>,
     /// Whether the next daemon is waited for.
@@ -84,6 +93,16 @@ pub(super) struct Succession {
     pub(super) asks_at: Option<Instant>,
     /// No other daemon hears what is left of this one.
     unheard: Option<Unheard>,
+}
+
+/// Which of the kernel's events a daemon tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reported {
+    All,
+    /// Another daemon's programs judge as well, and tell of what passes.
+    Refusals,
+    /// Another daemon reads them.
+    Nothing,
 }
 
 /// Since when an old daemon is heard by no other one, and when it looks for one again.
@@ -105,11 +124,11 @@ impl Succession {
     ) -> Self {
         let (sender, requests) = mpsc::channel(REQUESTS);
         let waits = takeover.is_some() || !inherited.is_empty();
+        let before = takeover.as_ref().map(|takeover| &takeover.offer);
+        let old_cgroups = before.map_or_else(Vec::new, |offer| offer.own_cgroups.clone());
         Self {
-            old_cgroups: takeover
-                .as_ref()
-                .map(|takeover| takeover.offer.own_cgroups.clone())
-                .unwrap_or_default(),
+            inherited_cgroups: old_cgroups.clone(),
+            old_cgroups,
             takeover,
             waiting_since: waits.then(Instant::now),
             predecessors: Predecessors::new(),
@@ -117,8 +136,10 @@ impl Succession {
             end_old_after,
             end_old_at: None,
             frozen: false,
+            beside: false,
+            next_cgroups: Vec::new(),
             has_handed_over: false,
-            events_paused: watch::Sender::new(false),
+            events: watch::Sender::new(Reported::All),
             requests,
             sender,
             has_begun: false,
@@ -187,13 +208,26 @@ impl Control {
             return Err(RunError::Takeover(TakeoverError::Withdrawn));
         }
         self.succession.waiting_since = None;
-        self.daemon.tunnels.release();
         let Some(takeover) = self.succession.takeover.take() else {
+            self.daemon.tunnels.release();
             handover::forget_kept();
             return Ok(());
         };
         let offer = takeover.offer.clone();
-        let before = block_in_place(|| takeover.take())?;
+        let before = if offer.beside {
+            // What the old programs have sent to the listener, the old daemon alone knows: it accepts that
+            // first.
+            let before = block_in_place(|| takeover.take())?;
+            // There is no way back. What fails is tried again.
+            if let Err(error) = block_in_place(|| self.daemon.datapath.take_place()) {
+                tracing::error!("{}", describe(&error));
+            }
+            self.daemon.tunnels.release();
+            before
+        } else {
+            self.daemon.tunnels.release();
+            block_in_place(|| takeover.take())?
+        };
         tracing::info!(
             version = offer.version,
             process = offer.process,
@@ -222,9 +256,9 @@ impl Control {
         if let Some(kernel) = self.events.take() {
             let events = self.kernel_events.clone();
             let datapath = self.daemon.datapath.clone();
-            let paused = self.succession.events_paused.subscribe();
+            let told = self.succession.events.subscribe();
             let snapshot = self.snapshot.clone();
-            tokio::spawn(follow_events(kernel, events, datapath, snapshot, paused));
+            tokio::spawn(follow_events(kernel, events, datapath, snapshot, told));
         }
         let config = self.daemon.config.load();
         if !self.succession.has_begun {
@@ -237,15 +271,16 @@ impl Control {
         Ok(())
     }
 
-    /// Leaves the kernel's maps to another daemon, and says what there is to hand over.
-    pub(super) fn freeze(
+    /// Leaves the kernel's maps to another daemon, unless its own have another layout, and says what there
+    /// is to hand over.
+    pub(super) async fn freeze(
         &mut self,
         asker: Asker,
         answer: oneshot::Sender<Result<(Offer, Vec<OwnedFd>), String>>,
     ) {
         let admitted = match self.succession.has_handed_over {
             true => Err("another daemon has its place already".to_owned()),
-            false => service::admits(asker),
+            false => service::admits(&asker),
         };
         if let Err(why) = admitted {
             // Whoever asked has gone, and is refused all the same.
@@ -253,10 +288,21 @@ impl Control {
             return;
         }
         self.set_frozen(true);
-        self.succession.events_paused.send_replace(true);
+        self.succession.beside = asker.beside;
+        // Before it opens any socket.
+        self.succession.predecessors.tell_of(&asker.own_cgroups);
+        if asker.beside {
+            self.know_next(&asker.own_cgroups).await;
+        } else {
+            self.succession.events.send_replace(Reported::Nothing);
+        }
         let mut own_cgroups = self.own_cgroups.clone();
         own_cgroups.extend(&self.succession.old_cgroups);
+        own_cgroups.extend(&self.succession.inherited_cgroups);
+        own_cgroups.sort_unstable();
+        own_cgroups.dedup();
         let offer = Offer {
+            beside: asker.beside,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             process: std::process::id(),
             is_ready: self.daemon.readiness().is_ready(),
@@ -271,15 +317,84 @@ impl Control {
 
     /// Goes on as before, since the other daemon has given up.
     pub(super) async fn resume(&mut self) {
-        if let Err(error) = block_in_place(|| self.daemon.datapath.take_back()) {
+        let datapath = self.daemon.datapath.clone();
+        let resumed = block_in_place(|| match self.succession.beside {
+            // What is held still is removed a little later.
+            true => datapath.sweep().map(drop),
+            false => datapath.take_back(),
+        });
+        if let Err(error) = resumed {
             tracing::error!(
                 "the kernel's side is not as it should be after a hand-over that failed: {}",
                 describe(&error)
             );
         }
         self.set_frozen(false);
-        self.succession.events_paused.send_replace(false);
+        self.succession.beside = false;
+        self.succession.next_cgroups.clear();
+        self.succession.events.send_replace(Reported::All);
         self.reconcile().await;
+    }
+
+    /// Has the maps know these cgroups of a daemon that serves, or is about to, for reeve's. Nothing where
+    /// the maps are that daemon's.
+    pub(super) async fn know_next(&mut self, cgroups: &[(u64, u32)]) {
+        if !self.succession.beside {
+            return;
+        }
+        let known = &mut self.succession.next_cgroups;
+        let new: Vec<_> = cgroups.iter().filter(|new| !known.contains(new)).collect();
+        if new.is_empty() {
+            return;
+        }
+        known.extend(new);
+        self.reconcile().await;
+    }
+
+    /// Leaves sending connections to reeve to the next daemon's programs, and accepts what waits.
+    async fn step_aside(&mut self) {
+        self.succession.events.send_replace(Reported::Refusals);
+        if let Err(error) = block_in_place(|| self.daemon.datapath.step_aside()) {
+            tracing::error!(
+                "the kernel's side is not left to the next daemon as it should be: {}",
+                describe(&error)
+            );
+        }
+        sleep(ACCEPT).await;
+    }
+
+    /// Removes what this daemon's programs and maps were for.
+    fn retire(&self) {
+        match block_in_place(|| self.daemon.datapath.retire()) {
+            Ok(()) => tracing::info!("the next daemon's programs judge alone from now on"),
+            Err(error) => tracing::error!(
+                "what is pinned cannot be removed, and goes on refusing until the next daemon does: {}",
+                describe(&error)
+            ),
+        }
+    }
+
+    /// Removes what daemons have left in the kernel that were killed.
+    pub(super) fn sweep(&self) {
+        // Nothing that judges alone is removed.
+        let serves = !self.succession.frozen && !self.succession.is_taking_over();
+        if !serves || !self.is_enforced {
+            return;
+        }
+        match block_in_place(|| self.daemon.datapath.sweep()) {
+            Ok(removed) => {
+                for folder in removed {
+                    tracing::warn!(
+                        pins = %folder.display(),
+                        "what a daemon had pinned that is not there any more is removed"
+                    );
+                }
+            }
+            Err(error) => tracing::error!(
+                "what another daemon has pinned cannot be removed, and goes on refusing: {}",
+                describe(&error)
+            ),
+        }
     }
 
     /// Leaves the unit to the next daemon, which the service manager then starts at once, and lets
@@ -293,7 +408,8 @@ impl Control {
         );
         // The next daemon begins with the maps as they are, and answers where this one did.
         self.set_frozen(true);
-        self.succession.events_paused.send_replace(true);
+        self.daemon.datapath.let_go();
+        self.succession.events.send_replace(Reported::Nothing);
         handover::leave(&self.daemon.config.load().admin.socket);
         if !handover::keep(&self.endpoints.sockets()) {
             tracing::warn!("the next daemon opens its own metrics endpoint and admin socket");
@@ -317,6 +433,11 @@ impl Control {
     ) {
         let patience = self.daemon.config.load().timeouts.hand_over;
         let patience = (patience > Duration::ZERO).then_some(patience);
+        if self.succession.beside {
+            self.step_aside().await;
+        } else {
+            self.daemon.datapath.let_go();
+        }
         tracing::info!(
             process,
             patience = patience.map(|patience| humantime::format_duration(patience).to_string()),
@@ -331,6 +452,9 @@ impl Control {
             let _ = done.send(());
         };
         self.serve_out(patience, begun, waits).await;
+        if self.succession.beside {
+            self.retire();
+        }
         tracing::info!("stopped, after another daemon has taken over");
     }
 
@@ -524,6 +648,7 @@ impl Control {
 
     /// Hears one more daemon, from which another one took over.
     fn hear(&mut self, before: Before) {
+        before.tell_of(&self.own_cgroups);
         // First, so that it asks no source when it reads everything again.
         before.tell(Word::Certificates);
         // Where this one was started with another configuration.
@@ -545,6 +670,7 @@ impl Control {
     pub(super) fn hear_of_predecessor(&mut self, news: News) -> bool {
         if news.1.is_none() {
             tracing::info!("a daemon before has ended");
+            self.sweep();
         }
         let were_last = self.succession.predecessors.note(news);
         if were_last {

@@ -4,7 +4,7 @@
 
 pub(super) mod message;
 
-use std::{io, net::SocketAddr, os::fd::BorrowedFd};
+use std::{collections::HashMap, io, net::SocketAddr, os::fd::BorrowedFd};
 
 use reeve_common::{
     Direction, SocketTag, TAG_ALLOWED, TAG_DIRECTION, TAG_ONWARD, TAG_REDIRECTED, TAG_REEVE,
@@ -68,6 +68,9 @@ pub struct LiveSocket {
     pub cgroup: u64,
     /// What the programs know of it.
     pub remembered: Option<Remembered>,
+    /// Cgroup in which the socket was made to which it is connected, where that is one of TCP in this
+    /// namespace. Looked for where the programs know nothing.
+    pub other_cgroup: Option<u64>,
     /// The kernel's number for it, never used again.
     pub cookie: u64,
     family: u8,
@@ -122,6 +125,7 @@ impl Diagnosis {
                 sockets.extend(answer.live(protocol));
             })?;
         }
+        find_other_ends(&mut sockets);
         Ok(sockets)
     }
 
@@ -216,6 +220,7 @@ impl Answer<'_> {
             remote: self.end(OTHER_ADDRESS, OTHER_PORT)?,
             cgroup: self.cgroup,
             remembered: self.tag.and_then(remembered),
+            other_cgroup: None,
             // Two words, the low one first.
             cookie: u64::from(word(&identity, COOKIE)?)
                 | u64::from(word(&identity, COOKIE + 4)?) << 32,
@@ -237,6 +242,24 @@ impl Answer<'_> {
             family: self.family,
             identity: self.identity,
         })
+    }
+}
+
+/// Finds out to which of these the others are connected of which nothing is known.
+fn find_other_ends(sockets: &mut [LiveSocket]) {
+    let is_unknown =
+        |socket: &LiveSocket| socket.protocol == protocol::TCP && socket.remembered.is_none();
+    if !sockets.iter().any(is_unknown) {
+        return;
+    }
+    let streams = sockets
+        .iter()
+        .filter(|socket| socket.protocol == protocol::TCP);
+    let cgroups: HashMap<_, _> = streams
+        .map(|socket| ((socket.local, socket.remote), socket.cgroup))
+        .collect();
+    for socket in sockets.iter_mut().filter(|socket| is_unknown(socket)) {
+        socket.other_cgroup = cgroups.get(&(socket.remote, socket.local)).copied();
     }
 }
 

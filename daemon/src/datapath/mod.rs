@@ -52,9 +52,9 @@ use aya::{
 };
 use reeve_common::{
     Address, Direction, ExpectedCgroup, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
-    FlowSlot, LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, ShownAddresses,
-    SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry,
-    WorkloadId, ipv4_mapped, protocol,
+    FlowSlot, LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, SETTINGS_ASIDE,
+    SETTINGS_BESIDE, SETTINGS_JOINING, ShownAddresses, SocketTag, TAG_ONWARD, TAG_REEVE,
+    TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 use tokio::sync::Notify;
 
@@ -104,6 +104,9 @@ pub struct Settings {
     /// How the programs find a packet's network namespace; none is the best that the kernel
     /// offers. For tests: older kernels offer less.
     pub namespace_source: Option<NamespaceSource>,
+    /// Another daemon, with maps of another layout, serves until [`Datapath::take_place`], and judges
+    /// its connections until it ends.
+    pub beside: bool,
 }
 
 /// What the maps shall hold.
@@ -195,15 +198,15 @@ impl Datapath {
     /// Maps of this layout that are pinned already are adopted with what they hold, which stays
     /// in force until [`Datapath::apply`] is called; a newer program takes the place of an older
     /// one within its link. What is pinned with another layout goes on judging beside these
-    /// programs until [`Datapath::apply`] has succeeded once, and is removed then. Programs of
-    /// other owners are left alone.
+    /// programs until [`Datapath::apply`] has succeeded once, and is removed then; or until its daemon
+    /// ends, where that one is there ([`Settings::beside`]). Programs of other owners are left alone.
     ///
     /// # Errors
     ///
     /// When the kernel refuses, or what is pinned is not reeve's. What was in force before then
     /// stays so.
     pub fn load(settings: Settings) -> Result<Self, Error> {
-        let pins = Pins::find(&settings.pins)?;
+        let pins = Pins::find(&settings.pins, settings.beside)?;
         if let Some(untested) = untested_kernel() {
             tracing::warn!("{untested}");
         }
@@ -216,7 +219,12 @@ impl Datapath {
             ),
         }
         let mut ebpf = load::load(&settings, pins.folder(), &namespaces)?;
-        let state = State::adopt(&mut ebpf, settings.ports)?;
+        let flags = match settings.beside {
+            true => SETTINGS_BESIDE | SETTINGS_JOINING,
+            false if pins.has_olds()? => SETTINGS_BESIDE,
+            false => 0,
+        };
+        let state = State::adopt(&mut ebpf, settings.ports, flags)?;
         let links = load::attach(&ebpf, &settings.cgroup_root, pins.folder())?;
         Ok(Self {
             state: Mutex::new(state),
@@ -286,8 +294,8 @@ impl Datapath {
     ///
     /// From the kernel, or where the folder is no longer root's alone.
     pub fn keep_pinned(&self) -> Result<Vec<PathBuf>, Error> {
-        let (pins, links) = (lock(&self.pins), lock(&self.links));
-        bpffs::prepare(pins.folder())?;
+        let (mut pins, links) = (lock(&self.pins), lock(&self.links));
+        pins.keep()?;
         load::pin_again(pins.folder(), &self.maps, &links)
     }
 
@@ -302,6 +310,85 @@ impl Datapath {
         let links = load::attach(&lock(&self.ebpf), &self.settings.cgroup_root, pins.folder())?;
         *lock(&self.links) = links;
         lock(&self.state).reread()
+    }
+
+    /// Leaves sending connections to the outbound listener to the programs of the next daemon, which are
+    /// of another layout. These go on judging, by what [`Datapath::apply`] says. Blocks until no call is
+    /// under way that was sent to the listener by these.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn step_aside(&self) -> Result<(), Error> {
+        lock(&self.state).set_flags(SETTINGS_BESIDE | SETTINGS_ASIDE)?;
+        lock(&self.pins).step_aside()
+    }
+
+    /// The daemon of another layout that served until now has stepped aside, or has ended.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn take_place(&self) -> Result<(), Error> {
+        let (mut pins, mut state) = (lock(&self.pins), lock(&self.state));
+        state.set_flags(SETTINGS_BESIDE)?;
+        pins.take_name()
+    }
+
+    /// The next daemon has adopted what is pinned, and looks after it.
+    pub fn let_go(&self) {
+        lock(&self.pins).let_go();
+    }
+
+    /// Removes what daemons of other layouts have left in the kernel that were killed: those before, and one
+    /// that did not come to take over. For the daemon that serves, while no other one takes over. Gives
+    /// what was removed.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn sweep(&self) -> Result<Vec<PathBuf>, Error> {
+        let (mut pins, mut state) = (lock(&self.pins), lock(&self.state));
+        if state.has_flags(SETTINGS_JOINING) || state.has_flags(SETTINGS_ASIDE) {
+            return Ok(Vec::new());
+        }
+        pins.take_name()?;
+        let (removed, stays) = pins.sweep()?;
+        if !stays && state.has_flags(SETTINGS_BESIDE) {
+            state.set_flags(0)?;
+        }
+        Ok(removed)
+    }
+
+    /// Whether programs of another layout judge as well.
+    #[must_use]
+    pub fn is_beside(&self) -> bool {
+        lock(&self.state).has_flags(SETTINGS_BESIDE)
+    }
+
+    /// Removes what this daemon has in the kernel, since its last connection has ended and another
+    /// daemon's programs judge.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be removed.
+    pub fn retire(&self) -> Result<(), Error> {
+        lock(&self.pins).remove()
+    }
+
+    /// Has a listener that another daemon has opened be reeve's.
+    ///
+    /// # Errors
+    ///
+    /// From the kernel.
+    pub fn adopt_listener(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
+        let tag = SocketTag {
+            protocol: protocol::TCP,
+            direction: Direction::Ingress as u8,
+            flags: TAG_REEVE,
+            ..SocketTag::default()
+        };
+        sys::set_of_socket(self.tags.as_fd(), listener, &tag)
     }
 
     /// Which workload has which address, as the maps have it.

@@ -4,14 +4,21 @@
 //! else refuses what it refuses. So this reeve's programs are pinned and attached beside it, in
 //! `NAME-next`: both judge, and what either refuses is refused. Once the maps here hold everything,
 //! what was there before goes, and the folder takes over its name.
+//!
+//! In a takeover, what was there before stays for as long as its daemon has connections, in `NAME-old-N`.
+//! A daemon holds a lock on its folder. A folder that nobody holds was left by a daemon that was killed, and
+//! is removed by the one that serves.
 
 use std::{
-    fs, io,
-    os::fd::AsFd,
+    ffi::{OsStr, OsString},
+    fs::{self, File},
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
 use aya::maps::{MapData, MapType};
+use nix::fcntl::{Flock, FlockArg};
 use reeve_common::{LAYOUT_VERSION, Settings as KernelSettings};
 
 use super::{
@@ -27,15 +34,20 @@ pub(super) const SETTINGS: &str = "SETTINGS";
 #[derive(Debug)]
 pub(super) struct Pins {
     folder: PathBuf,
+    /// The folder of whoever serves.
+    name: PathBuf,
     /// The folder of another layout, to be removed once this one is in force.
     replaces: Option<PathBuf>,
+    /// Says that the folder is somebody's; none where that is another daemon.
+    lock: Option<Flock<File>>,
 }
 
 // === impl Pins ===
 
 impl Pins {
-    /// Finds out what is pinned already, and where to pin. Makes the folder.
-    pub(super) fn find(pins: &Path) -> Result<Self, Error> {
+    /// Finds out what is pinned already, and where to pin. Makes the folder. `beside` has it be beside
+    /// what another daemon has pinned, which stays.
+    pub(super) fn find(pins: &Path, beside: bool) -> Result<Self, Error> {
         let next = successor(pins);
         // Before anything in them is believed.
         for folder in [pins, &next] {
@@ -43,15 +55,27 @@ impl Pins {
                 bpffs::verify(folder)?;
             }
         }
+        if beside {
+            // What is there is of a daemon that has not taken over.
+            if is_held(&next)? {
+                return Err(Error::Pin {
+                    doing: "pin in",
+                    path: next,
+                    source: io::Error::other("another daemon does"),
+                });
+            }
+            links::remove_all(&next)?;
+            return Self::take(next, pins, None);
+        }
         if !pins.exists() && next.exists() {
             // A replacement ended between its last two steps.
             rename(&next, pins)?;
         }
-        let found = match layout(pins)? {
-            None | Some(LAYOUT_VERSION) => Self {
-                folder: pins.to_owned(),
-                replaces: next.exists().then_some(next),
-            },
+        match layout(pins)? {
+            None | Some(LAYOUT_VERSION) => {
+                let replaces = next.exists().then_some(next);
+                Self::take(pins.to_owned(), pins, replaces)
+            }
             Some(other) => {
                 if layout(&next)?.is_some_and(|layout| layout != LAYOUT_VERSION) {
                     // It never came to replace what is there, which goes on refusing.
@@ -63,14 +87,20 @@ impl Pins {
                     "what is pinned has another layout: it goes on refusing until all of this \
                      layout is in force, and is removed then"
                 );
-                Self {
-                    folder: next,
-                    replaces: Some(pins.to_owned()),
-                }
+                Self::take(next, pins, Some(pins.to_owned()))
             }
-        };
-        bpffs::prepare(&found.folder)?;
-        Ok(found)
+        }
+    }
+
+    fn take(folder: PathBuf, name: &Path, replaces: Option<PathBuf>) -> Result<Self, Error> {
+        bpffs::prepare(&folder)?;
+        let lock = Some(lock(&folder, FlockArg::LockShared).map_err(held(&folder))?);
+        Ok(Self {
+            folder,
+            name: name.to_owned(),
+            replaces,
+            lock,
+        })
     }
 
     /// Where the pins are now.
@@ -92,18 +122,109 @@ impl Pins {
         self.replaces = None;
         Ok(true)
     }
+
+    /// Makes the folder and takes hold of it again, where others have removed it.
+    pub(super) fn keep(&mut self) -> Result<(), Error> {
+        bpffs::prepare(&self.folder)?;
+        let Some(held_now) = &self.lock else {
+            return Ok(());
+        };
+        let inode = |metadata: io::Result<fs::Metadata>| metadata.map(|found| found.ino());
+        let is_same = match (
+            inode(held_now.metadata()),
+            inode(fs::metadata(&self.folder)),
+        ) {
+            (Ok(held), Ok(there)) => held == there,
+            _ => false,
+        };
+        if !is_same {
+            let again = lock(&self.folder, FlockArg::LockShared);
+            self.lock = Some(again.map_err(held(&self.folder))?);
+        }
+        Ok(())
+    }
+
+    /// Leaves the name to the next daemon, which has pinned beside.
+    pub(super) fn step_aside(&mut self) -> Result<(), Error> {
+        let is_free = |number: &u32| !is_there(&old(&self.name, *number));
+        let to = old(&self.name, (1..).find(is_free).unwrap_or_default());
+        rename(&self.folder, &to)?;
+        self.folder = to;
+        Ok(())
+    }
+
+    /// Leaves the folder to the next daemon, which has adopted it.
+    pub(super) fn let_go(&mut self) {
+        self.lock = None;
+    }
+
+    /// Takes the name, after another daemon has left it, or has ended before it could.
+    pub(super) fn take_name(&mut self) -> Result<(), Error> {
+        // Where it replaces what was there, that is removed first.
+        if self.folder == self.name || self.replaces.is_some() {
+            return Ok(());
+        }
+        if is_held(&self.name)? {
+            return Err(Error::Pin {
+                doing: "give its final name to",
+                path: self.folder.clone(),
+                source: io::Error::other("another daemon has it still"),
+            });
+        }
+        links::remove_all(&self.name)?;
+        rename(&self.folder, &self.name)?;
+        self.folder.clone_from(&self.name);
+        Ok(())
+    }
+
+    /// Removes what daemons have left that were killed: those that others have taken over from, and the
+    /// one that was about to take over. Gives what was removed, and whether anything stays that another
+    /// daemon has.
+    pub(super) fn sweep(&self) -> Result<(Vec<PathBuf>, bool), Error> {
+        let mut others = olds(&self.name)?;
+        others.push(successor(&self.name));
+        others.retain(|folder| *folder != self.folder && bpffs::verify(folder).is_ok());
+        let (mut removed, mut stays) = (Vec::new(), false);
+        for folder in others {
+            if is_held(&folder)? {
+                stays = true;
+            } else {
+                links::remove_all(&folder)?;
+                removed.push(folder);
+            }
+        }
+        Ok((removed, stays))
+    }
+
+    /// Whether daemons of other layouts are there, from which others have taken over.
+    pub(super) fn has_olds(&self) -> Result<bool, Error> {
+        for folder in olds(&self.name)? {
+            if is_held(&folder)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Removes all that is pinned in the folder, since another daemon judges.
+    pub(super) fn remove(&self) -> Result<(), Error> {
+        links::remove_all(&self.folder).map(drop)
+    }
 }
 
 /// Removes everything that is pinned, of whatever layout, and gives the pins.
 pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
-    for folder in [pins, &successor(pins)] {
-        if is_there(folder) {
-            // In another's folder, paths can come to lead elsewhere.
-            bpffs::verify(folder)?;
-        }
+    let mut folders = vec![pins.to_owned(), successor(pins)];
+    folders.extend(olds(pins)?);
+    folders.retain(|folder| is_there(folder));
+    for folder in &folders {
+        // In another's folder, paths can come to lead elsewhere.
+        bpffs::verify(folder)?;
     }
-    let mut removed = links::remove_all(pins)?;
-    removed.extend(links::remove_all(&successor(pins))?);
+    let mut removed = Vec::new();
+    for folder in &folders {
+        removed.extend(links::remove_all(folder)?);
+    }
     Ok(removed)
 }
 
@@ -157,6 +278,73 @@ fn successor(pins: &Path) -> PathBuf {
     let mut name = pins.as_os_str().to_owned();
     name.push("-next");
     name.into()
+}
+
+/// Where what a daemon has pinned is while another one serves.
+fn old(pins: &Path, number: u32) -> PathBuf {
+    let mut name = old_prefix(pins.as_os_str());
+    name.push(number.to_string());
+    name.into()
+}
+
+fn old_prefix(pins: &OsStr) -> OsString {
+    let mut name = pins.to_owned();
+    name.push("-old-");
+    name
+}
+
+/// All of these that there are and are root's alone.
+fn olds(pins: &Path) -> Result<Vec<PathBuf>, Error> {
+    let (Some(parent), Some(name)) = (pins.parent(), pins.file_name()) else {
+        return Ok(Vec::new());
+    };
+    let prefix = old_prefix(name);
+    let failed = |source| Error::Pin {
+        doing: "list",
+        path: parent.to_owned(),
+        source,
+    };
+    let entries = match fs::read_dir(parent) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(failed)?.file_name();
+        let number = name.as_encoded_bytes();
+        let number = number.strip_prefix(prefix.as_encoded_bytes());
+        if number.is_some_and(|number| number.iter().all(u8::is_ascii_digit)) {
+            let folder = parent.join(name);
+            // Another user may have made it, where the folder above is everybody's.
+            if bpffs::verify(&folder).is_ok() {
+                found.push(folder);
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn lock(folder: &Path, how: FlockArg) -> io::Result<Flock<File>> {
+    Flock::lock(File::open(folder)?, how).map_err(|(_, error)| error.into())
+}
+
+/// Whether a daemon has the pins of a folder.
+fn is_held(folder: &Path) -> Result<bool, Error> {
+    match lock(folder, FlockArg::LockExclusiveNonblock) {
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(held(folder)(error)),
+    }
+}
+
+fn held(folder: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Pin {
+        doing: "take hold of",
+        path: folder.to_owned(),
+        source,
+    }
 }
 
 fn rename(from: &Path, to: &Path) -> Result<(), Error> {

@@ -75,7 +75,7 @@ pub(super) struct State {
 
 impl State {
     /// Takes the maps out of the loaded object and reads what an earlier daemon left in them.
-    pub(super) fn adopt(ebpf: &mut Ebpf, ports: Ports) -> Result<Self, Error> {
+    pub(super) fn adopt(ebpf: &mut Ebpf, ports: Ports, flags: u32) -> Result<Self, Error> {
         let settings = "SETTINGS";
         let mut map: maps::Array<MapData, KernelSettings> =
             take(ebpf, settings, |map| map.try_into())?.0;
@@ -91,6 +91,7 @@ impl State {
         }
         current.outbound_port = ports.outbound;
         current.tunnel_port = ports.tunnel;
+        current.flags = flags;
         map.set(0, current, 0)
             .map_err(|source| map_error(settings, "write", source))?;
         Ok(Self {
@@ -496,6 +497,20 @@ impl State {
             | settled(self.peer_ports.prune(&desired.peer_ports))?
             | self.prune_peers(desired)?
             | self.prune_verdicts(&desired.verdicts)?)
+    }
+
+    pub(super) fn has_flags(&self, flags: u32) -> bool {
+        self.current.flags & flags == flags
+    }
+
+    /// Sets the `SETTINGS_*` bits, and waits until no program goes by what they were.
+    pub(super) fn set_flags(&mut self, flags: u32) -> Result<(), Error> {
+        self.write(KernelSettings {
+            flags,
+            ..self.current
+        })?;
+        sys::wait_for_programs();
+        Ok(())
     }
 
     pub(super) fn write(&mut self, settings: KernelSettings) -> Result<(), Error> {

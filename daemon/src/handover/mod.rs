@@ -6,7 +6,8 @@
 //!
 //! Follow a hand-over: the new daemon [`ask`]s, which changes nothing where the versions do not
 //! fit; the old one's control [freezes](Request::Freeze), which leaves the kernel's maps to the new
-//! one, and goes on serving; the new one gets ready, and [takes](Takeover::take); the old one accepts
+//! one (of another layout, each keeps its own), and goes on serving; the new one gets ready, and
+//! [takes](Takeover::take); the old one accepts
 //! no more, drains, and says how much is [left](Draining) and which identities that uses. Of these the
 //! new one [passes](Passer) the certificates. Whatever ends the new one before that has
 //! the old one go on as before. When the daemon that took over ends before the old one does, the old

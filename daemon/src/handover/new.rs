@@ -78,7 +78,7 @@ pub struct Passer(Arc<Connection>);
 struct Talk {
     connection: Arc<Connection>,
     path: PathBuf,
-    ports: Ports,
+    hello: Hello,
     answered: mpsc::SyncSender<Result<(Offer, Vec<OwnedFd>), TakeoverError>>,
     take: mpsc::Receiver<()>,
     taken: mpsc::SyncSender<Result<(), TakeoverError>>,
@@ -115,13 +115,14 @@ pub enum TakeoverError {
 }
 
 /// Asks the daemon whose admin socket this is to hand over: gives the sockets that it has. None
-/// where no daemon is.
+/// where no daemon is. `own_cgroups` (id and depth) are those of the daemon that asks.
 ///
 /// # Errors
 /// When the daemon refuses. It goes on as before then.
 pub fn ask(
     admin_socket: &Path,
     ports: Ports,
+    own_cgroups: &[(u64, u32)],
     confinement: Confinement,
 ) -> Result<Option<(Takeover, Vec<OwnedFd>)>, TakeoverError> {
     let path = socket_beside(admin_socket);
@@ -148,7 +149,10 @@ pub fn ask(
     let talk = Talk {
         connection: connection.clone(),
         path: path.clone(),
-        ports,
+        hello: Hello {
+            own_cgroups: own_cgroups.to_owned(),
+            ..Hello::new(ports)
+        },
         answered,
         take: asked,
         taken: told_taken,
@@ -199,6 +203,14 @@ impl Before {
     pub fn tell(&self, word: Word) {
         if let Err(error) = self.connection.try_send(&FromNew::Tell(word), &[]) {
             tracing::debug!(%error, ?word, "the daemon before is not told");
+        }
+    }
+
+    /// Tells the daemon which cgroups are those of the one that serves, or is about to.
+    pub fn tell_of(&self, cgroups: &[(u64, u32)]) {
+        let serves = FromNew::Serves(cgroups.to_owned());
+        if let Err(error) = self.connection.try_send(&serves) {
+            tracing::debug!(%error, "the daemon before is not told who serves");
         }
     }
 
@@ -295,7 +307,7 @@ impl Talk {
     fn greet(&self) -> Result<(Offer, Vec<OwnedFd>), TakeoverError> {
         let broken = |source| self.broken(source);
         self.connection.check_peer().map_err(broken)?;
-        let hello = FromNew::Hello(Hello::new(self.ports));
+        let hello = FromNew::Hello(self.hello.clone());
         self.connection.send(&hello, &[]).map_err(broken)?;
         let next = || self.connection.receive(ANSWER_TIMEOUT).map_err(broken);
         let offer = match next()? {

@@ -44,7 +44,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a new daemon asks of this one's control.
 #[derive(Debug)]
 pub enum Request {
-    /// Leave the kernel's maps alone, and say what there is to hand over; or why there is nothing.
+    /// Leave the kernel's maps alone, unless they have another layout, and say what there is to hand over;
+    /// or why there is nothing.
     Freeze {
         /// Who asks.
         asker: Asker,
@@ -73,6 +74,8 @@ pub enum Request {
     Heard,
     /// An old daemon has come, which nobody hears.
     Came(Comer),
+    /// Cgroups (id and depth) of the daemon that serves, or is about to.
+    Serves(Vec<(u64, u32)>),
 }
 
 /// An old daemon that has come to the one that serves, since the daemon that took over from it has
@@ -93,12 +96,16 @@ pub struct Rest {
 }
 
 /// A new daemon that asks.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Asker {
     /// Its process.
     pub process: i32,
     /// A service manager hears it.
     pub is_notifying: bool,
+    /// Its maps have another layout.
+    pub beside: bool,
+    /// Its cgroups (id and depth), which must not be judged.
+    pub own_cgroups: Vec<(u64, u32)>,
 }
 
 /// The socket at which this daemon is asked to hand over.
@@ -233,6 +240,9 @@ fn tell(connection: Connection, mut rest: mpsc::Receiver<Rest>, requests: &mpsc:
                         ),
                     }
                 }
+                Ok((FromNew::Serves(cgroups), _)) => {
+                    ask(Request::Serves(cgroups));
+                }
                 Ok(_) => {}
                 // A later version may say more than this one understands.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
@@ -301,7 +311,14 @@ fn serve(socket: Socket, ports: Ports, requests: &mpsc::Sender<Request>) -> io::
             let _ = requests.blocking_send(Request::Came(comer));
             return Ok(Outcome::NotBegun);
         }
-        Ok((FromNew::Take | FromNew::Tell(_) | FromNew::Heard | FromNew::Pass(_), _)) => {
+        Ok((
+            FromNew::Take
+            | FromNew::Tell(_)
+            | FromNew::Heard
+            | FromNew::Pass(_)
+            | FromNew::Serves(_),
+            _,
+        )) => {
             refuse("a hand-over begins with a hello".to_owned())?;
             return Ok(Outcome::NotBegun);
         }
@@ -322,6 +339,8 @@ fn serve(socket: Socket, ports: Ports, requests: &mpsc::Sender<Request>) -> io::
     let asker = Asker {
         process: peer.pid(),
         is_notifying: hello.notifies,
+        beside: hello.is_beside(),
+        own_cgroups: hello.own_cgroups,
     };
     let outcome = match offer(&connection, asker, requests) {
         Ok(Offered::Taken(rest)) => return Ok(Outcome::Taken(rest, connection)),
@@ -355,6 +374,7 @@ fn offer(
 ) -> io::Result<Offered> {
     let ending = || io::Error::other("this daemon is ending");
     let (answer, answered) = oneshot::channel();
+    let process = asker.process;
     requests
         .blocking_send(Request::Freeze { asker, answer })
         .map_err(|_| ending())?;
@@ -377,7 +397,7 @@ fn offer(
     let (rest, told) = mpsc::channel(1);
     requests
         .blocking_send(Request::Take {
-            process: asker.process,
+            process,
             done,
             rest,
         })

@@ -10,6 +10,9 @@ use crate::{config::Ports, identity::SpiffeId};
 
 /// Version of the hand-over. A field that is added does not raise it.
 pub(super) const PROTOCOL_VERSION: u32 = 1;
+/// Version of how the programs of two layouts judge beside each other, see `SETTINGS_BESIDE`. Daemons of
+/// different layouts hand over to each other only where both have the same.
+pub(super) const BESIDE_VERSION: u32 = 1;
 
 /// What the new daemon says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +31,9 @@ pub(super) enum FromNew {
     /// To an old daemon that has said [`FromOld::Uses`]: the certificate of one of these identities,
     /// whenever there is another one. A file comes along.
     Pass(Pass),
+    /// To an old daemon: cgroups (id and depth) of the one that serves, or is about to, which must not be
+    /// judged. One whose maps another daemon looks after passes it over.
+    Serves(Vec<(u64, u32)>),
 }
 
 /// An old daemon that looks for the one that serves.
@@ -77,6 +83,12 @@ pub(super) struct Hello {
     /// A service manager hears this daemon (`NOTIFY_SOCKET`).
     #[serde(default)]
     pub(super) notifies: bool,
+    /// [`BESIDE_VERSION`]; 0: it takes over from daemons of its own layout only.
+    #[serde(default)]
+    pub(super) beside: u32,
+    /// Its cgroups (id and depth), which must not be judged.
+    #[serde(default)]
+    pub(super) own_cgroups: Vec<(u64, u32)>,
 }
 
 /// What the old daemon says.
@@ -85,7 +97,7 @@ pub(super) struct Hello {
 pub(super) enum FromOld {
     /// Nothing is handed over, and nothing has changed.
     Refused(String),
-    /// It has left the kernel's maps to the new daemon. Sockets follow.
+    /// It has left the kernel's maps to the new daemon, or is about to judge beside it. Sockets follow.
     Offer(Offer),
     /// Sockets, in the message's ancillary data.
     Sockets,
@@ -121,6 +133,9 @@ pub struct Offer {
     pub own_cgroups: Vec<(u64, u32)>,
     /// Number of sockets that follow.
     pub sockets: usize,
+    /// Its maps have another layout: they stay its own, and the new daemon's are beside them.
+    #[serde(default)]
+    pub beside: bool,
 }
 
 /// How far a daemon has come that lets its connections end.
@@ -272,7 +287,14 @@ impl Hello {
             outbound_port: ports.outbound,
             tunnel_port: ports.tunnel,
             notifies: is_notifying(),
+            beside: BESIDE_VERSION,
+            own_cgroups: Vec::new(),
         }
+    }
+
+    /// Whether its maps have another layout than this daemon's.
+    pub(super) fn is_beside(&self) -> bool {
+        self.layout != LAYOUT_VERSION
     }
 
     /// Why a daemon with these ports does not hand over to this one, if it does not.
@@ -286,10 +308,10 @@ impl Hello {
                 self.version, self.protocol, own.version, own.protocol
             ));
         }
-        if self.layout != own.layout {
+        if self.is_beside() && self.beside != own.beside {
             return Some(format!(
                 "the kernel maps of reeve {} have layout {} and those of the running reeve {} layout \
-                 {}; {restart}",
+                 {}, and they do not judge beside each other; {restart}",
                 self.version, self.layout, own.version, own.layout
             ));
         }
@@ -318,6 +340,11 @@ mod tests {
             ..hello.clone()
         };
         assert_eq!(older.refusal(ports), None, "the version alone is no reason");
+        let of_another_layout = Hello {
+            layout: LAYOUT_VERSION - 1,
+            ..hello.clone()
+        };
+        assert_eq!(of_another_layout.refusal(ports), None, "nor is the layout");
         for (other, said) in [
             (
                 Hello {
@@ -328,8 +355,8 @@ mod tests {
             ),
             (
                 Hello {
-                    layout: LAYOUT_VERSION - 1,
-                    ..hello.clone()
+                    beside: 0,
+                    ..of_another_layout.clone()
                 },
                 "have layout",
             ),

@@ -9,6 +9,7 @@
 )]
 
 mod adopted;
+mod beside;
 mod bind;
 mod churn;
 mod connect;

@@ -128,6 +128,7 @@ impl World {
             maps: Maps::default(),
             log: EbpfLog::Off,
             namespace_source: source.or_else(wanted_source),
+            beside: false,
         };
         let mut world = Self {
             state: KernelState::default(),

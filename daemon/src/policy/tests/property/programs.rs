@@ -59,6 +59,7 @@ impl Programs {
             maps: Maps::default(),
             log: EbpfLog::Off,
             namespace_source: None,
+            beside: false,
         };
         Self {
             datapath: Datapath::load(settings).unwrap(),
