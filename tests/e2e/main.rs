@@ -37,6 +37,7 @@ mod health;
 mod image;
 mod inherited;
 mod interoperation;
+mod layouts;
 mod metrics_port;
 mod network_policy;
 mod no_way_round;

@@ -29,6 +29,7 @@ pub struct Daemon {
     policies: PathBuf,
     environment: Vec<OsString>,
     launcher: Vec<OsString>,
+    program: PathBuf,
 }
 
 impl Daemon {
@@ -53,15 +54,21 @@ impl Daemon {
             policies: node.folder().join("policies"),
             environment,
             launcher,
+            program: Programs::get().reeve.clone(),
         };
         daemon.start_again();
         daemon
     }
 
+    /// Has this binary be the daemon from the next start or takeover on.
+    pub fn use_program(&mut self, program: &Path) {
+        program.clone_into(&mut self.program);
+    }
+
     /// Starts it, after it was stopped or killed, with the same files.
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "the daemon runs");
-        let reeve = Programs::get().reeve.as_os_str();
+        let reeve = self.program.as_os_str();
         let words = [
             reeve,
             OsStr::new("run"),
@@ -85,7 +92,7 @@ impl Daemon {
 
     /// As [`Self::start_taking_over`], with more words on its command line.
     pub fn start_taking_over_with(&mut self, more: &[&str]) -> Process {
-        let reeve = Programs::get().reeve.as_os_str();
+        let reeve = self.program.as_os_str();
         let words = [
             reeve,
             OsStr::new("run"),

@@ -82,6 +82,22 @@ impl Node {
         &self.pins
     }
 
+    /// Where its daemons pin now: the one that serves, and those of other layouts before and after it.
+    #[must_use]
+    pub fn all_pins(&self) -> Vec<PathBuf> {
+        let parent = self.pins.parent().expect("it is a folder's");
+        let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+        let name = self.pins.file_name().expect("it has a name");
+        let is_own = |path: &PathBuf| {
+            let found = path.file_name().map(|found| found.as_encoded_bytes());
+            let rest = found.and_then(|found| found.strip_prefix(name.as_encoded_bytes()));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"-"))
+        };
+        let mut pins: Vec<_> = entries.map(|entry| entry.path()).filter(is_own).collect();
+        pins.sort();
+        pins
+    }
+
     /// A place for a workload with a network namespace of its own, like a pod's.
     #[must_use]
     pub fn pod(&self, name: &str) -> Workload {
@@ -123,10 +139,10 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         // Programs and maps would stay in memory until the test process ends.
-        if self.pins.exists()
-            && let Err(error) = fs::remove_dir_all(&self.pins)
-        {
-            eprintln!("removing {}: {error}", self.pins.display());
+        for pins in self.all_pins() {
+            if let Err(error) = fs::remove_dir_all(&pins) {
+                eprintln!("removing {}: {error}", pins.display());
+            }
         }
     }
 }

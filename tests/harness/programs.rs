@@ -18,6 +18,9 @@ pub struct Programs {
 }
 
 impl Programs {
+    /// What the daemon is called whose kernel maps have another layout.
+    pub const OTHER_LAYOUT: &str = "reeve-other-layout";
+
     /// Those in use: from the environment (`REEVE`, `REEVE_PEER`), else what cargo built beside the
     /// running program.
     pub fn get() -> &'static Programs {
@@ -42,6 +45,21 @@ impl Programs {
                 peer: named("REEVE_PEER", "peer"),
             }
         })
+    }
+
+    /// A daemon whose kernel maps have another layout: from the environment (`REEVE_OTHER_LAYOUT`), else
+    /// beside the daemon under test.
+    #[must_use]
+    pub fn other_layout() -> PathBuf {
+        let beside = || Self::get().reeve.with_file_name(Self::OTHER_LAYOUT);
+        let program =
+            env::var_os("REEVE_OTHER_LAYOUT").map_or_else(beside, |path| PathBuf::from(&path));
+        assert!(
+            program.is_file(),
+            "{} is not built: `cargo xtask test` does that",
+            program.display()
+        );
+        program
     }
 
     /// Uses these, where they are known. Call it before anything else of this library.

@@ -1,8 +1,8 @@
 //! `cargo xtask build`: the daemon with its kernel programs embedded.
 
-use std::path::PathBuf;
+use std::{fs, path::PathBuf, process::Command};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use harness::Programs;
 
 use crate::{run, setup, workspace::Workspace};
@@ -33,8 +33,19 @@ pub(crate) struct Built {
     pub(crate) peer: PathBuf,
 }
 
-/// Builds the daemon and the programs of the tests.
-pub(crate) fn build(workspace: &Workspace, options: &Options) -> Result<Built> {
+/// Builds a daemon whose kernel maps have another layout, which tests of upgrades take over from, and leaves
+/// it beside where [`build`] will put the other one. What neither of the two changes is built once for both.
+pub(crate) fn other_layout(workspace: &Workspace) -> Result<PathBuf> {
+    let mut cargo = command(workspace)?;
+    cargo.args(["--features", "reeve/other-layout"]);
+    run::run(&mut cargo)?;
+    let built = workspace.target.join("debug/reeve");
+    let kept = built.with_file_name(Programs::OTHER_LAYOUT);
+    fs::copy(&built, &kept).with_context(|| format!("making {}", kept.display()))?;
+    Ok(kept)
+}
+
+fn command(workspace: &Workspace) -> Result<Command> {
     let mut cargo = workspace.cargo()?;
     cargo.args([
         "build",
@@ -45,6 +56,12 @@ pub(crate) fn build(workspace: &Workspace, options: &Options) -> Result<Built> {
         "reeve-tests",
         "--bins",
     ]);
+    Ok(cargo)
+}
+
+/// Builds the daemon and the programs of the tests.
+pub(crate) fn build(workspace: &Workspace, options: &Options) -> Result<Built> {
+    let mut cargo = command(workspace)?;
     if options.release {
         cargo.arg("--release");
     }

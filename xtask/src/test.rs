@@ -19,6 +19,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let workspace = Workspace::find()?;
     setup::for_running(&workspace)?;
     let started = Instant::now();
+    let other_layout = build::other_layout(&workspace)?;
     let built = build::build(&workspace, &build::Options::default())?;
     // What is released is linked in another way; the tests of a release run that.
     let released = dist::build_static(&workspace, dist::Profile::Tests)?;
@@ -29,7 +30,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .args(&options.filter)
         .env("REEVE", &built.daemon)
         .env("REEVE_PEER", &built.peer)
-        .env("REEVE_STATIC", &released);
+        .env("REEVE_STATIC", &released)
+        .env("REEVE_OTHER_LAYOUT", &other_layout);
     run::run(&mut cargo)?;
     // Who asks for some tests does not ask for a virtual machine.
     if options.filter.is_empty() {
