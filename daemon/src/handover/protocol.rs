@@ -11,7 +11,9 @@ use crate::{config::Ports, identity::SpiffeId};
 /// Version of the hand-over. A field that is added does not raise it.
 pub(super) const PROTOCOL_VERSION: u32 = 1;
 /// Version of how the programs of two layouts judge beside each other, see `SETTINGS_BESIDE`. Daemons of
-/// different layouts hand over to each other only where both have the same.
+/// different layouts hand over to each other only where both have the same. To be raised when one of these
+/// changes: where connections are redirected to and what listens there, the mark, the routes of a
+/// workload's namespace, or by what the programs know sockets of the other daemon.
 pub(super) const BESIDE_VERSION: u32 = 1;
 
 /// What the new daemon says.

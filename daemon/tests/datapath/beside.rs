@@ -146,6 +146,14 @@ fn renumbered(state: &KernelState) -> KernelState {
         .iter_mut()
         .for_each(|(.., entry)| renumber(&mut entry.workload));
     state
+        .expected
+        .iter_mut()
+        .for_each(|(.., workload)| renumber(workload));
+    state
+        .shown_addresses
+        .iter_mut()
+        .for_each(|(workload, _)| renumber(workload));
+    state
         .namespaces
         .iter_mut()
         .for_each(|(_, entry)| renumber(&mut entry.workload));
