@@ -209,7 +209,7 @@ impl Before {
     /// Tells the daemon which cgroups are those of the one that serves, or is about to.
     pub fn tell_of(&self, cgroups: &[(u64, u32)]) {
         let serves = FromNew::Serves(cgroups.to_owned());
-        if let Err(error) = self.connection.try_send(&serves) {
+        if let Err(error) = self.connection.try_send(&serves, &[]) {
             tracing::debug!(%error, "the daemon before is not told who serves");
         }
     }
