@@ -7,6 +7,7 @@ use std::{
 };
 
 use harness::{SOON, Workload, eventually};
+use nix::sys::signal::Signal;
 
 use crate::arrange::{PORT, Pair, say, send, serve, start_sending};
 
@@ -125,4 +126,22 @@ fn is_soon_gone(is_there: impl Fn() -> bool) {
     eventually("the namespace is gone", || !is_there());
     let taken = started.elapsed();
     assert!(taken < SOON_GONE, "it took {taken:?}");
+}
+
+#[test]
+fn a_connection_that_was_reset_before_reeve_looked_is_told() {
+    let (pair, one, _two) = Pair::started();
+    let _server = serve(&pair.server, PORT, &[]);
+    let to = pair.server.addresses().port4(PORT).to_string();
+    let refused = || {
+        one.metrics()
+            .sum("reeve_connections_failed_total", &[("reason", "reset")])
+    };
+    assert_eq!(refused(), 0.0);
+    one.signal(Signal::SIGSTOP);
+    for _ in 0..5 {
+        pair.client.peer(["send", &to, "--reset"]).ok();
+    }
+    one.signal(Signal::SIGCONT);
+    eventually("each is told", || refused() == 5.0);
 }

@@ -302,7 +302,7 @@ impl TakesOver {
         };
         let refused = greet(0).hear();
         let layout = refused.rsplit("layout ").next().unwrap();
-        let layout = layout.split(';').next().unwrap().parse().unwrap();
+        let layout = layout.split(',').next().unwrap().parse().unwrap();
         let new = greet(layout);
         let offer: Value = serde_json::from_str(&new.hear()).unwrap();
         assert!(offer["offer"]["sockets"].as_u64() > Some(0), "{offer}");

@@ -149,6 +149,8 @@ fn a_proof_that_fails_is_tried_at_growing_intervals_and_told() {
     while begun.elapsed() < Duration::from_secs(10) {
         next();
         connections += 1;
+        // What is looked for below must not be pushed out of the newest events.
+        thread::sleep(Duration::from_millis(50));
     }
     assert!(connections > 20, "{connections}");
     goes_on(&mut beating);

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{Daemon, Machine, Network, Node, Process, Workload, eventually};
+use harness::{Daemon, Machine, Network, Node, Process, Programs, Workload, eventually};
 use serde_json::{Value, json};
 
 use crate::{
@@ -84,6 +84,36 @@ fn an_upgrade_in_the_unit_outlives_the_watchdog_and_no_connection_notices() {
     machine.run(["systemctl", "stop", "reeve"]).ok();
     let left = "cat /sys/fs/cgroup/reeve.slice/reeve.service/cgroup.procs 2>/dev/null; pgrep -x reeve; true";
     assert_eq!(machine.shell(left).ok(), "");
+    machine
+        .run(["reeve", "detach", "--config", "/etc/reeve/reeve.yaml"])
+        .ok();
+}
+
+#[test]
+fn an_upgrade_to_another_layout_of_the_kernel_maps_and_back_goes_on_in_the_unit() {
+    let scene = Scene::new("timeouts: {drain: 3s}");
+    let other = "/etc/reeve/other";
+    fs::copy(Programs::other_layout(), scene.files.join("reeve/other")).unwrap();
+    let machine = scene.boot();
+    let first = scene.process();
+    let install = format!("mount --bind {other} /usr/local/bin/reeve");
+    for put in [install.as_str(), "umount --lazy /usr/local/bin/reeve"] {
+        machine.shell(put).ok();
+        let before = scene.process();
+        let said = machine.run(["reeve", "upgrade"]).ok();
+        let now = scene.process();
+        assert_ne!(now, before, "{said}");
+        assert_eq!(machine.property("reeve.service", "MainPID"), now);
+        scene.goes_on();
+    }
+    // The first connection is still the first daemon's, in whose layout it is.
+    assert!(machine.shell(&format!("kill -0 {first}")).status.success());
+    let pins = machine.shell("ls /sys/fs/bpf").ok();
+    assert!(pins.contains("reeve-old-"), "{pins}");
+    assert_eq!(machine.property("reeve.service", "NRestarts"), "0");
+    machine.run(["systemctl", "stop", "reeve"]).ok();
+    let pins = machine.shell("ls /sys/fs/bpf").ok();
+    assert_eq!(pins.trim(), "reeve", "those of daemons that have ended go");
     machine
         .run(["reeve", "detach", "--config", "/etc/reeve/reeve.yaml"])
         .ok();
