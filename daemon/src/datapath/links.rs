@@ -170,7 +170,14 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
 
 /// Removes every pin and the folder, and gives the pins. Links come first: with them, what is
 /// enforced ends.
+///
+/// # Errors
+///
+/// [`Error::NotRoots`] where the folder is not root's alone: what is in another's may lead anywhere.
 pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
+    if fs::symlink_metadata(pins).is_ok() {
+        bpffs::verify(pins)?;
+    }
     let failed = |doing| {
         move |source| Error::Pin {
             doing,

@@ -13,18 +13,24 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::{
+        fd::AsFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
 use aya::maps::{MapData, MapType};
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2},
+};
 use reeve_common::{LAYOUT_VERSION, Settings as KernelSettings};
 
 use super::{
     Error, bpffs, links,
     load::{self, map_error},
-    sys,
+    monotonic_nanoseconds, sys,
 };
 
 /// The map whose layout version stands for all. The version stands first in it, in every layout.
@@ -50,10 +56,14 @@ impl Pins {
     pub(super) fn find(pins: &Path, beside: bool) -> Result<Self, Error> {
         let next = successor(pins);
         // Before anything in them is believed.
-        for folder in [pins, &next] {
-            if is_there(folder) {
-                bpffs::verify(folder)?;
-            }
+        if is_there(pins) {
+            bpffs::verify(pins)?;
+        }
+        if is_in_the_way(&next) {
+            tracing::warn!(
+                path = %next.display(),
+                "somebody else's, where the folder above is everybody's: it is left alone"
+            );
         }
         if beside {
             // What is there is of a daemon that has not taken over.
@@ -67,17 +77,18 @@ impl Pins {
             links::remove_all(&next)?;
             return Self::take(next, pins, None);
         }
-        if !pins.exists() && next.exists() {
+        if !is_there(pins) && is_own(&next) {
             // A replacement ended between its last two steps.
-            rename(&next, pins)?;
+            put(&next, pins)?;
         }
         match layout(pins)? {
             None | Some(LAYOUT_VERSION) => {
-                let replaces = next.exists().then_some(next);
+                let replaces = is_own(&next).then_some(next);
                 Self::take(pins.to_owned(), pins, replaces)
             }
             Some(other) => {
-                if layout(&next)?.is_some_and(|layout| layout != LAYOUT_VERSION) {
+                let stale = |layout: u32| layout != LAYOUT_VERSION;
+                if is_own(&next) && layout(&next)?.is_some_and(stale) {
                     // It never came to replace what is there, which goes on refusing.
                     links::remove_all(&next)?;
                 }
@@ -93,6 +104,11 @@ impl Pins {
     }
 
     fn take(folder: PathBuf, name: &Path, replaces: Option<PathBuf>) -> Result<Self, Error> {
+        if folder != name && is_in_the_way(&folder) {
+            let made = unique(&folder);
+            bpffs::prepare(&made)?;
+            put(&made, &folder)?;
+        }
         bpffs::prepare(&folder)?;
         let lock = Some(lock(&folder, FlockArg::LockShared).map_err(held(&folder))?);
         Ok(Self {
@@ -114,9 +130,11 @@ impl Pins {
         let Some(other) = &self.replaces else {
             return Ok(false);
         };
-        links::remove_all(other)?;
+        if is_own(other) {
+            links::remove_all(other)?;
+        }
         if *other != successor(&self.folder) {
-            rename(&self.folder, other)?;
+            put(&self.folder, other)?;
             self.folder.clone_from(other);
         }
         self.replaces = None;
@@ -148,7 +166,7 @@ impl Pins {
     pub(super) fn step_aside(&mut self) -> Result<(), Error> {
         let is_free = |number: &u32| !is_there(&old(&self.name, *number));
         let to = old(&self.name, (1..).find(is_free).unwrap_or_default());
-        rename(&self.folder, &to)?;
+        put(&self.folder, &to)?;
         self.folder = to;
         Ok(())
     }
@@ -171,8 +189,10 @@ impl Pins {
                 source: io::Error::other("another daemon has it still"),
             });
         }
-        links::remove_all(&self.name)?;
-        rename(&self.folder, &self.name)?;
+        if is_own(&self.name) {
+            links::remove_all(&self.name)?;
+        }
+        put(&self.folder, &self.name)?;
         self.folder.clone_from(&self.name);
         Ok(())
     }
@@ -214,12 +234,12 @@ impl Pins {
 
 /// Removes everything that is pinned, of whatever layout, and gives the pins.
 pub(super) fn remove_all(pins: &Path) -> Result<Vec<PathBuf>, Error> {
-    let mut folders = vec![pins.to_owned(), successor(pins)];
-    folders.extend(olds(pins)?);
-    folders.retain(|folder| is_there(folder));
-    for folder in &folders {
+    let mut folders = olds(pins)?;
+    folders.extend(Some(successor(pins)).filter(|next| is_own(next)));
+    if is_there(pins) {
         // In another's folder, paths can come to lead elsewhere.
-        bpffs::verify(folder)?;
+        bpffs::verify(pins)?;
+        folders.insert(0, pins.to_owned());
     }
     let mut removed = Vec::new();
     for folder in &folders {
@@ -325,12 +345,36 @@ fn olds(pins: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
-fn lock(folder: &Path, how: FlockArg) -> io::Result<Flock<File>> {
-    Flock::lock(File::open(folder)?, how).map_err(|(_, error)| error.into())
+/// Whether it is root's alone. It stays so: where the folder above is everybody's to write, nobody else
+/// can put another one in its place.
+fn is_own(path: &Path) -> bool {
+    bpffs::verify(path).is_ok()
 }
 
-/// Whether a daemon has the pins of a folder.
+/// Whether somebody else has put something there.
+fn is_in_the_way(path: &Path) -> bool {
+    is_there(path) && !is_own(path)
+}
+
+/// A name beside it that nobody can have foreseen.
+fn unique(folder: &Path) -> PathBuf {
+    let mut name = folder.as_os_str().to_owned();
+    let now = monotonic_nanoseconds();
+    name.push(format!("-{}-{now}", std::process::id()));
+    name.into()
+}
+
+fn lock(folder: &Path, how: FlockArg) -> io::Result<Flock<File>> {
+    let mut options = File::options();
+    options.custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
+    Flock::lock(options.read(true).open(folder)?, how).map_err(|(_, error)| error.into())
+}
+
+/// Whether a daemon has the pins of a folder. What is not root's is nobody's.
 fn is_held(folder: &Path) -> Result<bool, Error> {
+    if !is_own(folder) {
+        return Ok(false);
+    }
     match lock(folder, FlockArg::LockExclusiveNonblock) {
         Ok(_) => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
@@ -347,13 +391,35 @@ fn held(folder: &Path) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
-fn rename(from: &Path, to: &Path) -> Result<(), Error> {
-    match fs::rename(from, to) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin {
-            doing: "give its final name to",
-            path: from.to_owned(),
-            source,
-        }),
-        _ => Ok(()),
+/// Renames a folder of ours. Where the folder above is everybody's, another user may have put something in
+/// the way, or does so at this very moment: the two change places, and what was in the way is removed as
+/// far as that goes without looking into it.
+fn put(from: &Path, to: &Path) -> Result<(), Error> {
+    let rename = |flags| renameat2(AT_FDCWD, from, AT_FDCWD, to, flags);
+    let failed = |error: Errno| Error::Pin {
+        doing: "give its final name to",
+        path: from.to_owned(),
+        source: error.into(),
+    };
+    loop {
+        match rename(RenameFlags::RENAME_NOREPLACE) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EEXIST) => {}
+            // Others have removed it: it is pinned again.
+            Err(Errno::ENOENT) => return Ok(()),
+            Err(error) => return Err(failed(error)),
+        }
+        match rename(RenameFlags::RENAME_EXCHANGE) {
+            Ok(()) => break,
+            // It has gone again.
+            Err(Errno::ENOENT) if is_there(from) => {}
+            Err(error) => return Err(failed(error)),
+        }
     }
+    // What stays is in nobody's way: whoever needs the name changes places with it as well.
+    let removed = fs::remove_file(from).or_else(|_| fs::remove_dir(from));
+    if let Err(error) = removed {
+        tracing::warn!(%error, path = %from.display(), "somebody else's, and not removed");
+    }
+    Ok(())
 }

@@ -5,8 +5,11 @@ use std::{
     fs,
     io::{ErrorKind, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsFd,
-    path::PathBuf,
+    os::{
+        fd::AsFd,
+        unix::fs::{MetadataExt as _, PermissionsExt as _, lchown, symlink},
+    },
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -26,6 +29,9 @@ use crate::{
 
 /// The workload's id in the maps of the second datapath: each gives its own.
 const OTHER_ID: WorkloadId = WORKLOAD + 70;
+
+/// A user who is not root.
+const NOBODY: u32 = 65534;
 
 /// What two daemons have in the kernel.
 struct Two {
@@ -601,6 +607,48 @@ fn an_end_between_the_two_steps_of_a_takeover_leaves_what_judges_alone() {
     two.coming().sweep().unwrap();
     assert_eq!(two.folders(), [""]);
     refused(&two);
+}
+
+#[test]
+fn what_others_put_where_the_name_was_is_neither_followed_nor_in_the_way() {
+    type Squat = fn(&Path, &Path);
+    let link: Squat = |name, next| symlink(next, name).unwrap();
+    let empty: Squat = |name, _| fs::create_dir(name).unwrap();
+    // What it seems to hold are the links of the one that comes.
+    let full: Squat = |name, next| {
+        fs::create_dir(name).unwrap();
+        fs::set_permissions(name, fs::Permissions::from_mode(0o777)).unwrap();
+        for entry in fs::read_dir(next).unwrap() {
+            let entry = entry.unwrap();
+            symlink(entry.path(), name.join(entry.file_name())).unwrap();
+        }
+    };
+    for squat in [link, empty, full] {
+        let two = Two::joining();
+        let name = two.world.settings.pins.clone();
+        let next = name.with_file_name(format!("{}-next", name.file_name().unwrap().display()));
+        two.old().step_aside().unwrap();
+        squat(&name, &next);
+        lchown(&name, Some(NOBODY), None).unwrap();
+        two.coming().take_place().unwrap();
+        assert!(fs::symlink_metadata(&name).unwrap().is_dir());
+        assert_eq!(fs::metadata(&name).unwrap().uid(), 0);
+        two.coming().sweep().unwrap();
+        two.old().retire().unwrap();
+        two.coming().sweep().unwrap();
+        let to = two.world.there.port4(81);
+        assert_refused(two.world.as_workload(|| TcpStream::connect(to)));
+        assert!(
+            two.coming().keep_pinned().unwrap().is_empty(),
+            "all is pinned and attached"
+        );
+        // Of a folder that is full the owner has to be found by root.
+        let left = two.folders();
+        assert!(left == [""] || left == ["", "-next"], "{left:?}");
+        if left.len() > 1 {
+            fs::remove_dir_all(&next).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs,
     net::{TcpListener, TcpStream},
-    os::unix::fs::{PermissionsExt, chown, symlink},
+    os::unix::fs::{MetadataExt as _, PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -401,6 +401,42 @@ fn refuses_a_folder_of_pins_that_is_not_roots_alone() {
         Err(Error::NotRoots { path, .. }) => assert_eq!(path, above),
         other => panic!("{other:?}"),
     }
+    world.start().unwrap();
+}
+
+#[test]
+fn what_others_put_at_the_next_name_keeps_nobody_from_starting() {
+    let mut world = World::enrolled();
+    world.stop();
+    let next = successor(&world);
+    let to = world.there.port4(80);
+    let squat = |full: bool| {
+        fs::create_dir(&next).unwrap();
+        if full {
+            fs::create_dir(next.join("inside")).unwrap();
+        }
+        chown(&next, Some(NOBODY), None).unwrap();
+    };
+    squat(false);
+    world.start().unwrap();
+    assert_refused(world.as_workload(|| TcpStream::connect(to)));
+    world.stop();
+    for full in [false, true] {
+        let _ = fs::remove_dir_all(&next);
+        squat(full);
+        pretend_layout(&world, LAYOUT_VERSION + 1);
+        world.start().unwrap();
+        world.apply();
+        assert_refused(world.as_workload(|| TcpStream::connect(to)));
+        assert!(!next.exists() || fs::metadata(&next).unwrap().uid() == NOBODY);
+        world.stop();
+    }
+    let _ = fs::remove_dir_all(&next);
+    // What is in another's folder is not removed either.
+    squat(true);
+    datapath::detach(&world.settings.pins).unwrap();
+    assert!(next.join("inside").exists());
+    fs::remove_dir_all(&next).unwrap();
     world.start().unwrap();
 }
 
