@@ -438,6 +438,18 @@ fn what_others_put_at_the_next_name_keeps_nobody_from_starting() {
     assert!(next.join("inside").exists());
     fs::remove_dir_all(&next).unwrap();
     world.start().unwrap();
+    // What was full has changed places, and stays for root to look at.
+    for entry in fs::read_dir(next.parent().unwrap()).unwrap() {
+        let entry = entry.unwrap();
+        if entry
+            .file_name()
+            .to_str()
+            .unwrap()
+            .starts_with(name_of(&next))
+        {
+            fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
 }
 
 #[test]
