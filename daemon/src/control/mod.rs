@@ -7,6 +7,7 @@
 //! [`Control::run`] waits for changes; `reconcile` is the step that each of them causes, and
 //! `desired` what that step wants of the kernel. [`Daemon`] is what is told to others.
 
+mod beside;
 mod ca;
 mod certificates;
 mod daemon;

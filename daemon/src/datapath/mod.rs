@@ -6,6 +6,7 @@
 //! Programs, links and maps are pinned, so what is enforced stays enforced while no daemon runs.
 //! The next one adopts it, see [`Datapath::load`].
 
+mod beside;
 mod bpffs;
 mod desired;
 mod diag;
@@ -52,9 +53,9 @@ use aya::{
 };
 use reeve_common::{
     Address, Direction, ExpectedCgroup, FailingEntry, FailingKey, Flow, FlowEntry, FlowKey,
-    FlowSlot, LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, SETTINGS_ASIDE,
-    SETTINGS_BESIDE, SETTINGS_JOINING, ShownAddresses, SocketTag, TAG_ONWARD, TAG_REEVE,
-    TAG_WRONG_LISTENER, ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
+    FlowSlot, LAYOUT_VERSION, NameDigest, NamespaceEntry, NamespaceSource, Origin, SETTINGS_BESIDE,
+    SETTINGS_JOINING, ShownAddresses, SocketTag, TAG_ONWARD, TAG_REEVE, TAG_WRONG_LISTENER,
+    ToldKey, VerdictEntry, WorkloadEntry, WorkloadId, ipv4_mapped, protocol,
 };
 use tokio::sync::Notify;
 
@@ -312,83 +313,9 @@ impl Datapath {
         lock(&self.state).reread()
     }
 
-    /// Leaves sending connections to the outbound listener to the programs of the next daemon, which are
-    /// of another layout. These go on judging, by what [`Datapath::apply`] says. Blocks until no call is
-    /// under way that was sent to the listener by these.
-    ///
-    /// # Errors
-    ///
-    /// From the kernel.
-    pub fn step_aside(&self) -> Result<(), Error> {
-        lock(&self.state).set_flags(SETTINGS_BESIDE | SETTINGS_ASIDE)?;
-        lock(&self.pins).step_aside()
-    }
-
-    /// The daemon of another layout that served until now has stepped aside, or has ended.
-    ///
-    /// # Errors
-    ///
-    /// From the kernel.
-    pub fn take_place(&self) -> Result<(), Error> {
-        let (mut pins, mut state) = (lock(&self.pins), lock(&self.state));
-        state.set_flags(SETTINGS_BESIDE)?;
-        pins.take_name()
-    }
-
     /// The next daemon has adopted what is pinned, and looks after it.
     pub fn let_go(&self) {
         lock(&self.pins).let_go();
-    }
-
-    /// Removes what daemons of other layouts have left in the kernel that were killed: those before, and one
-    /// that did not come to take over. For the daemon that serves, while no other one takes over. Gives
-    /// what was removed.
-    ///
-    /// # Errors
-    ///
-    /// From the kernel.
-    pub fn sweep(&self) -> Result<Vec<PathBuf>, Error> {
-        let (mut pins, mut state) = (lock(&self.pins), lock(&self.state));
-        if state.has_flags(SETTINGS_JOINING) || state.has_flags(SETTINGS_ASIDE) {
-            return Ok(Vec::new());
-        }
-        pins.take_name()?;
-        let (removed, stays) = pins.sweep()?;
-        if !stays && state.has_flags(SETTINGS_BESIDE) {
-            state.set_flags(0)?;
-        }
-        Ok(removed)
-    }
-
-    /// Whether programs of another layout judge as well.
-    #[must_use]
-    pub fn is_beside(&self) -> bool {
-        lock(&self.state).has_flags(SETTINGS_BESIDE)
-    }
-
-    /// Removes what this daemon has in the kernel, since its last connection has ended and another
-    /// daemon's programs judge.
-    ///
-    /// # Errors
-    ///
-    /// When a pin cannot be removed.
-    pub fn retire(&self) -> Result<(), Error> {
-        lock(&self.pins).remove()
-    }
-
-    /// Has a listener that another daemon has opened be reeve's.
-    ///
-    /// # Errors
-    ///
-    /// From the kernel.
-    pub fn adopt_listener(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
-        let tag = SocketTag {
-            protocol: protocol::TCP,
-            direction: Direction::Ingress as u8,
-            flags: TAG_REEVE,
-            ..SocketTag::default()
-        };
-        sys::set_of_socket(self.tags.as_fd(), listener, &tag)
     }
 
     /// Which workload has which address, as the maps have it.

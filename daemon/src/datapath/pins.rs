@@ -404,6 +404,7 @@ fn put(from: &Path, to: &Path) -> Result<(), Error> {
     loop {
         match rename(RenameFlags::RENAME_NOREPLACE) {
             Ok(()) => return Ok(()),
+            Err(Errno::EEXIST) if is_own(to) => return Err(failed(Errno::EEXIST)),
             Err(Errno::EEXIST) => {}
             // Others have removed it: it is pinned again.
             Err(Errno::ENOENT) => return Ok(()),
