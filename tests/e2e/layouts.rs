@@ -11,8 +11,9 @@ use std::{
 use harness::{Daemon, Node, Process, Programs, SOON, Workload, eventually};
 use serde_json::{Value, json};
 
-use crate::arrange::{
-    PORT, Pair, Probe, TCP, answers, fails_fast, is_denied, of, say, serve, start_sending, tcp,
+use crate::{
+    arrange::{PORT, Pair, Probe, TCP, answers, fails_fast, is_denied, of, say, serve, tcp},
+    busy::{ANSWERS, Busy, beat, goes_on},
 };
 
 /// For the old daemon to leave, once it has nothing to do.
@@ -20,103 +21,39 @@ const LEAVES: Duration = Duration::from_secs(20);
 
 #[test]
 fn no_connection_notices_a_takeover_by_another_layout_and_back() {
-    let pair = Pair::new();
-    let guest = pair.two.pod("guest");
-    let stranger = pair.one.pod("stranger");
-    let ports = [tcp(8081), tcp(8082), TCP];
-    let policy = |workload: &Workload, peer: &Workload, calls: bool| {
-        ports.iter().fold(of(workload), |policy, port| match calls {
-            true => policy.calls(peer, *port),
-            false => policy.hears(peer, *port),
-        })
-    };
-    let mut one = pair
-        .at_one()
-        .policy(
-            &policy(&pair.client, &pair.server, true)
-                .calls_address(guest.addresses().v4, tcp(8083))
-                .text(),
-        )
-        .start();
-    let mut two = pair
-        .at_two()
-        .policy(&policy(&pair.server, &pair.client, false).text())
-        .start();
-    let _servers = [
-        serve(&pair.server, PORT, &[]),
-        serve(&pair.server, 8081, &["--mode", "answer"]),
-        serve(&pair.server, 8082, &["--mode", "hash"]),
-        serve(&guest, 8083, &["--mode", "answer"]),
-    ];
-    let to = pair.server.addresses();
-    let capture = pair.server.capture(&pair.network);
-    let short = [
-        Probe::start(&pair.client, to.port4(8081), &["--threads", "4"]),
-        Probe::start(&pair.client, to.port6(8081), &["--threads", "4"]),
-        Probe::start(&pair.client, guest.addresses().port4(8083), &[]),
-    ];
-    let denied = Probe::start(&pair.client, to.port4(9999), &[]);
-    let intruder = Probe::start(&stranger, to.port4(8081), &[]);
-    let beat = |every: &str| {
-        let to = to.port4(PORT).to_string();
-        let mut heart = pair.client.spawn_peer(["heartbeat", &to, "--every", every]);
-        heart.wait_for("beat 2");
-        heart
-    };
+    let mut busy = Busy::start();
+    let stranger = busy.pair.one.pod("stranger");
+    let to = busy.pair.server.addresses().port4(ANSWERS);
+    let intruder = Probe::start(&stranger, to, &[]);
     // One daemon after another carries one that does nothing for most of the time and one that never rests.
-    let mut hearts = vec![beat("1000"), beat("20")];
-    short.iter().for_each(|probe| probe.goes_on(100));
+    let mut hearts = vec![busy.beat("1000"), busy.beat("20")];
+    busy.short_ones_go_on(100);
 
     let mut old = Vec::new();
-    for (round, program) in [
+    for program in [
         Programs::other_layout(),
         Programs::get().reeve.clone(),
         Programs::other_layout(),
-    ]
-    .iter()
-    .enumerate()
-    {
-        for daemon in [&mut one, &mut two] {
-            let transfer = start_sending(
-                &pair.client,
-                to.port4(8082),
-                &["--bytes", "20000000", "--trickle", "10"],
-            );
+    ] {
+        for node in 0..2 {
+            let transfer = busy.transfer();
             // It is under way.
             thread::sleep(Duration::from_millis(300));
-            daemon.use_program(program);
+            let daemon = &mut busy.daemons[node];
+            daemon.use_program(&program);
             old.push(daemon.take_over());
-            short.iter().for_each(|probe| probe.goes_on(300));
-            say(&pair.client, to.port4(PORT), "by the new daemon");
-            is_denied(&pair.client, to.port4(9999));
-            assert!(daemon.is_ready());
-            assert_eq!(daemon.status()["process"], daemon.id());
-            let seen = transfer.wait(3 * SOON).json();
-            assert_eq!(
-                seen["received"]["head"], seen["sent"]["sha256"],
-                "round {round}"
-            );
+            busy.is_served_by(&busy.daemons[node], transfer);
             for heart in &mut hearts {
-                assert!(heart.ended().is_none(), "round {round}: {}", heart.stderr());
-                goes_on(heart);
+                assert!(heart.ended().is_none(), "{}", heart.stderr());
+                goes_on(heart, 1);
             }
-            short.iter().for_each(Probe::all_worked);
+            busy.all_is_well();
         }
-        hearts.push(beat("1000"));
+        hearts.push(busy.beat("1000"));
     }
-    for node in [&pair.one, &pair.two] {
+    for node in [&busy.pair.one, &busy.pair.two] {
         assert_eq!(pins(node), ["", "-old-1", "-old-2", "-old-3"]);
     }
-    eprintln!(
-        "through six takeovers between layouts: {}",
-        short
-            .iter()
-            .map(|probe| probe.seen().to_string())
-            .collect::<Vec<_>>()
-            .join(" ")
-    );
-    denied.all_failed("not permitted");
-    assert_eq!(intruder.worked(), 0, "{}", intruder.seen());
     // Each old daemon leaves with its last connection, and takes along what was its own.
     drop(hearts);
     for old in old {
@@ -124,22 +61,13 @@ fn no_connection_notices_a_takeover_by_another_layout_and_back() {
         assert!(ended.status.success(), "{}", ended.stderr);
         assert!(ended.stderr.contains("judge alone"), "{}", ended.stderr);
     }
-    for node in [&pair.one, &pair.two] {
+    for node in [&busy.pair.one, &busy.pair.two] {
         assert_eq!(pins(node), [""]);
     }
-    short.iter().for_each(|probe| probe.goes_on(100));
-    short.iter().for_each(Probe::all_worked);
-    denied.all_failed("not permitted");
+    busy.short_ones_go_on(100);
+    busy.all_is_well();
     assert_eq!(intruder.worked(), 0, "{}", intruder.seen());
-    drop(short);
-    let captured = capture.finish();
-    for port in [PORT, 8081, 8082] {
-        let plaintext = format!(
-            "tcp dst port {port} and src host {}",
-            pair.client.addresses().v4
-        );
-        assert_eq!(captured.packets(&plaintext), Vec::<String>::new());
-    }
+    busy.finish();
 }
 
 #[test]
@@ -152,7 +80,7 @@ fn a_deny_after_the_takeover_cuts_what_the_old_daemon_carries_and_an_allow_is_on
     let to = pair.server.addresses();
     let heart = beat(&pair);
     let old = [take_over(&mut one), take_over(&mut two)];
-    goes_on(&heart);
+    goes_on(&heart, 1);
     // What neither knew when it began.
     fails_fast(&pair.client, to.port4(8081), "not permitted");
     let both = |workload: &Workload, other: &Workload, calls| match calls {
@@ -162,7 +90,7 @@ fn a_deny_after_the_takeover_cuts_what_the_old_daemon_carries_and_an_allow_is_on
     put(&two, &both(&pair.server, &pair.client, false).text());
     put(&one, &both(&pair.client, &pair.server, true).text());
     eventually("both allow it", || answers(&pair.client, to.port4(8081)));
-    goes_on(&heart);
+    goes_on(&heart, 1);
     // At the server's node alone: there the old daemon carries it, too.
     put(
         &two,
@@ -206,11 +134,11 @@ fn an_old_daemon_of_another_layout_goes_on_while_the_one_that_serves_is_restarte
     let later = beat(&pair);
     for daemon in [&mut one, &mut two] {
         daemon.kill();
-        goes_on(&heart);
+        goes_on(&heart, 1);
         is_denied(&pair.client, pair.server.addresses().port4(9999));
         daemon.start_again();
         daemon.wait_until_ready();
-        goes_on(&heart);
+        goes_on(&heart, 1);
     }
     assert!(!later.wait(SOON).status.success(), "its daemon was killed");
     for node in [&pair.one, &pair.two] {
@@ -296,21 +224,6 @@ fn pins(node: &Node) -> Vec<String> {
     let first = name(node.pins());
     let rest = |path: PathBuf| name(&path).split_off(first.len());
     node.all_pins().into_iter().map(rest).collect()
-}
-
-/// A connection that lives for as long as nobody ends it.
-fn beat(pair: &Pair) -> Process {
-    let to = pair.server.addresses().port4(PORT).to_string();
-    let mut heart = pair.client.spawn_peer(["heartbeat", &to]);
-    heart.wait_for("beat 2");
-    heart
-}
-
-#[track_caller]
-fn goes_on(heart: &Process) {
-    let beats = || heart.stdout().lines().count();
-    let now = beats();
-    eventually("it goes on", || beats() > now + 1);
 }
 
 /// Puts a policy in place of the one that there is.

@@ -11,6 +11,7 @@ mod abuse;
 mod agents;
 mod arrange;
 mod balancers;
+mod busy;
 mod ca;
 mod certificate_files;
 mod certificates;

@@ -2,11 +2,14 @@
 
 use std::{fs, thread, time::Duration};
 
-use harness::{Daemon, Process, SOON, certs::Authority, eventually};
+use harness::{Daemon, SOON, certs::Authority, eventually};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::arrange::{PORT, Pair, serve};
+use crate::{
+    arrange::{PORT, Pair, serve},
+    busy::{beat, goes_on},
+};
 
 #[test]
 fn a_daemon_that_has_handed_over_follows_trust_bundles_as_before() {
@@ -19,7 +22,7 @@ fn a_daemon_that_has_handed_over_follows_trust_bundles_as_before() {
     let _server = serve(&pair.server, PORT, &[]);
     let heart = beat(&pair);
     let old = two.take_over();
-    goes_on(&heart);
+    goes_on(&heart, 2);
     fs::write(bundle, Authority::root("example.org").certificate_pem()).unwrap();
     let ended = heart.wait(SOON);
     assert!(!ended.status.success());
@@ -37,8 +40,8 @@ fn a_daemon_that_has_handed_over_takes_the_configuration_that_the_next_one_takes
     let oldest = two.take_over();
     let second = beat(&pair);
     let old = two.take_over();
-    goes_on(&first);
-    goes_on(&second);
+    goes_on(&first, 2);
+    goes_on(&second, 2);
     let bundle = two.config().with_file_name("other.pem");
     fs::write(&bundle, Authority::root("example.org").certificate_pem()).unwrap();
     change(&two, |settings| {
@@ -74,7 +77,7 @@ fn an_old_daemon_stays_for_its_connections_until_there_are_too_many() {
     one.wait_for_metric("reeve_predecessor_age_seconds", &version, 2.0);
     // The longest drain is over, and nobody has ended.
     thread::sleep(Duration::from_secs(3));
-    hearts.iter().for_each(goes_on);
+    hearts.iter().for_each(|heart| goes_on(heart, 2));
     assert!(old.iter_mut().all(|old| old.ended().is_none()));
     // One more is one too many.
     hearts.push(beat(&pair));
@@ -89,7 +92,7 @@ fn an_old_daemon_stays_for_its_connections_until_there_are_too_many() {
     assert!(ended.status.success(), "{}", ended.stderr);
     assert!(ended.stderr.contains("told to end"), "{}", ended.stderr);
     assert!(!hearts.remove(0).wait(SOON).status.success());
-    hearts.iter().for_each(goes_on);
+    hearts.iter().for_each(|heart| goes_on(heart, 2));
     let left = |one: &Daemon| one.status()["predecessors"].as_array().unwrap().len();
     eventually("the others are there", || left(&one) == 2);
     // They leave with their last connection.
@@ -117,8 +120,8 @@ fn a_takeover_ends_all_old_daemons_after_the_time_that_it_is_told() {
         seconds(0).is_some_and(|seconds| seconds < 10)
             && seconds(1).is_some_and(|seconds| seconds < 10)
     });
-    goes_on(&first);
-    goes_on(&second);
+    goes_on(&first, 2);
+    goes_on(&second, 2);
     for (heart, old) in [(first, oldest), (second, old)] {
         assert!(!heart.wait(SOON).status.success());
         assert!(old.wait(SOON).status.success());
@@ -181,7 +184,7 @@ fn an_old_daemon_whose_successor_ends_is_known_to_the_next_one() {
     eventually("it comes to the one that serves", || {
         known(&one) == [u64::from(oldest.id())]
     });
-    goes_on(&heart);
+    goes_on(&heart, 2);
     // Nor is it lost when the daemon that serves is.
     one.kill();
     one.start_again();
@@ -189,26 +192,11 @@ fn an_old_daemon_whose_successor_ends_is_known_to_the_next_one() {
     eventually("it comes to the one that serves now", || {
         known(&one) == [u64::from(oldest.id())]
     });
-    goes_on(&heart);
+    goes_on(&heart, 2);
     // It still does what it is told.
     assert!(one.stop().status.success());
     assert!(oldest.wait(SOON).status.success());
     assert!(!heart.wait(SOON).status.success());
-}
-
-/// A connection that lives for as long as nobody ends it.
-fn beat(pair: &Pair) -> Process {
-    let to = pair.server.addresses().port4(PORT).to_string();
-    let mut heart = pair.client.spawn_peer(["heartbeat", &to]);
-    heart.wait_for("beat 2");
-    heart
-}
-
-#[track_caller]
-fn goes_on(heart: &Process) {
-    let beats = || heart.stdout().lines().count();
-    let now = beats();
-    eventually("it goes on", || beats() > now + 2);
 }
 
 /// Changes the configuration of a daemon.

@@ -8,105 +8,40 @@ use std::{
     time::Duration,
 };
 
-use harness::{Daemon, Place, Process, SOON, Workload, eventually};
+use harness::{Daemon, Place, Process, SOON, eventually};
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::arrange::{PORT, Pair, Probe, TCP, is_denied, of, say, serve, start_sending, tcp};
+use crate::{
+    arrange::{PORT, Pair, Probe, is_denied, of, say, serve, tcp},
+    busy::Busy,
+};
 
 /// For the old daemon to leave, once it has nothing to do.
 const LEAVES: Duration = Duration::from_secs(20);
 
 #[test]
 fn no_connection_notices_an_upgrade() {
-    let pair = Pair::new();
-    let guest = pair.two.pod("guest");
-    let ports = [tcp(8081), tcp(8082), TCP];
-    let policy = |workload: &Workload, peer: &Workload, calls: bool| {
-        ports.iter().fold(of(workload), |policy, port| match calls {
-            true => policy.calls(peer, *port),
-            false => policy.hears(peer, *port),
-        })
-    };
-    let mut one = pair
-        .at_one()
-        .policy(
-            &policy(&pair.client, &pair.server, true)
-                .calls_address(guest.addresses().v4, tcp(8083))
-                .text(),
-        )
-        .start();
-    let mut two = pair
-        .at_two()
-        .policy(&policy(&pair.server, &pair.client, false).text())
-        .start();
-    let _servers = [
-        serve(&pair.server, PORT, &[]),
-        serve(&pair.server, 8081, &["--mode", "answer"]),
-        serve(&pair.server, 8082, &["--mode", "hash"]),
-        serve(&guest, 8083, &["--mode", "answer"]),
-    ];
-    let to = pair.server.addresses();
-    let capture = pair.server.capture(&pair.network);
-    // Short ones, thousands in all.
-    let short = [
-        Probe::start(&pair.client, to.port4(8081), &["--threads", "4"]),
-        Probe::start(&pair.client, to.port6(8081), &["--threads", "4"]),
-        Probe::start(&pair.client, guest.addresses().port4(8083), &[]),
-    ];
-    let denied = Probe::start(&pair.client, to.port4(9999), &[]);
+    let mut busy = Busy::start();
     // Long ones, that do nothing for most of the time, and one that never rests.
-    let mut hearts: Vec<Process> = ["1000", "1000", "20"]
-        .iter()
-        .map(|every| {
-            let to = to.port4(PORT).to_string();
-            pair.client.spawn_peer(["heartbeat", &to, "--every", every])
-        })
-        .collect();
-    hearts.iter_mut().for_each(|heart| {
-        heart.wait_for("beat 2");
-    });
-    short.iter().for_each(|probe| probe.goes_on(100));
+    let mut hearts: Vec<_> = ["1000", "1000", "20"].map(|every| busy.beat(every)).into();
+    busy.short_ones_go_on(100);
 
-    let mut old = Vec::new();
-    for round in 0..2 {
-        for daemon in [&mut one, &mut two] {
-            // A long transfer, begun before.
-            let transfer = start_sending(
-                &pair.client,
-                to.port4(8082),
-                &["--bytes", "20000000", "--trickle", "10"],
-            );
-            daemon.wait_for_metric("reeve_streams_open", &[], 4.0);
-            old.push(daemon.take_over());
-            let now = daemon.id();
-            assert!(old.iter().all(|old| old.id() != now));
-            short.iter().for_each(|probe| probe.goes_on(300));
-            say(&pair.client, to.port4(PORT), "by the new daemon");
-            is_denied(&pair.client, to.port4(9999));
-            assert!(daemon.is_ready());
-            assert_eq!(daemon.status()["process"], now);
-            let seen = transfer.wait(3 * SOON).json();
-            assert_eq!(
-                seen["received"]["head"], seen["sent"]["sha256"],
-                "round {round}"
-            );
-            hearts.iter_mut().for_each(|heart| {
-                assert!(heart.ended().is_none(), "{}", heart.stderr());
-            });
-        }
+    let mut old: Vec<Process> = Vec::new();
+    for node in [0, 1, 0, 1] {
+        // Begun before.
+        let transfer = busy.transfer();
+        let daemon = &mut busy.daemons[node];
+        daemon.wait_for_metric("reeve_streams_open", &[], 4.0);
+        old.push(daemon.take_over());
+        let now = daemon.id();
+        assert!(old.iter().all(|old| old.id() != now));
+        busy.is_served_by(&busy.daemons[node], transfer);
+        hearts.iter_mut().for_each(|heart| {
+            assert!(heart.ended().is_none(), "{}", heart.stderr());
+        });
     }
-    short.iter().for_each(Probe::all_worked);
-    assert!(short.iter().map(Probe::worked).sum::<u64>() > 2000);
-    eprintln!(
-        "through four upgrades: {}",
-        short
-            .iter()
-            .map(|probe| probe.seen().to_string())
-            .collect::<Vec<_>>()
-            .join(" ")
-    );
-    denied.all_failed("not permitted");
+    assert!(busy.all_is_well() > 2000);
     // Those that live on keep their daemons until they end.
     assert!(old.iter_mut().any(|old| old.ended().is_none()));
     drop(hearts);
@@ -115,17 +50,9 @@ fn no_connection_notices_an_upgrade() {
         assert!(ended.status.success(), "{}", ended.stderr);
         assert!(ended.stderr.contains("after another daemon has taken over"));
     }
-    short.iter().for_each(|probe| probe.goes_on(50));
-    short.iter().for_each(Probe::all_worked);
-    drop(short);
-    let captured = capture.finish();
-    for port in [PORT, 8081, 8082] {
-        let plaintext = format!(
-            "tcp dst port {port} and src host {}",
-            pair.client.addresses().v4
-        );
-        assert_eq!(captured.packets(&plaintext), Vec::<String>::new());
-    }
+    busy.short_ones_go_on(50);
+    busy.all_is_well();
+    busy.finish();
 }
 
 #[test]
